@@ -1,0 +1,103 @@
+"""From timesteps and labels to the vectors that modulate every block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import TIMESTEP_FEATURES, DiTConfig
+from .ops.dispatch import needs_gradient
+
+
+def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_divisor: int | None = None) -> Tensor:
+    """Sinusoidal features of timesteps, cosines first: fp32 [B, dim] (Ho et al. 2020; Vaswani et al. 2017).
+
+    Args:
+        t: [B] timesteps, any dtype; fractions are kept.
+        dim: number of features, even.
+        frequency_divisor: how finely the frequencies 1 .. 1/10000 are cut; dim // 2 unless given (see ``Flavour``).
+
+    Raises:
+        ValueError: t is not one-dimensional, or dim is odd.
+    """
+    if t.dim() != 1:
+        raise ValueError(f"t: got shape {tuple(t.shape)}, expected [B]")
+    if dim % 2:
+        raise ValueError(f"dim: got {dim}, expected an even number")
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) / (frequency_divisor or half) * index)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.frequency_divisor = config.arithmetic.timestep_frequency_divisor
+        width = config.hidden_size
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        features = timestep_embedding(t, frequency_divisor=self.frequency_divisor)  # [B, 256]
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # [B, D]
+
+
+class LabelEmbedder(nn.Module):
+    """Label table; in training mode labels turn into the null class with the config's probability."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.null_class = config.null_class
+        self.dropout_prob = config.class_dropout_prob
+        self.embedding_table = nn.Embedding(config.label_rows, config.hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.training and self.dropout_prob > 0:
+            y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.dropout_prob, self.null_class)  # [B]
+        return self.embedding_table(y)  # [B, D]
+
+
+def pack_linears(linears: Sequence[nn.Linear]) -> None:
+    """Moves the weights of linears over one input into one storage, in order, so that ``packed_linear`` is one GEMM.
+
+    The parameters stay the objects they were; only their memory moves. Memory in use afterwards is unchanged.
+    """
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        if any(part.is_meta for part in parts) or _joined(parts) is not None:
+            continue
+        whole = torch.cat([part.detach() for part in parts])
+        for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = place
+
+
+def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+    """``[linear(x) for linear in linears]``, as one GEMM where the weights lie in one storage (see ``pack_linears``).
+
+    Whether they do is read off the parameters at each call: nothing is cached, so nothing can be stale. Calls that need
+    gradients, and compiled graphs, go through the linears one by one.
+    """
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    if not torch.compiler.is_compiling() and not needs_gradient(x, *weights, *biases):
+        weight, bias = _joined(weights), _joined(biases)
+        if weight is not None and bias is not None:
+            return list(F.linear(x, weight, bias).split([len(part) for part in weights], dim=-1))
+    return [linear(x) for linear in linears]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The parts as one tensor without a copy, if they lie one behind the other in the first one's storage."""
+    first = parts[0]
+    address = first.data_ptr()
+    for part in parts:
+        if type(part) is not nn.Parameter or part.dtype != first.dtype or not part.is_contiguous() or part.data_ptr() != address:
+            return None
+        address += part.nbytes
+    storage = first.untyped_storage()
+    if address > storage.data_ptr() + storage.nbytes():
+        return None
+    return first.detach().as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())

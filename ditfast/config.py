@@ -1,0 +1,199 @@
+"""What a DiT is: one frozen dataclass, and the twelve models of the paper by name.
+
+Source: Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", table 1 and section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
+
+CONDITIONINGS = ("in_context", "cross_attention", "adaln", "adaln_zero")
+TIMESTEP_FEATURES = 256
+FIRST_NORM_EPS = 1e-6
+
+
+class Flavour(NamedTuple):
+    """Where two public implementations compute different outputs from the same weights."""
+
+    timestep_frequency_divisor: int
+    mlp_norm_eps: float
+    guidance_channels: int | None  # None: all
+
+
+FLAVOURS = {
+    "official": Flavour(timestep_frequency_divisor=128, mlp_norm_eps=1e-6, guidance_channels=3),
+    "diffusers": Flavour(timestep_frequency_divisor=127, mlp_norm_eps=1e-5, guidance_channels=None),
+}
+
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+_PATCHES = (2, 4, 8)
+MODEL_NAMES = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in _PATCHES)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT.
+
+    Args:
+        depth: number of blocks.
+        hidden_size: width D; a multiple of 4 (2-D sine and cosine positions) and of ``num_heads``.
+        num_heads: attention heads.
+        patch_size: side of a square patch, in latent pixels.
+        input_size: latent height and width, an int or a pair; each a multiple of ``patch_size``.
+        in_channels: latent channels C.
+        num_classes: classes; the null class of classifier-free guidance comes on top.
+        learn_sigma: the model also predicts a variance, so it returns 2C channels.
+        mlp_ratio: MLP width over ``hidden_size``.
+        class_dropout_prob: how often training replaces the label by the null class; 0 leaves the null class out.
+        conditioning: one of ``in_context``, ``cross_attention``, ``adaln``, ``adaln_zero``.
+        flavour: ``official`` or ``diffusers``: whose arithmetic the weights were trained with (see ``Flavour``).
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, its value and what is allowed.
+    """
+
+    depth: int = 28
+    hidden_size: int = 1152
+    num_heads: int = 16
+    patch_size: int = 2
+    input_size: int | tuple[int, int] = 32
+    in_channels: int = 4
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    conditioning: str = "adaln_zero"
+    flavour: str = "official"
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        input_size: int | tuple[int, int] | None = None,
+        **fields: object,
+    ) -> DiTConfig:
+        """One of the paper's models: ``DiTConfig.from_name("DiT-XL/2", image_size=256)``.
+
+        Args:
+            name: one of ``MODEL_NAMES``.
+            image_size: pixels, of which the VAE keeps one in eight along each side; 256 unless ``input_size`` is given.
+            input_size: the latent size itself (pixel-space models: the image size).
+            fields: any other field of ``DiTConfig``.
+        """
+        if name not in MODEL_NAMES:
+            raise ValueError(f"name: got {name!r}, expected one of {', '.join(MODEL_NAMES)}")
+        if image_size is not None and input_size is not None:
+            raise ValueError(f"give image_size or input_size, not both: got image_size={image_size}, input_size={input_size}")
+        if input_size is None:
+            height, width = _pair("image_size", 256 if image_size is None else image_size)
+            if height % 8 or width % 8:
+                raise ValueError(f"image_size: got {image_size}, expected multiples of 8 (the VAE's downsampling)")
+            input_size = (height // 8, width // 8)
+        size, patch = name.removeprefix("DiT-").split("/")
+        depth, hidden_size, num_heads = _SIZES[size]
+        named = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
+        return cls(input_size=input_size, **named, **fields)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        for field in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):
+            _positive_int(field, getattr(self, field))
+        if not isinstance(self.learn_sigma, bool):
+            raise ValueError(f"learn_sigma: got {self.learn_sigma!r}, expected True or False")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size: got {self.hidden_size}, expected a multiple of num_heads={self.num_heads}")
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size: got {self.hidden_size}, expected a multiple of 4 (2-D sine and cosine positions)")
+        height, width = _pair("input_size", self.input_size)
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"input_size: got {self.input_size}, expected multiples of patch_size={self.patch_size}")
+        object.__setattr__(self, "input_size", height if height == width else (height, width))
+        _real("mlp_ratio", self.mlp_ratio)
+        if self.mlp_hidden_size < 1:
+            raise ValueError(f"mlp_ratio: got {self.mlp_ratio}, expected at least 1/hidden_size")
+        _real("class_dropout_prob", self.class_dropout_prob)
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob: got {self.class_dropout_prob}, expected 0 <= p < 1")
+        for field, allowed in (("conditioning", CONDITIONINGS), ("flavour", tuple(FLAVOURS))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}: got {getattr(self, field)!r}, expected one of {', '.join(allowed)}")
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latent."""
+        return (self.in_channels, *_pair("input_size", self.input_size))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along the height and the width."""
+        _, height, width = self.input_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of patches."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def patch_out_features(self) -> int:
+        """Width of the output linear: p * p * out_channels."""
+        return self.patch_size**2 * self.out_channels
+
+    @property
+    def modulation_vectors(self) -> int:
+        """Vectors of width D that each block's adaLN linear returns: 6, 4 or none."""
+        return {"adaln_zero": 6, "adaln": 4}.get(self.conditioning, 0)
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.num_classes
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table: the null class has one only where training drops labels."""
+        return self.num_classes + (self.class_dropout_prob > 0)
+
+    @property
+    def arithmetic(self) -> Flavour:
+        return FLAVOURS[self.flavour]
+
+    @property
+    def guidance_channels(self) -> int:
+        """How many of the first channels classifier-free guidance acts on by default."""
+        channels = self.arithmetic.guidance_channels
+        return self.in_channels if channels is None else min(channels, self.in_channels)
+
+
+def _positive_int(field: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field}: got {value!r}, expected a positive integer")
+
+
+def _real(field: str, value: object) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{field}: got {value!r}, expected a number")
+
+
+def _pair(field: str, value: object) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(f"{field}: got {value!r}, expected a positive integer or a (height, width) pair of them")
+    for side in pair:
+        _positive_int(field, side)
+    return tuple(pair)  # type: ignore[return-value]

@@ -1,0 +1,55 @@
+"""Work and size of a model, from its config alone.
+
+The paper's "Gflops" are multiply-adds (MACs) of one forward for one image, attention's two products included; a MAC is two
+floating-point operations. Norms, activations and other elementwise work are left out of both, as the paper does.
+"""
+
+from __future__ import annotations
+
+from .config import TIMESTEP_FEATURES, DiTConfig
+
+
+def macs(config: DiTConfig) -> int:
+    """Multiply-adds of one forward for one image: 1e9 of them are one of the paper's "Gflops" (tables 1 and 4)."""
+    T, D, patch = config.num_tokens, config.hidden_size, config.in_channels * config.patch_size**2
+    ends = T * D * patch + T * D * config.patch_out_features
+    conditioning = TIMESTEP_FEATURES * D + D * D + (2 * D * D if config.modulation_vectors else 0)
+    return ends + conditioning + config.depth * _block_macs(config)
+
+
+def _block_macs(config: DiTConfig) -> int:
+    T, D = config.num_tokens, config.hidden_size
+    rows = T + 2 if config.conditioning == "in_context" else T
+    attention = 4 * D * D * rows + 2 * rows * rows * D
+    mlp = 2 * D * config.mlp_hidden_size * rows
+    cross = 2 * D * D * T + 2 * D * D * 2 + 2 * T * 2 * D if config.conditioning == "cross_attention" else 0
+    return attention + mlp + cross + config.modulation_vectors * D * D
+
+
+def flops(config: DiTConfig) -> int:
+    """Floating-point operations of one forward for one image: 2 x ``macs``."""
+    return 2 * macs(config)
+
+
+def parameters(config: DiTConfig, *, positions: bool = True) -> int:
+    """Values in the state dict; ``positions=False`` leaves out the fixed position table, as the paper's counts do."""
+    D, patch = config.hidden_size, config.in_channels * config.patch_size**2
+    modulation = _linear(D, 2 * D) if config.modulation_vectors else 0
+    ends = _linear(patch, D) + _linear(D, config.patch_out_features) + modulation
+    embedders = _linear(TIMESTEP_FEATURES, D) + _linear(D, D) + config.label_rows * D
+    fixed = config.num_tokens * D if positions else 0
+    return ends + embedders + fixed + config.depth * _block_parameters(config)
+
+
+def _block_parameters(config: DiTConfig) -> int:
+    D, hidden = config.hidden_size, config.mlp_hidden_size
+    count = _linear(D, 3 * D) + _linear(D, D) + _linear(D, hidden) + _linear(hidden, D)
+    if config.conditioning == "cross_attention":
+        count += _linear(D, D) + _linear(D, 2 * D) + _linear(D, D)
+    if config.modulation_vectors:
+        count += _linear(D, config.modulation_vectors * D)
+    return count
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs

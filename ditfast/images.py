@@ -1,0 +1,82 @@
+"""Images as files: PNG, and a grid of samples with its classes beside it. Needs numpy only."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]
+
+# 3x5 glyphs, a row of bits each.
+_GLYPHS = {
+    "0": (7, 5, 5, 5, 7),
+    "1": (2, 6, 2, 2, 7),
+    "2": (7, 1, 7, 4, 7),
+    "3": (7, 1, 7, 1, 7),
+    "4": (5, 5, 7, 1, 1),
+    "5": (7, 4, 7, 1, 7),
+    "6": (7, 4, 7, 5, 7),
+    "7": (7, 1, 2, 2, 2),
+    "8": (7, 5, 7, 5, 7),
+    "9": (7, 5, 7, 1, 7),
+}
+
+
+def to_pixels(images: Tensor) -> Pixels:
+    """[N, C, H, W] in [-1, 1] -> [N, H, W, C] 8-bit, rounded; C is 1 (grey) or 3 (RGB)."""
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected [N, C, H, W] with 1 or 3 channels")
+    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+    return scaled.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+
+
+def labelled_grid(rows: dict[int, Tensor], scale: int = 4, gap: int = 2) -> Pixels:
+    """One row of images for each class, its number at the left: [height, width, C] 8-bit.
+
+    Args:
+        rows: class -> [N, C, H, W] in [-1, 1]; every class with the same N.
+        scale: pixels of the grid for each pixel of an image.
+        gap: pixels between cells.
+    """
+    cells = {label: to_pixels(images).repeat(scale, axis=1).repeat(scale, axis=2) for label, images in rows.items()}
+    count, height, width, channels = next(iter(cells.values())).shape
+    numbers = {label: _number(label, height // 8 or 1) for label in rows}
+    margin = max(number.shape[1] for number in numbers.values()) + 2 * gap
+    line = max(height, *(number.shape[0] for number in numbers.values())) + gap
+    grid = np.full((line * len(rows) + gap, margin + count * (width + gap), channels), 32, np.uint8)
+    for i, (label, images) in enumerate(cells.items()):
+        top, number = gap + i * line, numbers[label]
+        offset = top + (line - gap - number.shape[0]) // 2
+        grid[offset : offset + number.shape[0], gap : gap + number.shape[1]] = number[..., None]
+        for k, image in enumerate(images):
+            left = margin + k * (width + gap)
+            grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_png(path: Path, pixels: Pixels) -> None:
+    """Writes [height, width, C] 8-bit pixels, C = 1 or 3; the file appears whole or not at all."""
+    height, width, channels = pixels.shape
+    scanlines = np.zeros((height, 1 + width * channels), np.uint8)  # each line begins with its filter: 0, none
+    scanlines[:, 1:] = pixels.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(scanlines.tobytes(), 9)), (b"IEND", b""))
+    body = b"".join(struct.pack(">I", len(d)) + tag + d + struct.pack(">I", zlib.crc32(tag + d)) for tag, d in chunks)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    temporary.replace(path)
+
+
+def _number(value: int, scale: int) -> Pixels:
+    """A number in 3x5 glyphs, light on the grid's grey."""
+    columns = []
+    for digit in str(value):
+        bits = np.array([[row >> (2 - column) & 1 for column in range(3)] for row in _GLYPHS[digit]], np.uint8)
+        columns += [bits, np.zeros((5, 1), np.uint8)]
+    glyphs = np.concatenate(columns[:-1], axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
+    return (32 + glyphs * 200).astype(np.uint8)

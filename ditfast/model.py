@@ -1,0 +1,250 @@
+"""The fast DiT: the reference's parameters, run through ``blocks`` on fused ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import blocks
+from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
+from .config import DiTConfig
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(patchify(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)  # [B, T, D]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.q = nn.Linear(config.hidden_size, config.hidden_size)
+        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def views(self) -> blocks.CrossAttention:
+        return blocks.CrossAttention(_view(self.q), _view(self.kv), _view(self.proj))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden_size)
+        self.fc2 = nn.Linear(config.mlp_hidden_size, config.hidden_size)
+
+
+class Block(nn.Module):
+    """One block's parameters; ``blocks.run`` is its forward."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.mlp_norm_eps = config.arithmetic.mlp_norm_eps
+        self.attn = Attention(config)
+        self.cross_attn = CrossAttention(config) if config.conditioning == "cross_attention" else None
+        self.mlp = Mlp(config)
+        if config.modulation_vectors:
+            self.adaLN_modulation = _modulation(config, config.modulation_vectors)
+
+    def views(self) -> blocks.Block:
+        return blocks.Block(
+            num_heads=self.num_heads,
+            mlp_norm_eps=self.mlp_norm_eps,
+            qkv=_view(self.attn.qkv),
+            proj=_view(self.attn.proj),
+            fc1=_view(self.mlp.fc1),
+            fc2=_view(self.mlp.fc2),
+            cross=None if self.cross_attn is None else self.cross_attn.views(),
+        )
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, config.patch_out_features)
+        if config.modulation_vectors:
+            self.adaLN_modulation = _modulation(config, 2)
+
+
+class DiT(nn.Module):
+    """Drop-in for ``ditfast.reference.DiT``: the same parameter names and shapes, initialisation and calls; faster.
+
+    Runs in fp32, bf16 and fp16; a model in float64 is the reference's job. In training mode labels are dropped with
+    ``config.class_dropout_prob``.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config)
+        self.y_embedder = LabelEmbedder(config)
+        self.pos_embed = nn.Parameter(sincos_positions(config), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self._initialize()
+        self._pack()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The noise that x holds, and with ``learn_sigma`` the interpolation between the variances.
+
+        Args:
+            x: [B, C, H, W] noised latents, of the model's dtype.
+            t: [B] timesteps, may be fractional.
+            y: [B] integer labels; ``config.null_class`` for none.
+
+        Returns:
+            [B, C', H, W] of the model's dtype; C' is 2C with ``learn_sigma``, else C.
+
+        Raises:
+            ValueError: a shape, dtype or label; the message names the argument.
+        """
+        self._check(x, t, y)
+        x = self.x_embedder(x) + self.pos_embed  # [B, T, D]
+        t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # 2 x [B, D]
+        modulations, final = self._modulations(t_embedding + y_embedding)  # depth x up to 6 x [B, D], 2 x [B, D]
+        context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
+        if self.config.conditioning == "in_context":
+            x = torch.cat([x, context], dim=1)  # [B, T+2, D]
+        chain = [
+            sublayer
+            for block, modulation in zip(self.blocks, modulations, strict=True)
+            for sublayer in blocks.sublayers(block.views(), modulation, context)
+        ]
+        u = blocks.run(x, chain, final)[:, : self.config.num_tokens]  # [B, T, D]
+        return unpatchify(self.final_layer.linear(u), self.config.grid, self.config.patch_size)  # [B, C', H, W]
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guidance_channels: int | None = None
+    ) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022): ``unconditional + cfg_scale * (conditional - unconditional)``.
+
+        Args:
+            x: [2B, C, H, W]; both halves denoise the same images, so only the first is read.
+            t: [2B] timesteps.
+            y: [2B] labels, the second half ``config.null_class``.
+            cfg_scale: 1 is the conditional model alone.
+            guidance_channels: how many of the first channels are guided; the flavour's unless given (official: 3).
+
+        Returns:
+            [2B, C', H, W]: the guided channels twice, the others of either half.
+        """
+        if len(x) % 2:
+            raise ValueError(f"x: got a batch of {len(x)}, expected an even one: conditional, then unconditional")
+        channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
+        if not 0 <= channels <= self.config.in_channels:
+            raise ValueError(f"guidance_channels: got {channels}, expected 0..{self.config.in_channels}")
+        half = x[: len(x) // 2]  # [B, C, H, W]
+        out = self.forward(torch.cat([half, half]), t, y)  # [2B, C', H, W]
+        conditional, unconditional = out[:, :channels].chunk(2)  # 2 x [B, channels, H, W]
+        guided = torch.lerp(unconditional, conditional, cfg_scale)  # [B, channels, H, W]
+        return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)  # [2B, C', H, W]
+
+    def _modulations(self, c: Tensor) -> tuple[list[blocks.Modulation], blocks.Norm]:
+        """All blocks' vectors and the final norm's from the conditioning vector [B, D], in one GEMM."""
+        if not self.config.modulation_vectors:
+            return [blocks.Modulation()] * self.config.depth, blocks.Norm()
+        *per_block, final = packed_linear(F.silu(c), self._adaln_linears())
+        vectors = [modulation.chunk(self.config.modulation_vectors, dim=1) for modulation in per_block]
+        if self.config.conditioning == "adaln":
+            vectors = [(shift1, scale1, None, shift2, scale2, None) for shift1, scale1, shift2, scale2 in vectors]
+        return [blocks.Modulation(*v) for v in vectors], blocks.Norm(*final.chunk(2, dim=1))
+
+    def _adaln_linears(self) -> list[nn.Linear]:
+        return [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
+
+    def _pack(self) -> None:
+        if self.config.modulation_vectors:
+            pack_linears(self._adaln_linears())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DiT:
+        """Called by ``to``, ``half``, ``cuda`` and the like, which give every parameter a storage of its own."""
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.config.input_shape:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, self.config.input_shape))}]")
+        dtype = self.pos_embed.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x: got {x.dtype}, expected the model's {dtype}")
+        for name, value in (("t", t), ("y", y)):
+            if value.shape != x.shape[:1]:
+                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{len(x)}], one for each sample of x")
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise ValueError(f"y: got {y.dtype}, expected integer labels")
+        if y.device.type == "cpu" and not torch.compiler.is_compiling() and len(y):  # elsewhere looking would cost a sync
+            lowest, highest = (int(label) for label in y.aminmax())
+            if lowest < 0 or highest >= self.config.label_rows:
+                raise ValueError(f"y: got labels {lowest}..{highest}, expected 0..{self.config.label_rows - 1}")
+
+    def _initialize(self) -> None:
+        """As in the paper: Xavier linears; adaLN-Zero blocks start as the identity, the output at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
+        if self.x_embedder.proj.bias is not None:
+            nn.init.zeros_(self.x_embedder.proj.bias)
+        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(table.weight, std=0.02)
+        zeroed = [self.final_layer.linear]
+        if self.config.conditioning == "adaln_zero":
+            zeroed += self._adaln_linears()
+        elif self.config.conditioning == "adaln":
+            zeroed += self._adaln_linears()[-1:]
+        for linear in zeroed:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, T, C*p*p], the order of a patch's values that a convolution's weight has."""
+    B, C, H, W = x.shape
+    p = patch_size
+    x = x.reshape(B, C, H // p, p, W // p, p)  # [B, C, h, p, w, p]
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // p) * (W // p), C * p * p)  # [B, T, C*p*p]
+
+
+def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """[B, T, p*p*C] -> [B, C, H, W]; a token's values lie as (row, column, channel) of its patch."""
+    (h, w), p = grid, patch_size
+    B, C = len(x), x.shape[-1] // (p * p)
+    x = x.reshape(B, h, w, p, p, C)  # [B, h, w, p, p, C]
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p)  # [B, C, H, W]
+
+
+def sincos_positions(config: DiTConfig) -> Tensor:
+    """[1, T, D] fp32: sines and cosines of each patch's column in the first half of D, of its row in the second."""
+    h, w = config.grid
+    quarter = config.hidden_size // 4
+    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [D/4]
+    column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)  # 2 x [T]
+    angles = torch.stack([column, row], dim=1)[:, :, None] * frequencies  # [T, 2, D/4]
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None].float()  # [1, T, D]
+
+
+def _modulation(config: DiTConfig, vectors: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size))
+
+
+def _view(linear: nn.Linear) -> blocks.Linear:
+    return blocks.Linear(linear.weight, linear.bias)

@@ -1,0 +1,90 @@
+"""Self-attention from a packed qkv, on the best engine at hand: flash-attn if it can be imported, else torch's SDPA."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .checks import check_dtype
+from .dispatch import define_op, needs_gradient
+
+FLASH_LARGEST_HEAD = 256
+
+
+def attention(qkv: Tensor) -> Tensor:
+    """``softmax(q k.T / sqrt(d)) v`` for each head, without a mask (Vaswani et al. 2017).
+
+    Args:
+        qkv: [B, T, 3, H, d] fp32, fp16 or bf16, contiguous in its last three dimensions: the output of the qkv linear.
+
+    Returns:
+        [B, T, H*d], contiguous, of the dtype of qkv.
+
+    Raises:
+        ValueError: the shape, dtype or strides of qkv.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected [B, T, 3, H, d]")
+    check_dtype("qkv", qkv)
+    H, d = qkv.shape[3:]
+    if qkv.stride()[2:] != (H * d, d, 1) and qkv.numel():
+        raise ValueError(f"qkv: got strides {qkv.stride()}, expected its last three dimensions to be contiguous")
+    if needs_gradient(qkv):
+        return _torch_version(qkv)
+    return _op(qkv)
+
+
+def choose_engine(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """The engine that ``attention`` takes, ``"flash"`` or ``"sdpa"``, and why."""
+    if device.type != "cuda":
+        return "sdpa", f"flash-attn does not run on {device.type}"
+    if dtype == torch.float32:
+        return "sdpa", "flash-attn does not take float32"
+    if head_dim > FLASH_LARGEST_HEAD or head_dim % 8:
+        return "sdpa", f"flash-attn does not take head dim {head_dim}"
+    reason = _why_no_flash()
+    return ("sdpa", reason) if reason else ("flash", "flash-attn is installed")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _why_no_flash() -> str:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        return f"flash-attn is installed but does not import: {error}"
+    return ""
+
+
+def _flash(qkv: Tensor) -> Tensor:
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(qkv, causal=False).flatten(2)
+
+
+def _sdpa(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()
+
+
+_ENGINES = {"flash": _flash, "sdpa": _sdpa}
+
+
+def _torch_version(qkv: Tensor) -> Tensor:
+    engine, _ = choose_engine(qkv.device, qkv.dtype, qkv.shape[-1])
+    return _ENGINES[engine](qkv)
+
+
+def _fake(qkv: Tensor) -> Tensor:
+    B, T, _, H, d = qkv.shape
+    return qkv.new_empty((B, T, H * d))
+
+
+_op = define_op("attention(Tensor qkv) -> Tensor", _torch_version, _fake, triton=False)

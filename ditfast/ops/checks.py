@@ -1,0 +1,59 @@
+"""What every op asks of its arguments; each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tokens(name: str, x: Tensor) -> None:
+    """[B, T, D] activations with unit inner stride."""
+    if x.dim() != 3:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected [B, T, D]")
+    check_dtype(name, x)
+    _check_inner_stride(name, x)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: got dtype {tensor.dtype}, expected float32, float16 or bfloat16 (ditfast.reference works in float64)"
+        )
+
+
+def check_same(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Of the dtype and device of x, and of its shape unless another is given."""
+    expected = tuple(x.shape) if shape is None else shape
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected} for x {tuple(x.shape)}")
+    if tensor.dtype != x.dtype:
+        raise ValueError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype}, as x")
+    _check_device(name, tensor, x)
+    _check_inner_stride(name, tensor)
+
+
+def check_modulation(name: str, vector: Tensor | None, x: Tensor) -> None:
+    """[B, D] for one vector a sample or [B, T, D] for one a token, in any of the dtypes; or None."""
+    if vector is None:
+        return
+    B, T, D = x.shape
+    if tuple(vector.shape) not in ((B, D), (B, T, D)):
+        raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected {(B, D)} or {(B, T, D)} for x {tuple(x.shape)}")
+    check_dtype(name, vector)
+    _check_device(name, vector, x)
+    _check_inner_stride(name, vector)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device}, as x")
+
+
+def _check_inner_stride(name: str, tensor: Tensor) -> None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(
+            f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, expected a unit inner stride: "
+            f"call {name}.contiguous()"
+        )

@@ -1,0 +1,47 @@
+"""The end of a sublayer: its output, gated, is added to the residual stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_modulation, check_same, check_tokens
+from .dispatch import define_op, needs_gradient
+from .layer_norm_modulate import per_token
+
+
+def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
+    """``x + gate * h`` (Peebles & Xie 2022, adaLN-Zero's alpha), in fp32 with one rounding at the end.
+
+    Args:
+        x: [B, T, D] fp32, fp16 or bf16, unit inner stride: the residual stream.
+        h: as x: the sublayer's output.
+        gate: [B, D], or [B, T, D] for one vector a token; any of the dtypes, any outer strides; None for a plain residual.
+
+    Returns:
+        [B, T, D], contiguous, of the dtype of x.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or inner stride; the message names it.
+    """
+    check_tokens("x", x)
+    check_same("h", h, x)
+    check_modulation("gate", gate, x)
+    if needs_gradient(x, h, gate):
+        return torch_gated_residual(x, h, gate)
+    return _op(x, h, gate)
+
+
+def torch_gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return (x + h).contiguous()
+    if gate.dtype == x.dtype:  # one pass, and one rounding: torch computes it in fp32
+        return torch.addcmul(x, gate if gate.dim() == 3 else gate[:, None], h).contiguous()
+    return (x.float() + per_token(gate) * h.float()).to(x.dtype).contiguous()
+
+
+def _fake(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_op = define_op("gated_residual(Tensor x, Tensor h, Tensor? gate) -> Tensor", torch_gated_residual, _fake)

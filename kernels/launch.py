@@ -1,0 +1,60 @@
+"""Where kernels run: the launch itself, and what stands behind Triton on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+
+def launch(kernel: Any, grid: int, device: torch.device, *args: object, **options: object) -> None:
+    """Starts ``grid`` programs of a jitted kernel on ``device``'s current stream; none for an empty grid."""
+    if grid == 0:
+        return
+    # Triton 3.9 warns where the choice is left open; products and sums of our kernels are meant to fuse.
+    with _current(device):
+        kernel[(grid,)](*args, enable_fp_fusion=True, **options)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def interpreted() -> bool:
+    """Whether kernels were jitted for Triton's interpreter (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def target() -> str:
+    """What kernels compile for: ``sm_90``, ``gfx942``, or ``interpreter``.
+
+    Raises:
+        RuntimeError: there is no GPU, no simulator and no interpreter.
+    """
+    if interpreted():
+        return "interpreter"
+    try:
+        current = driver.active.get_current_target()
+    except RuntimeError as error:
+        raise RuntimeError(f"Triton found nothing to run kernels on ({error})") from error
+    return f"sm_{current.arch}" if current.backend == "cuda" else str(current.arch)
+
+
+def check_launchable(tensor: Tensor) -> None:
+    """Raises RuntimeError unless Triton kernels can take this tensor here."""
+    if tensor.device.type == "cuda" or interpreted():
+        return
+    try:
+        takes_cpu = driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:
+        takes_cpu = False
+    if tensor.device.type != "cpu" or not takes_cpu:
+        raise RuntimeError(
+            f"Triton kernels cannot take a tensor on {tensor.device} here: set TRITON_INTERPRET=1 before the first import of "
+            "ditfast, or move the tensor to a GPU"
+        )

@@ -1,0 +1,71 @@
+"""y = LayerNorm(x) * (1 + scale) + shift: x read once, y written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+from .rows import in_tile, load, modulate, modulation_arguments, normalise, row_offset, row_tile, store
+
+
+@triton.jit
+def layer_norm_modulate_kernel(
+    x_ptr,
+    x_batch_stride,
+    x_token_stride,
+    shift_ptr,
+    shift_batch_stride,
+    shift_token_stride,
+    scale_ptr,
+    scale_batch_stride,
+    scale_token_stride,
+    y_ptr,
+    num_rows,
+    num_tokens,
+    eps,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, CHUNK)[None, :]
+    mask = in_tile(row, column, num_rows, D, CHUNK)
+    x_row = row_offset(row, num_tokens, x_batch_stride, x_token_stride)
+    shift_row = row_offset(row, num_tokens, shift_batch_stride, shift_token_stride)
+    scale_row = row_offset(row, num_tokens, scale_batch_stride, scale_token_stride)
+    y_row = row.to(tl.int64)[:, None] * D
+    xs = ()
+    for i in tl.static_range(tl.cdiv(D, CHUNK)):
+        xs = xs + (load(x_ptr, x_row + (i * CHUNK + column), mask),)
+    xs = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
+    for i in tl.static_range(tl.cdiv(D, CHUNK)):
+        c = i * CHUNK + column
+        y = modulate(xs[i], shift_ptr, shift_row + c, scale_ptr, scale_row + c, mask)
+        store(y_ptr, y_row + c, y, mask)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
+    """x [B, T, D]; shift and scale [B, D] or [B, T, D], or None. Returns [B, T, D], contiguous."""
+    batch, tokens, width = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tile = row_tile(width)
+    launch(
+        layer_norm_modulate_kernel,
+        tile.grid(batch * tokens),
+        x.device,
+        x,
+        x.stride(0),
+        x.stride(1),
+        *modulation_arguments(shift),
+        *modulation_arguments(scale),
+        y,
+        batch * tokens,
+        tokens,
+        eps,
+        D=width,
+        **tile.options(),
+    )
+    return y

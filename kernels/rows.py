@@ -1,0 +1,116 @@
+"""What the row kernels share: tiles of whole rows, held in registers as a tuple of column chunks.
+
+A [ROWS, 128] chunk has no masked lane at D = 384, 768, 1024 and 1152, and every load is 16 bytes a thread; one block of the
+next power of two would idle up to 44% of its lanes. Any other width takes that one block, masked, and one row at a time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import interpreted
+
+CHUNK = 128
+LARGEST_CHUNKED_WIDTH = 1280  # beyond it eight rows of a tile no longer fit the registers of four warps
+
+
+class RowTile(NamedTuple):
+    """How a program covers rows of width D."""
+
+    rows: int
+    chunk: int
+    num_warps: int
+
+    def grid(self, num_rows: int) -> int:
+        return triton.cdiv(num_rows, self.rows)
+
+    def options(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "CHUNK": self.chunk, "num_warps": self.num_warps}
+
+
+def row_tile(width: int) -> RowTile:
+    chunked = width % CHUNK == 0 and width <= LARGEST_CHUNKED_WIDTH
+    chunk = CHUNK if chunked else triton.next_power_of_2(width)
+    if interpreted():  # costs per program, not per element
+        return RowTile(rows=64, chunk=chunk, num_warps=1)
+    if chunked:
+        return RowTile(rows=8, chunk=chunk, num_warps=4)
+    return RowTile(rows=1, chunk=chunk, num_warps=min(16, max(1, chunk // 512)))
+
+
+def modulation_arguments(vector: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """Pointer, batch stride and token stride of a [B, D] or [B, T, D] modulation; one vector a sample has token stride 0."""
+    if vector is None:
+        return None, 0, 0
+    return vector, vector.stride(0), vector.stride(1) if vector.dim() == 3 else 0
+
+
+@triton.jit
+def row_offset(row, num_tokens, batch_stride, token_stride):
+    """Element offset of each row [ROWS, 1] of a [B, T, D] tensor; 64-bit, since tensors may pass 2^31 elements."""
+    batch = (row // num_tokens).to(tl.int64)
+    token = (row % num_tokens).to(tl.int64)
+    return (batch * batch_stride + token * token_stride)[:, None]
+
+
+@triton.jit
+def in_tile(row, column, num_rows, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Mask [ROWS, CHUNK] or, where every chunk is full, [ROWS, 1]."""
+    if D % CHUNK == 0:
+        return (row < num_rows)[:, None]
+    else:
+        return (row < num_rows)[:, None] & (column < D)
+
+
+@triton.jit
+def load(pointer, offset, mask):
+    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(pointer, offset, value, mask):
+    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalise(xs, eps, STORED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """LayerNorm without weight or bias of rows held as a tuple of fp32 chunks; lanes past D hold zeros and stay so."""
+    xs = centre(xs, D, CHUNK)
+    if STORED == tl.float32:
+        xs = centre(xs, D, CHUNK)  # the mean was rounded: in fp32 storage, what that left is seen
+    squares = tl.zeros_like(xs[0])
+    for i in tl.static_range(len(xs)):
+        squares += xs[i] * xs[i]
+    rstd = tl.rsqrt(tl.sum(squares, 1)[:, None] * (1.0 / D) + eps)
+    normalised = ()
+    for i in tl.static_range(len(xs)):
+        normalised = normalised + (xs[i] * rstd,)
+    return normalised
+
+
+@triton.jit
+def centre(xs, D: tl.constexpr, CHUNK: tl.constexpr):
+    total = tl.zeros_like(xs[0])
+    for i in tl.static_range(len(xs)):
+        total += xs[i]
+    mean = tl.sum(total, 1)[:, None] * (1.0 / D)
+    centred = ()
+    for i in tl.static_range(len(xs)):
+        x = xs[i] - mean
+        if D % CHUNK != 0:
+            x = tl.where(tl.arange(0, CHUNK)[None, :] < D, x, 0.0)
+        centred = centred + (x,)
+    return centred
+
+
+@triton.jit
+def modulate(normalised, shift_ptr, shift_offset, scale_ptr, scale_offset, mask):
+    if scale_ptr is not None:
+        normalised = normalised * (1.0 + load(scale_ptr, scale_offset, mask))
+    if shift_ptr is not None:
+        normalised = normalised + load(shift_ptr, shift_offset, mask)
+    return normalised

@@ -1,0 +1,42 @@
+"""Where the kernel tests run: on a GPU, else as compiled code on the simulator, else (no C++ compiler) in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import TARGETS, WHERE, Runner
+
+
+def pytest_report_header() -> str:
+    return {
+        "gpu": "kernels run on a GPU",
+        "simulator": "kernels run as compiled code on the simulator (tests/ptxsim): no GPU here",
+        "interpreter": "kernels run in Triton's interpreter, NOT as compiled code: no GPU, and no g++ or TRITON_INTERPRET=1",
+    }[WHERE]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and WHERE != "gpu":
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(params=TARGETS)
+def compiled(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """Runs ops on their Triton kernels: twice on the simulator, as compiled for Ampere and for Hopper."""
+    with Runner.open(request.param) as runner:
+        yield runner
+
+
+@pytest.fixture(params=["torch", "triton"])
+def either(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """Runs ops on plain torch, then on their kernels."""
+    with Runner.open("torch" if request.param == "torch" else TARGETS[0]) as runner:
+        yield runner
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,59 @@
+import oracles
+import pytest
+import torch
+from oracles import TOKENS, WIDTHS
+from support import DTYPES, Runner, assert_rounded_once, pairwise, raises_naming
+
+from ditfast import ops
+
+CASES = pairwise(D=WIDTHS, T=TOKENS, dtype=DTYPES, kind=("chunk6", "per_token", "fp32", "none"))
+
+
+def check(runner: Runner, T: int, D: int, dtype: torch.dtype, kind: str) -> None:
+    x, h = torch.randn(2, 2, T, D, device=runner.device).to(dtype)
+    gate, _, _ = oracles.modulation(kind, x)
+    total = ops.gated_residual(x, h, gate)
+    assert total.dtype == dtype
+    exact, eager = (oracles.gated_residual(x, h, gate, precision) for precision in (torch.float64, torch.float32))
+    assert_rounded_once(total, exact, eager.to(dtype))
+
+
+@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+def test_kernel(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
+    check(compiled, T, D, DTYPES[dtype], kind)
+
+
+@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+def test_torch(D: int, T: int, dtype: str, kind: str) -> None:
+    with Runner.open("torch") as runner:
+        check(runner, T, D, DTYPES[dtype], kind)
+
+
+def test_empty_batch(either: Runner) -> None:
+    x = torch.empty(0, 16, 384, device=either.device)
+    assert ops.gated_residual(x, x, torch.empty(0, 384, device=either.device)).shape == (0, 16, 384)
+
+
+def test_gradients_take_torch(either: Runner) -> None:
+    x, h = (torch.randn(2, 4, 128, device=either.device, requires_grad=True) for _ in range(2))
+    gate = torch.randn(2, 128, device=either.device, requires_grad=True)
+    weight = torch.randn(2, 4, 128, device=either.device)
+    found = torch.autograd.grad((ops.gated_residual(x, h, gate) * weight).sum(), (x, h, gate))
+    exact = oracles.gated_residual(x, h, gate, torch.float64)
+    for a, b in zip(found, torch.autograd.grad((exact * weight).sum(), (x, h, gate)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_errors_name_the_argument() -> None:
+    x = torch.zeros(2, 4, 8)
+    assert "expected (2, 4, 8)" in raises_naming("h", lambda: ops.gated_residual(x, x[:1], None))
+    assert "float16" in raises_naming("h", lambda: ops.gated_residual(x, x.half(), None))
+    assert "(2, 8) or (2, 4, 8)" in raises_naming("gate", lambda: ops.gated_residual(x, x, torch.zeros(8)))
+
+
+def test_opcheck_and_fullgraph(either: Runner) -> None:
+    x, h = torch.randn(2, 2, 5, 128, device=either.device)
+    for gate in (torch.randn(2, 128, device=either.device), None):
+        torch.library.opcheck(torch.ops.ditfast.gated_residual.default, (x, h, gate))
+        graph = torch.compile(ops.gated_residual, fullgraph=True, backend="aot_eager")
+        assert torch.equal(graph(x, h, gate), ops.gated_residual(x, h, gate))

@@ -1,0 +1,83 @@
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import TOKENS, WIDTHS
+from support import DTYPES, TARGETS, Runner, assert_as_good_as, pairwise, raises_naming
+
+from ditfast import ops
+
+
+def check(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch.dtype) -> None:
+    x = torch.randn(B, T, K, device=runner.device).to(dtype)
+    weight = (2 * K**-0.5 * torch.randn(N, K, device=runner.device)).to(dtype)
+    bias = torch.randn(N, device=runner.device).to(dtype)
+    y = ops.linear_gelu(x, weight, bias)
+    assert y.dtype == dtype
+    exact, eager = (oracles.linear_gelu(x, weight, bias, precision) for precision in (torch.float64, dtype))
+    assert_as_good_as(y, exact, eager)
+
+
+CASES = pairwise(K=WIDTHS, T=TOKENS, dtype=DTYPES)
+
+
+@pytest.mark.parametrize(("K", "T", "dtype"), CASES)
+def test_kernel(compiled: Runner, K: int, T: int, dtype: str) -> None:
+    check(compiled, 2, T, 2 * K, K, DTYPES[dtype])
+
+
+@pytest.mark.parametrize(("K", "T", "dtype"), CASES)
+def test_torch(K: int, T: int, dtype: str) -> None:
+    with Runner.open("torch") as runner:
+        check(runner, 2, T, 2 * K, K, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_many_rows_take_the_large_tile(compiled: Runner, dtype: str) -> None:
+    check(compiled, 3, 257, 384, 192, DTYPES[dtype])
+
+
+@settings(max_examples=15, deadline=None)
+@given(B=st.integers(0, 3), T=st.integers(0, 70), N=st.integers(1, 200), K=st.integers(1, 200))
+def test_any_shape(B: int, T: int, N: int, K: int) -> None:
+    with Runner.open(TARGETS[0]) as runner:
+        check(runner, B, T, N, K, torch.bfloat16)
+
+
+def test_extreme_inputs_saturate(either: Runner) -> None:
+    x = torch.tensor([-1e4, -20.0, 0.0, 20.0, 1e4], device=either.device).view(1, 5, 1)
+    y = ops.linear_gelu(x, torch.ones(1, 1, device=either.device), torch.zeros(1, device=either.device))
+    assert y.flatten().tolist() == [0, 0, 0, 20, 1e4]
+
+
+def test_strided_arguments(either: Runner) -> None:
+    x = torch.randn(2, 20, 192, device=either.device)[:, 2:, :128]
+    weight = torch.randn(256, 192, device=either.device)[:, :128]
+    bias = torch.randn(256, device=either.device)
+    assert torch.equal(ops.linear_gelu(x, weight, bias), ops.linear_gelu(x.contiguous(), weight.contiguous(), bias))
+
+
+def test_gradients_take_torch(either: Runner) -> None:
+    inputs = [torch.randn(*shape, device=either.device, requires_grad=True) for shape in ((2, 4, 16), (8, 16), (8,))]
+    weight = torch.randn(2, 4, 8, device=either.device)
+    found = torch.autograd.grad((ops.linear_gelu(*inputs) * weight).sum(), inputs)
+    exact = oracles.linear_gelu(*inputs, torch.float64)
+    for a, b in zip(found, torch.autograd.grad((exact * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_errors_name_the_argument() -> None:
+    x, weight, bias = torch.zeros(2, 4, 8), torch.zeros(16, 8), torch.zeros(16)
+    assert "expected [B, T, D]" in raises_naming("x", lambda: ops.linear_gelu(x[0], weight, bias))
+    assert "expected (16, 8)" in raises_naming("weight", lambda: ops.linear_gelu(x, weight[:, :4], bias))
+    assert "expected [N, K]" in raises_naming("weight", lambda: ops.linear_gelu(x, bias, bias))
+    assert "bfloat16" in raises_naming("weight", lambda: ops.linear_gelu(x, weight.bfloat16(), bias))
+    assert "expected (16,)" in raises_naming("bias", lambda: ops.linear_gelu(x, weight, bias[:2]))
+
+
+def test_opcheck_and_fullgraph(either: Runner) -> None:
+    inputs = [torch.randn(*shape, device=either.device) for shape in ((2, 5, 64), (96, 64), (96,))]
+    torch.library.opcheck(torch.ops.ditfast.linear_gelu.default, inputs)
+    graph = torch.compile(ops.linear_gelu, fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(*inputs), ops.linear_gelu(*inputs))

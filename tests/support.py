@@ -1,0 +1,148 @@
+"""Helpers of the tests: where kernels run, what counts as exact enough, which cases of a product to run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ditfast
+
+
+def _where() -> str:
+    if torch.cuda.is_available():
+        return "gpu"
+    if os.environ.get("TRITON_INTERPRET") != "1" and shutil.which(os.environ.get("CXX", "g++")):
+        return "simulator"
+    return "interpreter"
+
+
+WHERE = _where()
+TARGETS = ("sm_80", "sm_90") if WHERE == "simulator" else (WHERE,)
+if WHERE == "interpreter":  # triton reads it when it jits the first kernel
+    os.environ["TRITON_INTERPRET"] = "1"
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+# ------------------------------------------------------------------------------------------------ where kernels run
+@dataclass(frozen=True)
+class Runner:
+    """Tensors go to ``device``; ops inside the ``with`` block that opened it take ``backend``."""
+
+    target: str
+    backend: str
+    device: torch.device
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open(target: str) -> Iterator[Runner]:
+        """``torch``, ``gpu``, ``interpreter``, or ``sm_80`` and the like for the simulator; outputs are poisoned."""
+        device = torch.device("cuda" if target == "gpu" else "cpu")
+        backend = "torch" if target == "torch" else "triton"
+        engine = _simulator(int(target.removeprefix("sm_"))) if target.startswith("sm_") else contextlib.nullcontext()
+        if target == "interpreter":
+            import interpreter_fixes
+
+            interpreter_fixes.install()
+        with engine, poisoned_outputs(), ditfast.backend(backend):
+            yield Runner(target, backend, device)
+
+
+@contextlib.contextmanager
+def _simulator(arch: int) -> Iterator[None]:
+    import ptxsim
+
+    ptxsim.install(arch)
+    try:
+        with ptxsim.set_options(check_race=True, check_init=True, strict_views=False):
+            yield
+    finally:
+        ptxsim.uninstall()
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fills every ``torch.empty`` with NaN, so that an element a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+# ------------------------------------------------------------------------------------------------ what is exact enough
+def error(out: Tensor, exact: Tensor) -> float:
+    """||out - exact|| / ||exact||"""
+    assert out.shape == exact.shape, f"shape {tuple(out.shape)}, expected {tuple(exact.shape)}"
+    out, exact = out.double().cpu(), exact.double().cpu()
+    assert not out.isnan().any(), f"{int(out.isnan().sum())} of {out.numel()} elements are NaN: never written?"
+    return ((out - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+
+
+def assert_rounded_once(out: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """The budget of row ops: 1.1 times the error of rounding the exact result once.
+
+    In fp32 storage the fp32 arithmetic itself rounds several times; there the bar is eager PyTorch, as for products.
+    """
+    if out.dtype == torch.float32:
+        return assert_as_good_as(out, exact, eager)
+    once = error(exact.to(out.dtype), exact)
+    assert error(out, exact) <= 1.1 * once, f"error {error(out, exact):.3e}, one rounding is {once:.3e}"
+
+
+def assert_as_good_as(out: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """The budget of products and models: 1.1 times the error of eager PyTorch in the same dtype, plus one unit roundoff."""
+    assert out.dtype == eager.dtype
+    bar = 1.1 * error(eager, exact) + UNIT_ROUNDOFF[out.dtype]
+    assert error(out, exact) <= bar, f"error {error(out, exact):.3e}, eager's {error(eager, exact):.3e}, allowed {bar:.3e}"
+
+
+# ------------------------------------------------------------------------------------------------ which cases to run
+def pairwise(**factors: Sequence[Any]) -> list[Any]:
+    """pytest params of the whole product; all but a subset that covers every pair of values are marked slow."""
+    names = list(factors)
+    cases = list(itertools.product(*factors.values()))
+    pairs_of = [set(itertools.combinations(enumerate(case), 2)) for case in cases]
+    missing = set().union(*pairs_of)
+    chosen = set()
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(pairs_of[i] & missing))
+        chosen.add(best)
+        missing -= pairs_of[best]
+    return [
+        pytest.param(*case, id=case_id(names, case), marks=() if i in chosen else pytest.mark.slow) for i, case in enumerate(cases)
+    ]
+
+
+def case_id(names: Sequence[str], case: Sequence[Any]) -> str:
+    """``T17-D384-bf16``: numbers after their name, words as they are."""
+    return "-".join(f"{name}{value}" if isinstance(value, int) else str(value) for name, value in zip(names, case, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ models
+def randomize(model: nn.Module) -> nn.Module:
+    """Gives every trained parameter values that matter: the paper's zeros would hide whole branches."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else parameter.numel()
+            nn.init.normal_(parameter, std=0.02 if name.endswith("bias") else 0.5 * fan_in**-0.5)
+    return model
+
+
+def raises_naming(argument: str, call: Callable[[], object]) -> str:
+    """The message of the ValueError that a call raises; it has to begin with the argument's name."""
+    with pytest.raises(ValueError, match=f"^{argument}: got ") as caught:
+        call()
+    return str(caught.value)
