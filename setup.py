@@ -1,4 +1,4 @@
-"""Metadata is in pyproject.toml; this maps the source folder kernels/ to the package ditfast.kernels.
+"""Metadata is in pyproject.toml; this maps kernels/ to ditfast.kernels and benchmarks/ to ditfast.benchmarks.
 
 Hugging Face publishes a package named `kernels`, which diffusers and transformers import: ours is never a top-level module.
 """
@@ -6,7 +6,7 @@ Hugging Face publishes a package named `kernels`, which diffusers and transforme
 from setuptools import setup
 
 setup(
-    packages=["ditfast", "ditfast.ops", "ditfast.diffusion", "ditfast.data", "ditfast.kernels"],
-    package_dir={"ditfast": "ditfast", "ditfast.kernels": "kernels"},
+    packages=["ditfast", "ditfast.ops", "ditfast.diffusion", "ditfast.data", "ditfast.kernels", "ditfast.benchmarks"],
+    package_dir={"ditfast": "ditfast", "ditfast.kernels": "kernels", "ditfast.benchmarks": "benchmarks"},
     package_data={"ditfast.data": ["*.safetensors"], "ditfast": ["py.typed"]},
 )

@@ -63,14 +63,15 @@ class Block(nn.Module):
             self.adaLN_modulation = _modulation(config, config.modulation_vectors)
 
     def views(self) -> blocks.Block:
+        attn, mlp, cross_attn = self.attn, self.mlp, self.cross_attn
         return blocks.Block(
             num_heads=self.num_heads,
             mlp_norm_eps=self.mlp_norm_eps,
-            qkv=_view(self.attn.qkv),
-            proj=_view(self.attn.proj),
-            fc1=_view(self.mlp.fc1),
-            fc2=_view(self.mlp.fc2),
-            cross=None if self.cross_attn is None else self.cross_attn.views(),
+            qkv=_view(attn.qkv),
+            proj=_view(attn.proj),
+            fc1=_view(mlp.fc1),
+            fc2=_view(mlp.fc2),
+            cross=None if cross_attn is None else cross_attn.views(),
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_dtype
-from .dispatch import define_op, needs_gradient
+from .dispatch import define_op, takes_torch
 
 FLASH_LARGEST_HEAD = 256
 
@@ -34,7 +34,7 @@ def attention(qkv: Tensor) -> Tensor:
     H, d = qkv.shape[3:]
     if qkv.stride()[2:] != (H * d, d, 1) and qkv.numel():
         raise ValueError(f"qkv: got strides {qkv.stride()}, expected its last three dimensions to be contiguous")
-    if needs_gradient(qkv):
+    if takes_torch(qkv):
         return _torch_version(qkv)
     return _op(qkv)
 

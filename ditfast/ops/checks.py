@@ -25,9 +25,9 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 def check_same(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
     """Of the dtype and device of x, and of its shape unless another is given."""
-    expected = tuple(x.shape) if shape is None else shape
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected} for x {tuple(x.shape)}")
+    expected = x.shape if shape is None else shape
+    if tensor.shape != expected:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(expected)} for x {tuple(x.shape)}")
     if tensor.dtype != x.dtype:
         raise ValueError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype}, as x")
     _check_device(name, tensor, x)
@@ -38,8 +38,8 @@ def check_modulation(name: str, vector: Tensor | None, x: Tensor) -> None:
     """[B, D] for one vector a sample or [B, T, D] for one a token, in any of the dtypes; or None."""
     if vector is None:
         return
-    B, T, D = x.shape
-    if tuple(vector.shape) not in ((B, D), (B, T, D)):
+    if vector.shape != x.shape and vector.shape != x.shape[::2]:
+        B, T, D = x.shape
         raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected {(B, D)} or {(B, T, D)} for x {tuple(x.shape)}")
     check_dtype(name, vector)
     _check_device(name, vector, x)

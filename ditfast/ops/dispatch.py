@@ -38,6 +38,7 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -58,7 +59,7 @@ def choose_backend(device: torch.device) -> tuple[str, str]:
     if forced is not None:
         return forced, "forced by ditfast.backend"
     if device.type != "cuda":
-        return "torch", f"{device.type} tensors take torch unless forced"
+        return "torch", "only CUDA tensors take Triton unless ditfast.backend forces it"
     if not has_triton():
         return "torch", "triton is not installed"
     return "triton", "the default on CUDA"
@@ -66,6 +67,13 @@ def choose_backend(device: torch.device) -> tuple[str, str]:
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def takes_torch(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether to call the torch version straight away: for gradients, and in eager mode where the op would only call it."""
+    if needs_gradient(x, *others):
+        return True
+    return not torch.compiler.is_compiling() and choose_backend(x.device)[0] == "torch"
 
 
 def define_op(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_modulation, check_same, check_tokens
-from .dispatch import define_op, needs_gradient
+from .dispatch import define_op, takes_torch
 from .layer_norm_modulate import per_token
 
 
@@ -27,7 +27,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     check_tokens("x", x)
     check_same("h", h, x)
     check_modulation("gate", gate, x)
-    if needs_gradient(x, h, gate):
+    if takes_torch(x, h, gate):
         return torch_gated_residual(x, h, gate)
     return _op(x, h, gate)
 

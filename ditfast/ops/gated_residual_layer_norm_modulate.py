@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .checks import check_modulation, check_same, check_tokens
-from .dispatch import define_op, needs_gradient
+from .dispatch import define_op, takes_torch
 from .gated_residual import torch_gated_residual
 from .layer_norm_modulate import torch_layer_norm_modulate
 
@@ -34,7 +34,7 @@ def gated_residual_layer_norm_modulate(
     check_same("h", h, x)
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_modulation(name, vector, x)
-    if needs_gradient(x, h, gate, shift, scale):
+    if takes_torch(x, h, gate, shift, scale):
         return _torch_version(x, h, gate, shift, scale, eps)
     return _op(x, h, gate, shift, scale, eps)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_same, check_tokens
-from .dispatch import define_op, needs_gradient
+from .dispatch import define_op, takes_torch
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K]")
     check_same("weight", weight, x, (weight.shape[0], x.shape[2]))
     check_same("bias", bias, x, (weight.shape[0],))
-    if needs_gradient(x, weight, bias):
+    if takes_torch(x, weight, bias):
         return torch_linear_gelu(x, weight, bias)
     return _op(x, weight, bias)
 

@@ -1,0 +1,1 @@
+"""The benchmarks, installed as ``ditfast.benchmarks``; ``bench.py`` is the main job."""

@@ -1,0 +1,125 @@
+"""How fast ditfast is: DiT forwards against eager PyTorch and torch.compile, checked against float64 before they are timed.
+
+    python benchmarks/bench.py                                     what fits this machine
+    python benchmarks/bench.py --models DiT-S/2 DiT-B/4 --batch 1 8 --dtype bf16 fp32
+    python benchmarks/bench.py --models DiT-XL/2@512 --batch 32 --rivals compile ditfast --rounds 15 --out results
+
+Writes bench.json, throughput.png and ratios.png into --out. Rivals run interleaved, round by round, so that a machine whose
+clock drifts slows all of them; ratios are medians of each round's ratio. The reference's attention is torch's SDPA, as in
+the official code with a current timm: eager is no unfused-attention baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ditfast import DiTConfig
+from ditfast.benchmarks.environment import describe
+from ditfast.benchmarks.report import print_table, save_json, save_plots
+from ditfast.benchmarks.rivals import RIVALS, Case, available_rivals, digits_case, random_case
+from ditfast.benchmarks.timing import Row, bench_case, progress_bar
+from ditfast.config import MODEL_NAMES
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CPU_MODELS = [name for name in MODEL_NAMES if name.startswith(("DiT-S", "DiT-B"))]
+CUDA_MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]
+FEWEST_ROUNDS = 5
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", type=_model, metavar="NAME", help="such as DiT-S/2, or DiT-XL/2@512 for 512px")
+    parser.add_argument("--batch", nargs="+", type=_positive, metavar="N", help="default: 1; on CUDA 1 8 32 128")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
+    parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder; default %(default)s")
+    args = parser.parse_args(argv)
+    on_cuda = args.device.type == "cuda"
+    args.models = args.models or (CUDA_MODELS if on_cuda else CPU_MODELS)
+    args.batch = args.batch or ([1, 8, 32, 128] if on_cuda else [1])
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    console = Console(width=None if Console().is_terminal else 150)
+    environment = describe(args.device)
+    console.print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), highlight=False)
+    rivals, notes = available_rivals(args.rivals, args.device)
+    cases: list[Case] = [
+        random_case(model, _config(model), batch, args.device, dtype)
+        for dtype, model, batch in itertools.product(args.dtype, args.models, args.batch)
+    ]
+    cases += [digits_case(dtype, args.device) for dtype in args.dtype]
+    rows: list[Row] = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("bench", total=len(cases), phase="")
+        for case in cases:
+
+            def show(phase: str, case: Case = case) -> None:
+                progress.update(task, phase=f"{case.title}: {phase}")
+
+            try:
+                found, remarks = bench_case(case, rivals, args.rounds, show)
+                rows += found
+                notes += remarks
+            except torch.OutOfMemoryError:
+                notes.append(f"{case.title}: skipped, out of memory")
+            progress.advance(task)
+    print_table(console, rows)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = [save_json(args.out / "bench.json", environment, rows, notes), *save_plots(args.out, rows)]
+    console.print("wrote " + ", ".join(str(path) for path in written), highlight=False)
+    return 0 if all(row.parity for row in rows) else 1
+
+
+def _config(model: str) -> DiTConfig:
+    name, _, pixels = model.partition("@")
+    return DiTConfig.from_name(name, image_size=int(pixels or 256))
+
+
+def _model(text: str) -> str:
+    name, _, pixels = text.partition("@")
+    if name not in MODEL_NAMES:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(MODEL_NAMES)}, or with @512 behind")
+    try:
+        DiTConfig.from_name(name, image_size=int(pixels or 256))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    return int(text)
+
+
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < FEWEST_ROUNDS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {FEWEST_ROUNDS}")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"got {text!r}, but torch {torch.__version__} sees no CUDA device; expected cpu")
+    return device
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
