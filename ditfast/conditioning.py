@@ -30,7 +30,7 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
         raise ValueError(f"dim: got {dim}, expected an even number")
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) / (frequency_divisor or half) * index)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / (frequency_divisor or half))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

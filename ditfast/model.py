@@ -180,6 +180,11 @@ class DiT(nn.Module):
         self._pack()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by deepcopy and unpickling, which do the same."""
+        super().__setstate__(state)
+        self._pack()
+
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, self.config.input_shape))}]")

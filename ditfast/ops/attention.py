@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 
@@ -14,6 +13,21 @@ from .checks import check_dtype
 from .dispatch import define_op, takes_torch
 
 FLASH_LARGEST_HEAD = 256
+
+
+def why_no_flash() -> str:
+    """Why flash-attn cannot be called here; empty if it can."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        return f"flash-attn is installed but does not import: {error}"
+    return ""
+
+
+# Looked up once, at import: a graph that torch.compile traces cannot look for modules.
+WHY_NO_FLASH = why_no_flash()
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -47,20 +61,7 @@ def choose_engine(device: torch.device, dtype: torch.dtype, head_dim: int) -> tu
         return "sdpa", "flash-attn does not take float32"
     if head_dim > FLASH_LARGEST_HEAD or head_dim % 8:
         return "sdpa", f"flash-attn does not take head dim {head_dim}"
-    reason = _why_no_flash()
-    return ("sdpa", reason) if reason else ("flash", "flash-attn is installed")
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _why_no_flash() -> str:
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
-    try:
-        importlib.import_module("flash_attn")
-    except (ImportError, OSError) as error:  # built for another torch or CUDA
-        return f"flash-attn is installed but does not import: {error}"
-    return ""
+    return ("sdpa", WHY_NO_FLASH) if WHY_NO_FLASH else ("flash", "flash-attn is installed")
 
 
 def _flash(qkv: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
+TRITON_OPS: list[str] = []  # filled by define_op
 
 _library = torch.library.Library("ditfast", "DEF")
 _forced: ContextVar[str | None] = ContextVar("ditfast.backend", default=None)
@@ -91,6 +92,8 @@ def define_op(
         kernels().check_launchable(args[0])
         return getattr(kernels(), name)(*args)
 
+    if triton:
+        TRITON_OPS.append(name)
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditfast::{name}", fake, lib=_library)

@@ -1,0 +1,35 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import raises_naming
+
+from ditfast.images import labelled_grid, save_png, to_pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_is_read_back_by_others(tmp_path: Path, channels: int) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 17, channels)).astype(np.uint8)
+    save_png(tmp_path / "image.png", pixels)
+    read = np.asarray(image.open(io.BytesIO((tmp_path / "image.png").read_bytes())))
+    assert np.array_equal(read.reshape(pixels.shape), pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
+
+
+def test_pixels_cover_the_range() -> None:
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 5.0]).view(1, 1, 1, 5)
+    assert to_pixels(values).flatten().tolist() == [0, 0, 128, 255, 255]
+    assert "1 or 3 channels" in raises_naming("images", lambda: to_pixels(torch.zeros(1, 4, 8, 8)))
+
+
+def test_grid_has_a_labelled_row_for_each_class() -> None:
+    white, black = torch.ones(3, 1, 8, 8), -torch.ones(3, 1, 8, 8)
+    grid = labelled_grid({1: white, 17: black}, scale=4, gap=2)
+    height = (grid.shape[0] - 2) // 2
+    assert (grid[2 : height, -34:-2] == 255).all()
+    assert (grid[2 + height : 2 * height, -34:-2] == 0).all()
+    margins = grid[:height, : -3 * 34], grid[height:, : -3 * 34]
+    assert (margins[0] > 200).sum() < (margins[1] > 200).sum(), "17 takes more ink than 1"

@@ -1,0 +1,184 @@
+"""The fast model against the float64 reference, on torch and on the compiled kernels."""
+
+import copy
+import io
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import DTYPES, TARGETS, Runner, assert_as_good_as, raises_naming, randomize
+from torch import Tensor
+
+import ditfast
+from ditfast import DiT, DiTConfig, reference
+from ditfast.config import CONDITIONINGS
+
+SMALL = DiTConfig(depth=2, hidden_size=64, num_heads=2, patch_size=2, input_size=8, num_classes=5)
+
+
+def pair(config: DiTConfig, dtype: torch.dtype, device: torch.device | None = None) -> tuple[reference.DiT, DiT]:
+    """The reference and the fast model with the same random weights, in one dtype."""
+    oracle = randomize(reference.DiT(config)).eval()
+    fast = DiT(config).eval()
+    fast.load_state_dict(oracle.state_dict(), strict=True)
+    return oracle.to(dtype), fast.to(device or "cpu", dtype)
+
+
+def inputs(config: DiTConfig, dtype: torch.dtype, B: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(B, *config.input_shape).to(dtype)
+    return x, torch.rand(B) * 999, torch.randint(config.label_rows, (B,))
+
+
+@torch.inference_mode()
+def check(config: DiTConfig, dtype: torch.dtype, runner: Runner, B: int = 2) -> None:
+    oracle, fast = pair(config, dtype, runner.device)
+    x, t, y = inputs(config, dtype, B)
+    eager = oracle(x, t, y)
+    found = fast(*(tensor.to(runner.device) for tensor in (x, t, y))).cpu()
+    exact = oracle.double()(x.double(), t, y)
+    assert_as_good_as(found, exact, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flavour", ["official", "diffusers"])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_small(conditioning: str, flavour: str, dtype: str, either: Runner) -> None:
+    config = DiTConfig(
+        depth=3, hidden_size=96, num_heads=4, patch_size=2, input_size=(8, 12), num_classes=7, conditioning=conditioning, flavour=flavour
+    )
+    check(config, DTYPES[dtype], either, B=3)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_xl_width(conditioning: str, dtype: str, either: Runner) -> None:
+    check(DiTConfig(depth=2, conditioning=conditioning), DTYPES[dtype], either, B=1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dit_s2_at_256px_through_the_compiled_kernels(target: str) -> None:
+    with Runner.open(target) as runner:
+        check(DiTConfig.from_name("DiT-S/2", image_size=256), torch.bfloat16, runner, B=1)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_state_dicts_are_interchangeable(conditioning: str) -> None:
+    config = DiTConfig(depth=2, hidden_size=64, num_heads=2, input_size=8, conditioning=conditioning)
+    oracle, fast = reference.DiT(config), DiT(config)
+    assert {k: v.shape for k, v in oracle.state_dict().items()} == {k: v.shape for k, v in fast.state_dict().items()}
+    assert list(dict(oracle.named_parameters())) == list(dict(fast.named_parameters()))
+    fast.load_state_dict(oracle.state_dict(), strict=True)
+    oracle.load_state_dict(fast.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_same_initialisation(conditioning: str) -> None:
+    config = DiTConfig(depth=2, hidden_size=64, num_heads=2, input_size=(8, 4), conditioning=conditioning)
+    models = []
+    for kind in (reference.DiT, DiT):
+        torch.manual_seed(3)
+        models.append(kind(config).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(models[0].values(), models[1].values(), strict=True))
+
+
+def test_guidance() -> None:
+    oracle, fast = pair(SMALL, torch.float32)
+    x, t, y = inputs(SMALL, torch.float32, B=4)
+    y = torch.cat([y[:2] % 5, torch.full((2,), SMALL.null_class)])
+    with torch.no_grad():
+        for channels in (None, 0, 2, 4):
+            found = fast.forward_with_cfg(x, t, y, 4.0, channels)
+            exact = oracle.double().forward_with_cfg(x.double(), t, y, 4.0, channels)
+            assert_as_good_as(found, exact, oracle.float().forward_with_cfg(x, t, y, 4.0, channels))
+
+
+def test_gradients_agree_with_the_reference() -> None:
+    oracle, fast = pair(SMALL, torch.float32)
+    x, t, y = inputs(SMALL, torch.float32)
+    weight = torch.randn(2, 8, 8, 8)
+    (fast(x, t, y) * weight).sum().backward()
+    (oracle.double()(x.double(), t, y) * weight).sum().backward()
+    exact = {name: p.grad for name, p in oracle.named_parameters() if p.requires_grad}
+    assert {name for name, p in fast.named_parameters() if p.grad is not None} == set(exact)
+    for name, parameter in fast.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad.double(), exact[name], rtol=1e-3, atol=1e-5)
+
+
+def test_labels_are_dropped_in_training_only() -> None:
+    torch.manual_seed(0)
+    embedder = DiT(SMALL).y_embedder
+    y = torch.full((2000,), 2)
+    table = embedder.embedding_table.weight
+    assert torch.equal(embedder.eval()(y), table[y])
+    dropped = (embedder.train()(y) == table[SMALL.null_class]).all(1).float().mean()
+    assert 0.07 < dropped < 0.13
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle", "to_bf16_and_back", "safetensors"])
+def test_copies_compute_the_same_and_stay_independent(copied: str, tmp_path) -> None:
+    _, fast = pair(SMALL, torch.float32)
+    if copied == "to_bf16_and_back":
+        fast.bfloat16().float()
+    x, t, y = inputs(SMALL, torch.float32)
+    with torch.no_grad():
+        before = fast(x, t, y)
+        if copied == "pickle":
+            buffer = io.BytesIO()
+            torch.save(fast, buffer)
+            twin = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+        elif copied == "safetensors":
+            save_file(fast.state_dict(), tmp_path / "model.safetensors")
+            twin = DiT(SMALL).eval()
+            twin.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+        else:
+            twin = copy.deepcopy(fast)
+        torch.testing.assert_close(twin(x, t, y), before)
+        randomize(fast)
+        torch.testing.assert_close(twin(x, t, y), before)
+        assert not torch.allclose(fast(x, t, y), before)
+
+
+def test_adaln_weights_lie_in_one_storage() -> None:
+    model = DiT(SMALL)
+    for moved in (model, model.bfloat16(), copy.deepcopy(model)):
+        linears = [block.adaLN_modulation[1] for block in moved.blocks] + [moved.final_layer.adaLN_modulation[1]]
+        assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_compiles_without_graph_breaks(conditioning: str, either: Runner) -> None:
+    config = DiTConfig(depth=2, hidden_size=64, num_heads=2, input_size=8, conditioning=conditioning)
+    _, fast = pair(config, torch.float32, either.device)
+    x, t, y = (tensor.to(either.device) for tensor in inputs(config, torch.float32))
+    torch._dynamo.reset()
+    graph = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x, t, y), fast(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_empty_batch(either: Runner) -> None:
+    model = DiT(SMALL).eval().to(either.device)
+    x, t, y = (tensor.to(either.device)[:0] for tensor in inputs(SMALL, torch.float32))
+    with torch.no_grad():
+        assert model(x, t, y).shape == (0, 8, 8, 8)
+
+
+def test_errors_name_the_argument() -> None:
+    model = DiT(SMALL)
+    x, t, y = inputs(SMALL, torch.float32)
+    assert "[B, 4, 8, 8]" in raises_naming("x", lambda: model(x[:, :3], t, y))
+    assert "torch.float32" in raises_naming("x", lambda: model(x.half(), t, y))
+    assert "[2]" in raises_naming("t", lambda: model(x, t[:1], y))
+    assert "[2]" in raises_naming("y", lambda: model(x, t, y[None]))
+    assert "integer labels" in raises_naming("y", lambda: model(x, t, y.float()))
+    assert "0..5" in raises_naming("y", lambda: model(x, t, y + 6))
+    assert "0..5" in raises_naming("y", lambda: model(x, t, y - 6))
+    assert "even" in raises_naming("x", lambda: model.forward_with_cfg(x[:1], t[:1], y[:1], 2.0))
+    assert "0..4" in raises_naming("guidance_channels", lambda: model.forward_with_cfg(x, t, y, 2.0, 5))
+    assert "float64" in raises_naming("x", lambda: DiT(SMALL).double()(x.double(), t, y))
+
+
+def test_public_names() -> None:
+    for name in ("DiT", "DiTConfig", "ops", "reference", "flops", "backend", "diffusion", "load_digits"):
+        assert hasattr(ditfast, name)
