@@ -71,14 +71,16 @@ def save_plots(folder: Path, rows: list[Row]) -> list[Path]:
 def _draw_throughput(axes: Any, rows: list[Row]) -> None:
     """Images a second over the work of one: a line a patch size and rival."""
     colours = {"2": "tab:blue", "4": "tab:orange", "8": "tab:green"}
-    styles = {rival: style for rival, style in zip(dict.fromkeys(row.rival for row in rows), (":", "--", "-", "-.") * 2)}
+    styles = dict(zip(dict.fromkeys(row.rival for row in rows), (":", "--", "-", "-.") * 2, strict=False))
     batch, dtype = rows[0].batch, rows[0].dtype
     chosen = [row for row in rows if (row.batch, row.dtype) == (batch, dtype)]
     for rival, style in styles.items():
         for patch, colour in colours.items():
             line = sorted((r.gmacs, r.images_per_s) for r in chosen if r.rival == rival and _patch(r) == patch)
             if line:
-                axes.plot(*zip(*line), style, color=colour, marker="o", markersize=4, label=f"{rival}, patch {patch}")
+                axes.plot(
+                    *zip(*line, strict=True), style, color=colour, marker="o", markersize=4, label=f"{rival}, patch {patch}"
+                )
     axes.set(xscale="log", yscale="log", xlabel="GMACs an image (the paper's Gflops)", ylabel="images / s")
     axes.set_title(f"Throughput by patch size ({dtype}, batch {batch}, {rows[0].device})")
     axes.legend(fontsize=7, ncols=len(styles))
@@ -94,12 +96,13 @@ def _draw_ratios(axes: Any, rows: list[Row]) -> None:
         bars = axes.bar(places, [row.speedup_over.get(rival, 0.0) for row in own], width, label=f"over {rival}")
         axes.bar_label(bars, fmt="%.2f", fontsize=6)
     axes.axhline(1, color="black", linewidth=1)
+    axes.margins(y=0.15)
     several = len({(row.dtype, row.batch) for row in own}) > 1
     names = [f"{row.model}\n{row.dtype} b{row.batch}" if several else row.model for row in own]
     axes.set_xticks(range(len(own)), names, fontsize=7, rotation=45 if len(own) > 8 else 0)
     axes.set(ylabel="speed of ditfast over the rival's", title="ditfast against each rival (median of each round's ratio)")
     if rivals:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right")
 
 
 def _patch(row: Row) -> str:

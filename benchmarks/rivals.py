@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ditfast.diffusion import GaussianDiffusion
 RIVALS = ("eager", "compile", "ditfast")
 DIGITS = "digits"
 DIGITS_BATCH = 64
+Model = TypeVar("Model", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -107,7 +109,7 @@ def available_rivals(wanted: Sequence[str], device: torch.device) -> tuple[list[
     return names, notes
 
 
-def _loaded(model: nn.Module, case: Case, dtype: torch.dtype | None = None) -> nn.Module:
+def _loaded(model: Model, case: Case, dtype: torch.dtype | None = None) -> Model:
     """With the case's weights as rounded to its dtype, computing in that dtype or another."""
     model.load_state_dict({name: weight.to(case.dtype) for name, weight in case.weights().items()})
     return model.eval().to(case.device, case.dtype if dtype is None else dtype)

@@ -74,7 +74,11 @@ def bench_case(case: Case, names: list[str], rounds: int, show: Callable[[str], 
 
 
 def _interleaved(
-    runs: dict[str, Callable[..., Tensor]], inputs: tuple[Tensor, ...], device: torch.device, rounds: int, show: Callable[[str], None]
+    runs: dict[str, Callable[..., Tensor]],
+    inputs: tuple[Tensor, ...],
+    device: torch.device,
+    rounds: int,
+    show: Callable[[str], None],
 ) -> dict[str, list[float]]:
     """Seconds for one forward, a value each round; who begins a round moves on with each."""
     for run in runs.values():

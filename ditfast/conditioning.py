@@ -43,7 +43,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         features = timestep_embedding(t, frequency_divisor=self.frequency_divisor)  # [B, 256]
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # [B, D]
+        return self.mlp(features.to(next(self.parameters()).dtype))  # [B, D]
 
 
 class LabelEmbedder(nn.Module):
@@ -102,7 +102,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor | None:
     first = parts[0]
     address = first.data_ptr()
     for part in parts:
-        if type(part) is not nn.Parameter or part.dtype != first.dtype or not part.is_contiguous() or part.data_ptr() != address:
+        if (
+            type(part) is not nn.Parameter
+            or part.dtype != first.dtype
+            or not part.is_contiguous()
+            or part.data_ptr() != address
+        ):
             return None
         address += part.nbytes
     storage = first.untyped_storage()

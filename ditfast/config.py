@@ -196,4 +196,4 @@ def _pair(field: str, value: object) -> tuple[int, int]:
         raise ValueError(f"{field}: got {value!r}, expected a positive integer or a (height, width) pair of them")
     for side in pair:
         _positive_int(field, side)
-    return tuple(pair)  # type: ignore[return-value]
+    return pair[0], pair[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from . import blocks
 from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
 from .config import DiTConfig
+
+ADALN_ORDER = ("attn_shift", "attn_scale", "mlp_shift", "mlp_scale")
 
 
 class PatchEmbed(nn.Module):
@@ -123,11 +125,9 @@ class DiT(nn.Module):
         context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
         if self.config.conditioning == "in_context":
             x = torch.cat([x, context], dim=1)  # [B, T+2, D]
-        chain = [
-            sublayer
-            for block, modulation in zip(self.blocks, modulations, strict=True)
-            for sublayer in blocks.sublayers(block.views(), modulation, context)
-        ]
+        chain: list[blocks.Sublayer] = []
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            chain += blocks.sublayers(cast(Block, block).views(), modulation, context)
         u = blocks.run(x, chain, final)[:, : self.config.num_tokens]  # [B, T, D]
         return unpatchify(self.final_layer.linear(u), self.config.grid, self.config.patch_size)  # [B, C', H, W]
 
@@ -163,9 +163,9 @@ class DiT(nn.Module):
             return [blocks.Modulation()] * self.config.depth, blocks.Norm()
         *per_block, final = packed_linear(F.silu(c), self._adaln_linears())
         vectors = [modulation.chunk(self.config.modulation_vectors, dim=1) for modulation in per_block]
-        if self.config.conditioning == "adaln":
-            vectors = [(shift1, scale1, None, shift2, scale2, None) for shift1, scale1, shift2, scale2 in vectors]
-        return [blocks.Modulation(*v) for v in vectors], blocks.Norm(*final.chunk(2, dim=1))
+        order = ADALN_ORDER if self.config.conditioning == "adaln" else blocks.Modulation._fields
+        shift, scale = final.chunk(2, dim=1)
+        return [blocks.Modulation(**dict(zip(order, v, strict=True))) for v in vectors], blocks.Norm(shift, scale)
 
     def _adaln_linears(self) -> list[nn.Linear]:
         return [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
@@ -210,13 +210,11 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
         if self.x_embedder.proj.bias is not None:
             nn.init.zeros_(self.x_embedder.proj.bias)
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
+        for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
+            nn.init.normal_(self.get_parameter(f"{name}.weight"), std=0.02)
         zeroed = [self.final_layer.linear]
-        if self.config.conditioning == "adaln_zero":
-            zeroed += self._adaln_linears()
-        elif self.config.conditioning == "adaln":
-            zeroed += self._adaln_linears()[-1:]
+        if self.config.modulation_vectors:
+            zeroed += self._adaln_linears() if self.config.conditioning == "adaln_zero" else self._adaln_linears()[-1:]
         for linear in zeroed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)

@@ -29,7 +29,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000) * index / self.divisor)  # [128], fp32 in every model dtype
         angles = t.float()[:, None] * frequencies  # [B, 128]
         features = torch.cat([angles.cos(), angles.sin()], dim=1)  # [B, 256]
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # [B, D]
+        return self.mlp(features.to(next(self.parameters()).dtype))  # [B, D]
 
 
 class LabelEmbedder(nn.Module):
@@ -237,13 +237,13 @@ def initialize(model: DiT) -> None:
     patches = model.x_embedder.proj
     nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
     nn.init.zeros_(cast(Tensor, patches.bias))
-    for table in (model.y_embedder.embedding_table, model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
-        nn.init.normal_(table.weight, std=0.02)
-    zeroed = [model.final_layer.linear]
+    for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
+        nn.init.normal_(model.get_parameter(f"{name}.weight"), std=0.02)
+    zeroed = ["final_layer.linear"]
     if model.config.modulation_vectors:
-        zeroed.append(model.final_layer.adaLN_modulation[1])
+        zeroed.append("final_layer.adaLN_modulation.1")
     if model.config.conditioning == "adaln_zero":
-        zeroed += [block.adaLN_modulation[1] for block in model.blocks]
-    for linear in zeroed:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+        zeroed += [f"blocks.{i}.adaLN_modulation.1" for i in range(model.config.depth)]
+    for name in zeroed:
+        for parameter in model.get_submodule(name).parameters():
+            nn.init.zeros_(parameter)

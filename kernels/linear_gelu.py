@@ -43,6 +43,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     tile = gemm_tile(M, x.dtype)
     launch(
-        linear_gelu_kernel, tile.grid(M, N), x.device, rows, weight.contiguous(), bias.contiguous(), y, M, N, K, **tile.options(K)
+        linear_gelu_kernel,
+        tile.grid(M, N),
+        x.device,
+        rows,
+        weight.contiguous(),
+        bias.contiguous(),
+        y,
+        M,
+        N,
+        K,
+        **tile.options(K),
     )
     return y

@@ -80,7 +80,7 @@ def store(pointer, offset, value, mask):
 def normalise(xs, eps, STORED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
     """LayerNorm without weight or bias of rows held as a tuple of fp32 chunks; lanes past D hold zeros and stay so."""
     xs = centre(xs, D, CHUNK)
-    if STORED == tl.float32:
+    if tl.float32 == STORED:
         xs = centre(xs, D, CHUNK)  # the mean was rounded: in fp32 storage, what that left is seen
     squares = tl.zeros_like(xs[0])
     for i in tl.static_range(len(xs)):

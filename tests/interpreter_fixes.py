@@ -38,10 +38,16 @@ def _involves_bf16(source: Any, target: Any) -> bool:
 
 def _cast(source: Any, target: Any) -> Any:
     """Through torch, which rounds to nearest; the interpreter keeps bf16 as uint16."""
-    bits = {tl.bfloat16: (np.int16, torch.bfloat16), tl.float16: (np.int16, torch.float16), tl.float32: (np.int32, torch.float32)}
+    bits = {
+        tl.bfloat16: (np.int16, torch.bfloat16),
+        tl.float16: (np.int16, torch.float16),
+        tl.float32: (np.int32, torch.float32),
+    }
     from_int, from_dtype = bits[source.dtype.scalar]
     to_int, to_dtype = bits[target.scalar]
     data = np.ascontiguousarray(source.data)
     values = torch.from_numpy(data.view(from_int).copy()).view(from_dtype).to(to_dtype)
     stored = {tl.bfloat16: np.uint16, tl.float16: np.float16, tl.float32: np.float32}[target.scalar]
-    return interpreter.TensorHandle(values.view(torch.from_numpy(np.zeros(1, to_int)).dtype).numpy().view(stored), target.scalar)
+    return interpreter.TensorHandle(
+        values.view(torch.from_numpy(np.zeros(1, to_int)).dtype).numpy().view(stored), target.scalar
+    )

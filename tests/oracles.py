@@ -24,9 +24,7 @@ def modulation(kind: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
     return gate, None if kind == "scale_only" else shift, None if kind == "shift_only" else scale
 
 
-def layer_norm_modulate(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, dtype: torch.dtype, eps: float = 1e-6
-) -> Tensor:
+def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, dtype: torch.dtype, eps: float = 1e-6) -> Tensor:
     normalised = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
     return normalised * (1 + _over_tokens(scale, 0.0, dtype)) + _over_tokens(shift, 0.0, dtype)
 

@@ -122,7 +122,8 @@ def pairwise(**factors: Sequence[Any]) -> list[Any]:
         chosen.add(best)
         missing -= pairs_of[best]
     return [
-        pytest.param(*case, id=case_id(names, case), marks=() if i in chosen else pytest.mark.slow) for i, case in enumerate(cases)
+        pytest.param(*case, id=case_id(names, case), marks=() if i in chosen else pytest.mark.slow)
+        for i, case in enumerate(cases)
     ]
 
 

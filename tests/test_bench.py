@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 def test_the_command_writes_table_json_and_plots(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench.py", "--models", "DiT-S/8", "--rivals", "eager", "ditfast", "--rounds", "5"]
-    done = subprocess.run([*command, "--device", "cpu", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for expected in ("DiT-S/8", "digits", "GMACs", "TFLOP/s", "x eager", "ditfast"):
         assert expected in done.stdout

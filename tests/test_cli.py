@@ -50,7 +50,13 @@ def test_sample_names_a_bad_respacing(tmp_path: Path) -> None:
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for expected in ("torch", "triton", "gated_residual_layer_norm_modulate", "attention, head dim 72", "parity with the float64"):
+    for expected in (
+        "torch",
+        "triton",
+        "gated_residual_layer_norm_modulate",
+        "attention, head dim 72",
+        "parity with the float64",
+    ):
         assert expected in out
 
 

@@ -32,6 +32,8 @@ def test_loads_ready_to_use() -> None:
 def test_the_training_script_runs(tmp_path: Path) -> None:
     out = tmp_path / "digits.safetensors"
     script = ROOT / "examples" / "train_digits.py"
-    subprocess.run([sys.executable, str(script), "--steps", "2", "--out", str(out)], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, str(script), "--steps", "2", "--out", str(out)], check=True, capture_output=True, cwd=tmp_path
+    )
     with safe_open(out, framework="pt") as checkpoint:
         assert set(checkpoint.keys()) == set(load_digits().state_dict())

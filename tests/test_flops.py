@@ -12,7 +12,12 @@ PAPER = {
     "DiT-L/8": 5.01, "DiT-L/4": 19.70, "DiT-L/2": 80.71,
     "DiT-XL/8": 7.39, "DiT-XL/4": 29.05, "DiT-XL/2": 118.64,
 }  # fmt: skip
-PAPER_DESIGNS = {"in_context": (119.37, 449.0), "cross_attention": (137.62, 597.8), "adaln": (118.56, 600.45), "adaln_zero": (118.64, 674.83)}
+PAPER_DESIGNS = {
+    "in_context": (119.37, 449.0),
+    "cross_attention": (137.62, 597.8),
+    "adaln": (118.56, 600.45),
+    "adaln_zero": (118.64, 674.83),
+}
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
@@ -39,7 +44,11 @@ def test_xl2_parameters() -> None:
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"learn_sigma": False, "mlp_ratio": 2.5, "num_classes": 7}, {"input_size": (8, 24), "patch_size": 4, "class_dropout_prob": 0.0}],
+    [
+        {},
+        {"learn_sigma": False, "mlp_ratio": 2.5, "num_classes": 7},
+        {"input_size": (8, 24), "patch_size": 4, "class_dropout_prob": 0.0},
+    ],
     ids=["XL", "odd", "rectangular"],
 )
 def test_agrees_with_the_reference(conditioning: str, fields: dict[str, object]) -> None:

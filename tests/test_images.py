@@ -29,7 +29,7 @@ def test_grid_has_a_labelled_row_for_each_class() -> None:
     white, black = torch.ones(3, 1, 8, 8), -torch.ones(3, 1, 8, 8)
     grid = labelled_grid({1: white, 17: black}, scale=4, gap=2)
     height = (grid.shape[0] - 2) // 2
-    assert (grid[2 : height, -34:-2] == 255).all()
+    assert (grid[2:height, -34:-2] == 255).all()
     assert (grid[2 + height : 2 * height, -34:-2] == 0).all()
     margins = grid[:height, : -3 * 34], grid[height:, : -3 * 34]
     assert (margins[0] > 200).sum() < (margins[1] > 200).sum(), "17 takes more ink than 1"

@@ -44,7 +44,14 @@ def check(config: DiTConfig, dtype: torch.dtype, runner: Runner, B: int = 2) -> 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_small(conditioning: str, flavour: str, dtype: str, either: Runner) -> None:
     config = DiTConfig(
-        depth=3, hidden_size=96, num_heads=4, patch_size=2, input_size=(8, 12), num_classes=7, conditioning=conditioning, flavour=flavour
+        depth=3,
+        hidden_size=96,
+        num_heads=4,
+        patch_size=2,
+        input_size=(8, 12),
+        num_classes=7,
+        conditioning=conditioning,
+        flavour=flavour,
     )
     check(config, DTYPES[dtype], either, B=3)
 

@@ -32,7 +32,13 @@ def test_the_wheel_holds_no_top_level_kernels(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"ditfast"}
-    for expected in ("kernels/layer_norm_modulate.py", "benchmarks/bench.py", "ops/attention.py", "data/digits.safetensors", "py.typed"):
+    for expected in (
+        "kernels/layer_norm_modulate.py",
+        "benchmarks/bench.py",
+        "ops/attention.py",
+        "data/digits.safetensors",
+        "py.typed",
+    ):
         assert f"ditfast/{expected}" in names
 
 
@@ -60,6 +66,8 @@ def test_diffusers_imports_with_hugging_faces_kernels(present: bool, cwd: Path, 
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(*args, **kwargs): ...\n")
         (tmp_path / "kernels-0.17.2.dist-info").mkdir()
-        (tmp_path / "kernels-0.17.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+        (tmp_path / "kernels-0.17.2.dist-info" / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n"
+        )
     done = run_python(IMPORT_DIFFUSERS, cwd=cwd, path=tmp_path)
     assert done.stdout.strip() == "DiTTransformer2DModel", done.stderr

@@ -1,6 +1,7 @@
 """Gaussian diffusion with an epsilon-predicting model: the training loss and the steps back.
 
-Sources: Ho et al. 2020 (posterior), Nichol & Dhariwal 2021 (learned range of the variance, hybrid loss), Song et al. 2021 (DDIM).
+Sources: Ho et al. 2020 (posterior), Nichol & Dhariwal 2021 (learned range of the variance, hybrid loss), Song et al. 2021
+(DDIM).
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ class GaussianDiffusion:
         step = self._coefficients(x0, t)
         return (step.bar.sqrt() * x0 + (1 - step.bar).sqrt() * noise).to(x0.dtype)
 
-    def mean_variance(
-        self, model_output: Tensor, x: Tensor, t: Tensor, clip: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def mean_variance(self, model_output: Tensor, x: Tensor, t: Tensor, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The model's Gaussian over the step before t.
 
         Args:
@@ -116,9 +115,7 @@ class GaussianDiffusion:
         first = (t == self.timesteps[0]).view(-1, 1, 1, 1)
         return torch.where(first, likelihood, divergence).flatten(1).mean(1) / math.log(2)
 
-    def _mean_variance(
-        self, model_output: Tensor, x: Tensor, step: Coefficients, clip: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _mean_variance(self, model_output: Tensor, x: Tensor, step: Coefficients, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
         epsilon, variance = self._split(model_output, x)
         x0 = (x - (1 - step.bar).sqrt() * epsilon) / step.bar.sqrt()
         x0 = x0.clamp(-1, 1) if clip else x0
@@ -146,7 +143,9 @@ class GaussianDiffusion:
         if t.device not in self._tables:
             self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)
         if t.device.type == "cpu" and not set(t.tolist()) <= set(self.timesteps):
-            raise ValueError(f"t: got {t.tolist()}, expected original steps that .timesteps keeps: {_abbreviated(self.timesteps)}")
+            raise ValueError(
+                f"t: got {t.tolist()}, expected original steps that .timesteps keeps: {_abbreviated(self.timesteps)}"
+            )
         rows = self._tables[t.device][t].to(_compute_dtype(x))
         return Coefficients(*rows.view(len(t), -1, *[1] * (x.dim() - 1)).unbind(1))
 

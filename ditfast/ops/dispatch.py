@@ -82,7 +82,8 @@ def define_op(
 ) -> Callable[..., Any]:
     """Registers ``ditfast::name``: at each call the launcher of that name in ``ditfast.kernels``, or ``torch_version``.
 
-    ``triton=False``: there is no such launcher. The choice is made inside the op, at run time: a compiled graph follows ``ditfast.backend`` without recompiling.
+    The choice is made inside the op, at run time: a compiled graph follows ``ditfast.backend`` without recompiling.
+    ``triton=False`` says that there is no such launcher.
     """
     name = schema.partition("(")[0]
 

@@ -55,7 +55,9 @@ def test_explicit_steps() -> None:
     assert respaced_timesteps([999, 0, 500]) == [0, 500, 999]
 
 
-@pytest.mark.parametrize("respacing", ["", "0", "-5", "2.5", "ddim", "ddim3,4", "ten", "ddim51", "600,600", "1001", [], [1000], [1, 1], [0.5]])
+@pytest.mark.parametrize(
+    "respacing", ["", "0", "-5", "2.5", "ddim", "ddim3,4", "ten", "ddim51", "600,600", "1001", [], [1000], [1, 1], [0.5]]
+)
 def test_errors(respacing: object) -> None:
     raises_naming("respacing", lambda: respaced_timesteps(respacing))  # type: ignore[arg-type]
 

@@ -1,6 +1,5 @@
 import sys
 import types
-from collections.abc import Iterator
 
 import oracles
 import pytest
@@ -34,11 +33,13 @@ def test_empty_batch(either: Runner) -> None:
 
 
 @pytest.fixture
-def flash_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, dict[str, object]]]]:
+def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, dict[str, object]]]:
     """A stand-in flash_attn module with the real one's signature and layouts, which cannot be installed without a GPU."""
     calls: list[tuple[Tensor, dict[str, object]]] = []
 
-    def flash_attn_qkvpacked_func(qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, **options: object) -> Tensor:
+    def flash_attn_qkvpacked_func(
+        qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, **options: object
+    ) -> Tensor:
         calls.append((qkv, {"dropout_p": dropout_p, "softmax_scale": softmax_scale, **options}))
         B, T, _, H, d = qkv.shape
         return oracles.attention(qkv, qkv.dtype).view(B, T, H, d)
@@ -48,7 +49,7 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, 
     module.flash_attn_qkvpacked_func = flash_attn_qkvpacked_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr(attention_module, "WHY_NO_FLASH", attention_module.why_no_flash())
-    yield calls
+    return calls
 
 
 def test_flash_attention_is_preferred_and_called_packed(
