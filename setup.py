@@ -3,10 +3,10 @@
 Hugging Face publishes a package named `kernels`, which diffusers and transformers import: ours is never a top-level module.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["ditfast", "ditfast.ops", "ditfast.diffusion", "ditfast.data", "ditfast.kernels", "ditfast.benchmarks"],
+    packages=[*find_packages(include=["ditfast", "ditfast.*"]), "ditfast.kernels", "ditfast.benchmarks"],
     package_dir={"ditfast": "ditfast", "ditfast.kernels": "kernels", "ditfast.benchmarks": "benchmarks"},
     package_data={"ditfast.data": ["*.safetensors"], "ditfast": ["py.typed"]},
 )

@@ -12,6 +12,7 @@ the official code with a current timm: eager is no unfused-attention baseline.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,26 +22,25 @@ from rich.console import Console
 
 from ditfast import DiTConfig
 from ditfast.benchmarks.environment import describe
-from ditfast.benchmarks.report import print_table, save_json, save_plots
-from ditfast.benchmarks.rivals import RIVALS, Case, available_rivals, digits_case, random_case
+from ditfast.benchmarks.report import print_tables, save_json, save_plots
+from ditfast.benchmarks.rivals import DTYPES, RIVALS, Case, available_rivals, digits_case, random_case
 from ditfast.benchmarks.timing import Row, bench_case, progress_bar
 from ditfast.config import MODEL_NAMES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_MODELS = [name for name in MODEL_NAMES if name.startswith(("DiT-S", "DiT-B"))]
 CUDA_MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]
 FEWEST_ROUNDS = 5
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=_model, metavar="NAME", help="such as DiT-S/2, or DiT-XL/2@512 for 512px")
     parser.add_argument("--batch", nargs="+", type=_positive, metavar="N", help="default: 1; on CUDA 1 8 32 128")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
     parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder; default %(default)s")
+    parser.add_argument("--out", type=_folder, default="bench-results", metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     on_cuda = args.device.type == "cuda"
     args.models = args.models or (CUDA_MODELS if on_cuda else CPU_MODELS)
@@ -50,19 +50,28 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    console = Console(width=None if Console().is_terminal else 150)
+    missing = [module for module in ("matplotlib", "sklearn") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise SystemExit(f"bench needs {' and '.join(missing)}: pip install -e '.[bench]' (or 'ditfast[bench]')")
+    console = Console(width=max(100, Console().width))
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)  # streams and graphs are made on the current one
+    torch.backends.cudnn.allow_tf32 = False  # no rival gets to round its fp32 convolution
     environment = describe(args.device)
     console.print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), highlight=False)
     rivals, notes = available_rivals(args.rivals, args.device)
     cases: list[Case] = [
         random_case(model, _config(model), batch, args.device, dtype)
-        for dtype, model, batch in itertools.product(args.dtype, args.models, args.batch)
+        for model, dtype, batch in itertools.product(args.models, args.dtype, args.batch)
     ]
     cases += [digits_case(dtype, args.device) for dtype in args.dtype]
     rows: list[Row] = []
+    report = args.out / "bench.json"
     with progress_bar(console) as progress:
         task = progress.add_task("bench", total=len(cases), phase="")
         for case in cases:
+            if not console.is_terminal:
+                console.print(case.title, highlight=False)
 
             def show(phase: str, case: Case = case) -> None:
                 progress.update(task, phase=f"{case.title}: {phase}")
@@ -72,13 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += found
                 notes += remarks
             except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
                 notes.append(f"{case.title}: skipped, out of memory")
+            save_json(report, environment, rows, notes)
             progress.advance(task)
-    print_table(console, rows)
+    print_tables(console, rows)
     for note in notes:
         console.print(f"note: {note}", highlight=False)
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = [save_json(args.out / "bench.json", environment, rows, notes), *save_plots(args.out, rows)]
+    written = [report, *save_plots(args.out, rows)]
     console.print("wrote " + ", ".join(str(path) for path in written), highlight=False)
     return 0 if all(row.parity for row in rows) else 1
 
@@ -89,9 +99,11 @@ def _config(model: str) -> DiTConfig:
 
 
 def _model(text: str) -> str:
-    name, _, pixels = text.partition("@")
-    if name not in MODEL_NAMES:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(MODEL_NAMES)}, or with @512 behind")
+    name, at, pixels = text.partition("@")
+    if name not in MODEL_NAMES or (at and not pixels.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected one of {', '.join(MODEL_NAMES)}, or with @512 behind for 512px"
+        )
     try:
         DiTConfig.from_name(name, image_size=int(pixels or 256))
     except ValueError as error:
@@ -111,14 +123,24 @@ def _rounds(text: str) -> int:
     return int(text)
 
 
-def _device(text: str) -> torch.device:
+def _folder(text: str) -> Path:
+    path = Path(text)
     try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"got {text!r}, but torch {torch.__version__} sees no CUDA device; expected cpu")
-    return device
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder that can be written: {error}") from error
+    return path
+
+
+def _device(text: str) -> torch.device:
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in text and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return torch.device(text)
 
 
 if __name__ == "__main__":

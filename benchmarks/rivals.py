@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,17 +15,20 @@ from torch import Tensor, nn
 import ditfast
 from ditfast import DiTConfig, reference
 from ditfast.diffusion import GaussianDiffusion
+from ditfast.digits import real_digits
 
 RIVALS = ("eager", "compile", "ditfast")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIGITS = "digits"
 DIGITS_BATCH = 64
+
+Run = Callable[..., Tensor]
 Model = TypeVar("Model", bound=nn.Module)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one input; the weights are made when it is run."""
+    """One model on one input; weights are those of its dtype, in whatever dtype a model computes."""
 
     model: str
     config: DiTConfig
@@ -43,32 +47,30 @@ class Case:
         return f"{self.model} {self.dtype_name} batch {self.batch}"
 
     def reference(self, dtype: torch.dtype | None = None) -> reference.DiT:
-        return _loaded(reference.DiT(self.config), self, dtype)
+        return self._loaded(reference.DiT, dtype)
 
-    def rivals(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-        """Each rival as a function of (x, t, y), warmed up by its first call."""
-        for name in names:
-            kind, _, graphed = name.partition("+")
-            model: nn.Module = _loaded(ditfast.DiT(self.config), self) if kind == "ditfast" else self.reference()
-            if kind == "compile":
-                torch._dynamo.reset()  # else the models before this one count against its recompilation limit
-                model.compile(dynamic=False)
-            yield name, _under_cuda_graph(model, self.inputs()) if graphed else model
+    def rival(self, name: str, others: dict[str, Run]) -> Run:
+        """A rival as a function of (x, t, y); ``NAME+graph`` captures the one of ``others`` called NAME."""
+        kind, _, graphed = name.partition("+")
+        if graphed:
+            return _under_cuda_graph(others[kind], self.inputs())
+        if kind == "ditfast":
+            return self._loaded(ditfast.DiT)
+        model = self.reference()
+        if kind == "compile":
+            torch._dynamo.reset()  # else the cases before this one count against torch.compile's recompilation limit
+            model.compile(dynamic=False)
+        return model
+
+    def _loaded(self, kind: Callable[[DiTConfig], Model], dtype: torch.dtype | None = None) -> Model:
+        with torch.device("meta"):  # weights are about to come: initialising would only cost time
+            model = kind(self.config)
+        model.load_state_dict({name: weight.to(self.dtype) for name, weight in self.weights().items()}, assign=True)
+        return model.eval().to(self.device, self.dtype if dtype is None else dtype)
 
 
 def random_case(model: str, config: DiTConfig, batch: int, device: torch.device, dtype_name: str) -> Case:
     """Random weights, all of them non-zero, and unit-variance latents."""
-
-    def weights() -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        with torch.device("meta"):
-            shapes = {name: (p.shape, p.requires_grad) for name, p in reference.DiT(config).named_parameters()}
-        made = {
-            name: torch.randn(shape, generator=generator) * (0.5 * shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02)
-            for name, (shape, trained) in shapes.items()
-            if trained
-        }
-        return made | {"pos_embed": reference.sincos_positions(config)}
 
     def inputs() -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
@@ -77,22 +79,31 @@ def random_case(model: str, config: DiTConfig, batch: int, device: torch.device,
         y = torch.randint(config.num_classes, (batch,), generator=generator)
         return x.to(device, DTYPES[dtype_name]), t.to(device), y.to(device)
 
-    return Case(model, config, batch, dtype_name, device, weights, inputs)
+    return Case(model, config, batch, dtype_name, device, functools.partial(_random_weights, config), inputs)
+
+
+@functools.lru_cache(maxsize=1)  # one model's at a time: every rival and batch size of it asks again
+def _random_weights(config: DiTConfig) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        parameters = {name: p.shape for name, p in reference.DiT(config).named_parameters() if p.requires_grad}
+    weights = {"pos_embed": reference.sincos_positions(config)}
+    for name, shape in parameters.items():
+        std = 0.5 * shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
+        weights[name] = torch.randn(shape, generator=generator) * std
+    return weights
 
 
 def digits_case(dtype_name: str, device: torch.device) -> Case:
-    """The trained checkpoint on scans of real digits, half way into the noise."""
+    """The trained checkpoint on scans of real digits, at every depth of noise."""
     trained = ditfast.load_digits()
 
     def inputs() -> tuple[Tensor, Tensor, Tensor]:
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        x0 = torch.tensor(pixels[:DIGITS_BATCH], dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+        images, labels = (part[:DIGITS_BATCH] for part in real_digits())
         t = torch.linspace(0, 999, DIGITS_BATCH).long()
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-        x = GaussianDiffusion().add_noise(x0, t, noise)
-        return x.to(device, DTYPES[dtype_name]), t.to(device), torch.tensor(labels[:DIGITS_BATCH], device=device)
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+        x = GaussianDiffusion().add_noise(images, t, noise)
+        return x.to(device, DTYPES[dtype_name]), t.to(device), labels.to(device)
 
     return Case(DIGITS, trained.config, DIGITS_BATCH, dtype_name, device, trained.state_dict, inputs)
 
@@ -109,23 +120,17 @@ def available_rivals(wanted: Sequence[str], device: torch.device) -> tuple[list[
     return names, notes
 
 
-def _loaded(model: Model, case: Case, dtype: torch.dtype | None = None) -> Model:
-    """With the case's weights as rounded to its dtype, computing in that dtype or another."""
-    model.load_state_dict({name: weight.to(case.dtype) for name, weight in case.weights().items()})
-    return model.eval().to(case.device, case.dtype if dtype is None else dtype)
-
-
-def _under_cuda_graph(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[..., Tensor]:
-    """The model captured once on fixed inputs; a call copies its arguments in and replays."""
+def _under_cuda_graph(run: Run, inputs: tuple[Tensor, Tensor, Tensor]) -> Run:
+    """``run`` captured once on inputs of its own; a call copies its arguments in, replays, and returns the same output."""
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
         for _ in range(3):
-            model(*inputs)
+            run(*inputs)
     torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = model(*inputs)
+        output = run(*inputs)
 
     def replay(*arguments: Tensor) -> Tensor:
         for buffer, argument in zip(inputs, arguments, strict=True):

@@ -66,11 +66,11 @@ class Sublayer(NamedTuple):
     gate: Tensor | None
 
 
-def run(x: Tensor, sublayers: Sequence[Sublayer], final: Norm) -> Tensor:
+def run(x: Tensor, chain: Sequence[Sublayer], final: Norm) -> Tensor:
     """The chain of sublayers over x [B, T, D], then the final norm: what the output linear reads, [B, T, D]."""
-    norms = [sublayer.norm for sublayer in sublayers] + [final]
+    norms = [sublayer.norm for sublayer in chain] + [final]
     u = ops.layer_norm_modulate(x, *norms[0])  # [B, T, D]
-    for sublayer, following in zip(sublayers, norms[1:], strict=True):
+    for sublayer, following in zip(chain, norms[1:], strict=True):
         h = sublayer.transform(u)  # [B, T, D]
         x, u = ops.gated_residual_layer_norm_modulate(x, h, sublayer.gate, *following)  # 2 x [B, T, D]
     return u

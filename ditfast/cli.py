@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -35,10 +36,7 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:  # has its own arguments and --help
-        try:
-            from ditfast.benchmarks import bench
-        except ModuleNotFoundError as error:
-            raise SystemExit(f"ditfast bench needs {error.name}: pip install 'ditfast[bench]'") from error
+        from ditfast.benchmarks import bench
 
         return bench.main(arguments[1:])
     args = _parser().parse_args(arguments)
@@ -65,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     sampler.add_argument("--classes", type=_digit, nargs="+", default=list(range(10)), metavar="0..9", help="default: all ten")
     sampler.add_argument("--per-class", type=_positive, default=10, metavar="N", help="images a class; default %(default)s")
     sampler.add_argument("--steps", default="ddim50", help="respacing: ddim50, 250, ...; default %(default)s")
-    sampler.add_argument("--cfg", type=float, default=2.0, help="guidance scale; 1 is none; default %(default)s")
-    sampler.add_argument("--seed", type=int, default=0)
+    sampler.add_argument("--cfg", type=_finite, default=2.0, help="guidance scale; 1 is none; default %(default)s")
+    sampler.add_argument("--seed", type=_seed, default=0)
     sampler.set_defaults(run=_sample)
     commands.add_parser("bench", help="time DiT forwards against their rivals (its own --help)", add_help=False)
     return parser
@@ -158,6 +156,22 @@ def _png(text: str) -> Path:
 def _digit(text: str) -> int:
     if not text.isdecimal() or int(text) > 9:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a digit 0..9")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer 0..2^64-1")
     return int(text)
 
 

@@ -68,7 +68,7 @@ def pack_linears(linears: Sequence[nn.Linear]) -> None:
     """
     for name in ("weight", "bias"):
         parts = [getattr(linear, name) for linear in linears]
-        if any(part.is_meta for part in parts) or _joined(parts) is not None:
+        if parts[0].is_meta or len({(part.dtype, part.device) for part in parts}) > 1 or _joined(parts) is not None:
             continue
         whole = torch.cat([part.detach() for part in parts])
         for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
@@ -82,11 +82,16 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     gradients, and compiled graphs, go through the linears one by one.
     """
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    if not torch.compiler.is_compiling() and not needs_gradient(x, *weights, *biases):
+    plain = all(_is_plain(linear) for linear in linears)  # else somebody hooked or replaced it, and expects to be called
+    if plain and not torch.compiler.is_compiling() and not needs_gradient(x, *weights, *biases):
         weight, bias = _joined(weights), _joined(biases)
         if weight is not None and bias is not None:
             return list(_wide_linear(x, weight, bias).split([len(part) for part in weights], dim=-1))
     return [linear(x) for linear in linears]
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    return type(linear).forward is nn.Linear.forward and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Source: Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", table
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
@@ -186,8 +187,8 @@ def _positive_int(field: str, value: object) -> None:
 
 
 def _real(field: str, value: object) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise ValueError(f"{field}: got {value!r}, expected a number")
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{field}: got {value!r}, expected a finite number")
 
 
 def _pair(field: str, value: object) -> tuple[int, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from importlib import resources
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from .config import DiTConfig
 from .model import DiT
@@ -23,3 +25,11 @@ def load_digits() -> DiT:
     model = DiT(config)
     model.load_state_dict(weights)
     return model.eval()
+
+
+def real_digits() -> tuple[Tensor, Tensor]:
+    """What the model was trained on: scans [1797, 1, 8, 8] fp32 in [-1, 1] and labels [1797]; needs scikit-learn."""
+    from sklearn import datasets
+
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)

@@ -52,7 +52,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One block's parameters; ``blocks.run`` is its forward."""
+    """One block's parameters; ``blocks.run`` is its forward, which reads them: hooks on these modules do not fire."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -103,6 +103,7 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self._initialize()
         self._pack()
+        self.register_load_state_dict_post_hook(_pack_after_loading)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The noise that x holds, and with ``learn_sigma`` the interpolation between the variances.
@@ -146,6 +147,8 @@ class DiT(nn.Module):
         Returns:
             [2B, C', H, W]: the guided channels twice, the others of either half.
         """
+        if not self.config.class_dropout_prob:
+            raise ValueError("class_dropout_prob: got 0, so this model has no null class to guide away from")
         if len(x) % 2:
             raise ValueError(f"x: got a batch of {len(x)}, expected an even one: conditional, then unconditional")
         channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
@@ -194,8 +197,8 @@ class DiT(nn.Module):
         for name, value in (("t", t), ("y", y)):
             if value.shape != x.shape[:1]:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{len(x)}], one for each sample of x")
-        if y.is_floating_point() or y.dtype == torch.bool:
-            raise ValueError(f"y: got {y.dtype}, expected integer labels")
+        if y.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"y: got {y.dtype}, expected integer labels, int64 or int32")
         if y.device.type == "cpu" and not torch.compiler.is_compiling() and len(y):  # elsewhere looking would cost a sync
             lowest, highest = (int(label) for label in y.aminmax())
             if lowest < 0 or highest >= self.config.label_rows:
@@ -250,5 +253,14 @@ def _modulation(config: DiTConfig, vectors: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size))
 
 
+def _pack_after_loading(model: nn.Module, incompatible_keys: object) -> None:
+    """Loading with ``assign=True`` gives every parameter a storage of its own."""
+    cast(DiT, model)._pack()
+
+
 def _view(linear: nn.Linear) -> blocks.Linear:
+    if type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"got a {type(linear).__name__} in place of a Linear: ditfast.DiT reads weights, it would not be called"
+        )
     return blocks.Linear(linear.weight, linear.bias)

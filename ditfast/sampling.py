@@ -12,14 +12,13 @@ from .diffusion import GaussianDiffusion
 from .model import DiT
 
 
-def initial_noise(config_shape: tuple[int, ...], count: int, seed: int) -> Tensor:
+def initial_noise(shape: tuple[int, ...], count: int, seed: int) -> Tensor:
     """[count, C, H, W] fp32 normal noise; image k of a seed is the same whatever the count."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: got {seed}, expected 0..2^64-1")
-    images = [
-        np.random.Generator(np.random.Philox(key=[seed, k])).standard_normal(config_shape, np.float32) for k in range(count)
-    ]
-    return torch.from_numpy(np.stack(images)) if images else torch.empty(0, *config_shape)
+    keys = [np.array([seed, k], dtype=np.uint64) for k in range(count)]
+    images = [np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, np.float32) for key in keys]
+    return torch.from_numpy(np.stack(images)) if images else torch.empty(0, *shape)
 
 
 @torch.inference_mode()

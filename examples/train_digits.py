@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
-from torch import Tensor
 
 from ditfast import DiTConfig, reference
 from ditfast.diffusion import NUM_TRAIN_STEPS, GaussianDiffusion
+from ditfast.digits import real_digits
 
 CONFIG = DiTConfig(
     depth=6, hidden_size=128, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=10, class_dropout_prob=0.1
@@ -30,13 +29,6 @@ BATCH = 128
 PEAK_RATE = 1e-3
 WARM_UP_STEPS = 200
 EMA_DECAY = 0.999
-
-
-def real_digits() -> tuple[Tensor, Tensor]:
-    """Images [1797, 1, 8, 8] in [-1, 1] and labels [1797]."""
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    return images, torch.tensor(labels)
 
 
 def learning_rate(step: int, steps: int) -> float:

@@ -35,6 +35,7 @@ def gated_residual_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, CHUNK)[None, :]
@@ -43,7 +44,7 @@ def gated_residual_kernel(
     h_row = row_offset(row, num_tokens, h_batch_stride, h_token_stride)
     gate_row = row_offset(row, num_tokens, gate_batch_stride, gate_token_stride)
     sum_row = row.to(tl.int64)[:, None] * D
-    for i in tl.static_range(tl.cdiv(D, CHUNK)):
+    for i in tl.static_range(CHUNKS):
         c = i * CHUNK + column
         total = add_gated(load(x_ptr, x_row + c, mask), load(h_ptr, h_row + c, mask), gate_ptr, gate_row + c, mask)
         store(sum_ptr, sum_row + c, total, mask)
@@ -68,7 +69,6 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
         total,
         batch * tokens,
         tokens,
-        D=width,
-        **tile.options(),
+        **tile.options(width),
     )
     return total

@@ -40,6 +40,7 @@ def gated_residual_layer_norm_modulate_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, CHUNK)[None, :]
@@ -51,14 +52,14 @@ def gated_residual_layer_norm_modulate_kernel(
     scale_row = row_offset(row, num_tokens, scale_batch_stride, scale_token_stride)
     out_row = row.to(tl.int64)[:, None] * D
     xs = ()
-    for i in tl.static_range(tl.cdiv(D, CHUNK)):
+    for i in tl.static_range(CHUNKS):
         c = i * CHUNK + column
         total = add_gated(load(x_ptr, x_row + c, mask), load(h_ptr, h_row + c, mask), gate_ptr, gate_row + c, mask)
         store(x_new_ptr, out_row + c, total, mask)
         # u is the norm of what was stored, which is all that the next sublayer and the backward can see.
         xs = xs + (total.to(x_new_ptr.dtype.element_ty).to(tl.float32),)
     xs = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
-    for i in tl.static_range(tl.cdiv(D, CHUNK)):
+    for i in tl.static_range(CHUNKS):
         c = i * CHUNK + column
         u = modulate(xs[i], shift_ptr, shift_row + c, scale_ptr, scale_row + c, mask)
         store(u_ptr, out_row + c, u, mask)
@@ -90,7 +91,6 @@ def gated_residual_layer_norm_modulate(
         batch * tokens,
         tokens,
         eps,
-        D=width,
-        **tile.options(),
+        **tile.options(width),
     )
     return x_new, u

@@ -29,6 +29,7 @@ def layer_norm_modulate_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, CHUNK)[None, :]
@@ -38,10 +39,10 @@ def layer_norm_modulate_kernel(
     scale_row = row_offset(row, num_tokens, scale_batch_stride, scale_token_stride)
     y_row = row.to(tl.int64)[:, None] * D
     xs = ()
-    for i in tl.static_range(tl.cdiv(D, CHUNK)):
+    for i in tl.static_range(CHUNKS):
         xs = xs + (load(x_ptr, x_row + (i * CHUNK + column), mask),)
     xs = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
-    for i in tl.static_range(tl.cdiv(D, CHUNK)):
+    for i in tl.static_range(CHUNKS):
         c = i * CHUNK + column
         y = modulate(xs[i], shift_ptr, shift_row + c, scale_ptr, scale_row + c, mask)
         store(y_ptr, y_row + c, y, mask)
@@ -65,7 +66,6 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
         batch * tokens,
         tokens,
         eps,
-        D=width,
-        **tile.options(),
+        **tile.options(width),
     )
     return y

@@ -28,8 +28,9 @@ class RowTile(NamedTuple):
     def grid(self, num_rows: int) -> int:
         return triton.cdiv(num_rows, self.rows)
 
-    def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "CHUNK": self.chunk, "num_warps": self.num_warps}
+    def options(self, width: int) -> dict[str, int]:
+        chunks = triton.cdiv(width, self.chunk)
+        return {"D": width, "ROWS": self.rows, "CHUNK": self.chunk, "CHUNKS": chunks, "num_warps": self.num_warps}
 
 
 def row_tile(width: int) -> RowTile:

@@ -27,6 +27,8 @@ def _where() -> str:
 
 WHERE = _where()
 TARGETS = ("sm_80", "sm_90") if WHERE == "simulator" else (WHERE,)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in deterministic mode
+torch.backends.cudnn.allow_tf32 = False  # the reference's fp32 convolution is a bar, and tf32 would lower it
 if WHERE == "interpreter":  # triton reads it when it jits the first kernel
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -47,7 +49,7 @@ class Runner:
     @contextlib.contextmanager
     def open(target: str) -> Iterator[Runner]:
         """``torch``, ``gpu``, ``interpreter``, or ``sm_80`` and the like for the simulator; outputs are poisoned."""
-        device = torch.device("cuda" if target == "gpu" else "cpu")
+        device = torch.device("cuda" if WHERE == "gpu" else "cpu")
         backend = "torch" if target == "torch" else "triton"
         engine = _simulator(int(target.removeprefix("sm_"))) if target.startswith("sm_") else contextlib.nullcontext()
         if target == "interpreter":
@@ -64,7 +66,7 @@ def _simulator(arch: int) -> Iterator[None]:
 
     ptxsim.install(arch)
     try:
-        with ptxsim.set_options(check_race=True, check_init=True, strict_views=False):
+        with ptxsim.set_options(check_race=True, check_init=True, check_global=True, strict_views=True):
             yield
     finally:
         ptxsim.uninstall()

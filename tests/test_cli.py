@@ -32,6 +32,8 @@ def test_sample_is_reproducible(tmp_path: Path) -> None:
         (["--out", "missing/digits.png"], "the folder missing does not exist"),
         (["--out", "a.png", "--classes", "12"], "expected a digit 0..9"),
         (["--out", "a.png", "--per-class", "0"], "expected a positive integer"),
+        (["--out", "a.png", "--seed", "-1"], "expected an integer 0..2^64-1"),
+        (["--out", "a.png", "--cfg", "nan"], "expected a number"),
         ([], "--out"),
     ],
 )

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 from support import raises_naming
@@ -61,7 +62,8 @@ def test_guidance_channels() -> None:
         ("in_channels", 0, "positive integer"),
         ("num_classes", 0, "positive integer"),
         ("learn_sigma", 1, "True or False"),
-        ("mlp_ratio", "4", "a number"),
+        ("mlp_ratio", "4", "a finite number"),
+        ("mlp_ratio", math.nan, "a finite number"),
         ("mlp_ratio", 0.0, "at least 1/hidden_size"),
         ("class_dropout_prob", 1.0, "0 <= p < 1"),
         ("conditioning", "adaLN-Zero", ", ".join(CONDITIONINGS)),

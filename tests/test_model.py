@@ -1,13 +1,14 @@
 """The fast model against the float64 reference, on torch and on the compiled kernels."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, raises_naming, randomize
-from torch import Tensor
+from support import DTYPES, TARGETS, WHERE, Runner, assert_as_good_as, raises_naming, randomize
+from torch import Tensor, nn
 
 import ditfast
 from ditfast import DiT, DiTConfig, reference
@@ -21,7 +22,7 @@ def pair(config: DiTConfig, dtype: torch.dtype, device: torch.device | None = No
     oracle = randomize(reference.DiT(config)).eval()
     fast = DiT(config).eval()
     fast.load_state_dict(oracle.state_dict(), strict=True)
-    return oracle.to(dtype), fast.to(device or "cpu", dtype)
+    return oracle.to(device or "cpu", dtype), fast.to(device or "cpu", dtype)
 
 
 def inputs(config: DiTConfig, dtype: torch.dtype, B: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,11 +33,9 @@ def inputs(config: DiTConfig, dtype: torch.dtype, B: int = 2) -> tuple[Tensor, T
 @torch.inference_mode()
 def check(config: DiTConfig, dtype: torch.dtype, runner: Runner, B: int = 2) -> None:
     oracle, fast = pair(config, dtype, runner.device)
-    x, t, y = inputs(config, dtype, B)
-    eager = oracle(x, t, y)
-    found = fast(*(tensor.to(runner.device) for tensor in (x, t, y))).cpu()
-    exact = oracle.double()(x.double(), t, y)
-    assert_as_good_as(found, exact, eager)
+    x, t, y = (tensor.to(runner.device) for tensor in inputs(config, dtype, B))
+    eager, found = oracle(x, t, y), fast(x, t, y)
+    assert_as_good_as(found, oracle.double()(x.double(), t, y), eager)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,6 +98,35 @@ def test_guidance() -> None:
             assert_as_good_as(found, exact, oracle.float().forward_with_cfg(x, t, y, 4.0, channels))
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_autocast(conditioning: str, either: Runner) -> None:
+    config = DiTConfig(depth=2, hidden_size=64, num_heads=2, input_size=8, conditioning=conditioning)
+    oracle, fast = pair(config, torch.float32, either.device)
+    x, t, y = (tensor.to(either.device) for tensor in inputs(config, torch.float32))
+    for gradients in (False, True):
+        with torch.autocast(x.device.type, torch.bfloat16), torch.set_grad_enabled(gradients):
+            eager, found = oracle(x, t, y), fast(x, t, y)
+        exact = copy.deepcopy(oracle).double()(x.double(), t, y)
+        assert_as_good_as(found, exact, eager)
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="counts launches on the simulator")
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_one_kernel_between_any_two_sublayers(conditioning: str) -> None:
+    import ptxsim
+
+    config = DiTConfig(depth=3, hidden_size=64, num_heads=2, input_size=8, conditioning=conditioning)
+    _, fast = pair(config, torch.bfloat16)
+    with Runner.open("sm_80"), ptxsim.record() as launches, torch.no_grad():
+        fast(*inputs(config, torch.bfloat16))
+    sublayers = 3 * (3 if conditioning == "cross_attention" else 2)
+    assert {name: stats.launches for name, stats in launches.items()} == {
+        "layer_norm_modulate_kernel": 1,
+        "gated_residual_layer_norm_modulate_kernel": sublayers,
+        "linear_gelu_kernel": 3,
+    }
+
+
 def test_gradients_agree_with_the_reference() -> None:
     oracle, fast = pair(SMALL, torch.float32)
     x, t, y = inputs(SMALL, torch.float32)
@@ -148,7 +176,9 @@ def test_copies_compute_the_same_and_stay_independent(copied: str, tmp_path) -> 
 
 def test_adaln_weights_lie_in_one_storage() -> None:
     model = DiT(SMALL)
-    for moved in (model, model.bfloat16(), copy.deepcopy(model)):
+    reloaded = DiT(SMALL)
+    reloaded.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+    for moved in (model, model.bfloat16(), copy.deepcopy(model), reloaded):
         linears = [block.adaLN_modulation[1] for block in moved.blocks] + [moved.final_layer.adaLN_modulation[1]]
         assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
 
@@ -162,6 +192,47 @@ def test_compiles_without_graph_breaks(conditioning: str, either: Runner) -> Non
     graph = torch.compile(fast, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(graph(x, t, y), fast(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_packing_leaves_dtypes_alone() -> None:
+    model = DiT(SMALL).bfloat16()
+    model.final_layer.float()
+    model.to("cpu")
+    assert model.blocks[0].adaLN_modulation[1].weight.dtype == torch.bfloat16
+    assert model.final_layer.adaLN_modulation[1].weight.dtype == torch.float32
+
+
+class Doubled(nn.Linear):
+    """As adapters do: a Linear with another forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_replaced_linears_are_called_or_refused() -> None:
+    _, fast = pair(SMALL, torch.float32)
+    x, t, y = inputs(SMALL, torch.float32)
+    with torch.no_grad():
+        before = fast(x, t, y)
+        calls = []
+        handle = fast.final_layer.adaLN_modulation[1].register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(fast(x, t, y), before)
+        handle.remove()
+        assert calls == [1]
+        adapted = Doubled(64, 384)
+        adapted.load_state_dict(fast.blocks[0].adaLN_modulation[1].state_dict())
+        fast.blocks[0].adaLN_modulation[1] = adapted
+        assert not torch.allclose(fast(x, t, y), before)
+        fast.blocks[0].attn.qkv = Doubled(64, 192)
+        with pytest.raises(TypeError, match="got a Doubled in place of a Linear"):
+            fast(x, t, y)
+
+
+def test_guidance_needs_a_null_class() -> None:
+    model = DiT(dataclasses.replace(SMALL, class_dropout_prob=0.0))
+    assert "no null class" in raises_naming(
+        "class_dropout_prob", lambda: model.forward_with_cfg(*inputs(SMALL, torch.float32), 2.0)
+    )
 
 
 def test_empty_batch(either: Runner) -> None:
@@ -179,6 +250,7 @@ def test_errors_name_the_argument() -> None:
     assert "[2]" in raises_naming("t", lambda: model(x, t[:1], y))
     assert "[2]" in raises_naming("y", lambda: model(x, t, y[None]))
     assert "integer labels" in raises_naming("y", lambda: model(x, t, y.float()))
+    assert "int64 or int32" in raises_naming("y", lambda: model(x, t, y.byte()))
     assert "0..5" in raises_naming("y", lambda: model(x, t, y + 6))
     assert "0..5" in raises_naming("y", lambda: model(x, t, y - 6))
     assert "even" in raises_naming("x", lambda: model.forward_with_cfg(x[:1], t[:1], y[:1], 2.0))

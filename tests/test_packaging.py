@@ -1,5 +1,6 @@
 """What gets installed, and that our kernels/ stays out of the way of Hugging Face's package of that name."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -49,8 +50,11 @@ def test_kernels_import_as_ours_only() -> None:
     assert "Ours is `ditfast.kernels`" in shadowed.stderr
 
 
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn imports triton")
 def test_import_is_light() -> None:
     done = run_python("import sys, torch; before = set(sys.modules); import ditfast; print(*(set(sys.modules) - before))")
+    assert done.returncode == 0, done.stderr
+    assert "ditfast.model" in done.stdout.split()
     assert not {"triton", "torch._dynamo", "sklearn", "matplotlib"} & set(done.stdout.split())
 
 
@@ -71,3 +75,8 @@ def test_diffusers_imports_with_hugging_faces_kernels(present: bool, cwd: Path, 
         )
     done = run_python(IMPORT_DIFFUSERS, cwd=cwd, path=tmp_path)
     assert done.stdout.strip() == "DiTTransformer2DModel", done.stderr
+    done = run_python("from kernels import get_kernel; print(get_kernel.__name__)", cwd=cwd, path=tmp_path)
+    if cwd == ROOT:
+        assert "Ours is `ditfast.kernels`; for Hugging Face's package `kernels`, leave this directory" in done.stderr
+    else:
+        assert (done.stdout.strip() == "get_kernel") == present

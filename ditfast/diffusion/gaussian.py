@@ -147,13 +147,13 @@ class GaussianDiffusion:
                 f"t: got {t.tolist()}, expected original steps that .timesteps keeps: {_abbreviated(self.timesteps)}"
             )
         rows = self._tables[t.device][t].to(_compute_dtype(x))
-        return Coefficients(*rows.view(len(t), -1, *[1] * (x.dim() - 1)).unbind(1))
+        return Coefficients(*rows.view(*rows.shape, *[1] * (x.dim() - 1)).unbind(1))
 
 
 def _coefficient_table(timesteps: list[int], schedule: str) -> Tensor:
     """[1000, 7] float64, in the order of ``Coefficients``; NaN where a step is not kept."""
     bar = torch.cumprod(1 - betas(schedule), dim=0)[timesteps]
-    bar_previous = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+    bar_previous = torch.cat([bar.new_ones(1), bar[:-1]])
     beta = 1 - bar / bar_previous
     variance = beta * (1 - bar_previous) / (1 - bar)
     # The first step's posterior variance is zero: its logarithm is taken from the second, as Nichol & Dhariwal do.
@@ -168,7 +168,7 @@ def _coefficient_table(timesteps: list[int], schedule: str) -> Tensor:
         log_variance_max=beta.log(),
         log_variance_fixed=torch.cat([variance[:1], beta[1:]]).log(),
     )
-    table = torch.full((NUM_TRAIN_STEPS, len(kept)), math.nan, dtype=torch.float64)
+    table = torch.full((NUM_TRAIN_STEPS, len(kept)), math.nan, dtype=torch.float64, device="cpu")
     table[timesteps] = torch.stack(kept, dim=1)
     return table
 

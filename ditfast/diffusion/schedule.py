@@ -18,9 +18,9 @@ BETA_SCHEDULES = ("linear", "cosine")
 def betas(name: str) -> Tensor:
     """[1000] float64: the variance that each noising step adds."""
     if name == "linear":
-        return torch.linspace(1e-4, 2e-2, NUM_TRAIN_STEPS, dtype=torch.float64)
+        return torch.linspace(1e-4, 2e-2, NUM_TRAIN_STEPS, dtype=torch.float64, device="cpu")
     if name == "cosine":
-        time = torch.arange(NUM_TRAIN_STEPS + 1, dtype=torch.float64) / NUM_TRAIN_STEPS
+        time = torch.arange(NUM_TRAIN_STEPS + 1, dtype=torch.float64, device="cpu") / NUM_TRAIN_STEPS
         alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     raise ValueError(f"betas: got {name!r}, expected one of {', '.join(BETA_SCHEDULES)}")

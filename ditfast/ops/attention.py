@@ -20,10 +20,10 @@ def why_no_flash() -> str:
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"
     try:
-        importlib.import_module("flash_attn")
-    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        module = importlib.import_module("flash_attn")
+    except Exception as error:  # built for another torch or CUDA: anything may come out of it
         return f"flash-attn is installed but does not import: {error}"
-    return ""
+    return "" if hasattr(module, "flash_attn_qkvpacked_func") else "this flash-attn has no flash_attn_qkvpacked_func"
 
 
 # Looked up once, at import: a graph that torch.compile traces cannot look for modules.
@@ -59,6 +59,8 @@ def choose_engine(device: torch.device, dtype: torch.dtype, head_dim: int) -> tu
         return "sdpa", f"flash-attn does not run on {device.type}"
     if dtype == torch.float32:
         return "sdpa", "flash-attn does not take float32"
+    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "sdpa", "flash-attn needs compute capability 8.0 or later"
     if head_dim > FLASH_LARGEST_HEAD or head_dim % 8:
         return "sdpa", f"flash-attn does not take head dim {head_dim}"
     return ("sdpa", WHY_NO_FLASH) if WHY_NO_FLASH else ("flash", "flash-attn is installed")
@@ -67,6 +69,8 @@ def choose_engine(device: torch.device, dtype: torch.dtype, head_dim: int) -> tu
 def _flash(qkv: Tensor) -> Tensor:
     from flash_attn import flash_attn_qkvpacked_func
 
+    if qkv.numel() == 0:  # which flash-attn refuses
+        return _fake(qkv)
     return flash_attn_qkvpacked_func(qkv, causal=False).flatten(2)
 
 

@@ -23,15 +23,23 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_same(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Of the dtype and device of x, and of its shape unless another is given."""
-    expected = x.shape if shape is None else shape
-    if tensor.shape != expected:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(expected)} for x {tuple(x.shape)}")
+def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Of a shape that follows from x, and of the dtype and device of x."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
     if tensor.dtype != x.dtype:
         raise ValueError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype}, as x")
     _check_device(name, tensor, x)
     _check_inner_stride(name, tensor)
+
+
+def check_branch(name: str, h: Tensor, x: Tensor) -> None:
+    """Of the shape and device of x, in any of the dtypes: autocast brings bf16 branches beside an fp32 stream."""
+    if h.shape != x.shape:
+        raise ValueError(f"{name}: got shape {tuple(h.shape)}, expected {tuple(x.shape)}, as x")
+    check_dtype(name, h)
+    _check_device(name, h, x)
+    _check_inner_stride(name, h)
 
 
 def check_modulation(name: str, vector: Tensor | None, x: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_modulation, check_same, check_tokens
+from .checks import check_branch, check_modulation, check_tokens
 from .dispatch import define_op, takes_torch
 from .layer_norm_modulate import per_token
 
@@ -15,7 +15,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
 
     Args:
         x: [B, T, D] fp32, fp16 or bf16, unit inner stride: the residual stream.
-        h: as x: the sublayer's output.
+        h: [B, T, D], the sublayer's output; any of the dtypes, unit inner stride.
         gate: [B, D], or [B, T, D] for one vector a token; any of the dtypes, any outer strides; None for a plain residual.
 
     Returns:
@@ -25,7 +25,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
     check_tokens("x", x)
-    check_same("h", h, x)
+    check_branch("h", h, x)
     check_modulation("gate", gate, x)
     if takes_torch(x, h, gate):
         return torch_gated_residual(x, h, gate)
@@ -33,11 +33,12 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def torch_gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
-    if gate is None:
+    if h.dtype == x.dtype and gate is None:
         return (x + h).contiguous()
-    if gate.dtype == x.dtype:  # one pass, and one rounding: torch computes it in fp32
+    if gate is not None and gate.dtype == h.dtype == x.dtype:  # one pass, and one rounding: torch computes it in fp32
         return torch.addcmul(x, gate if gate.dim() == 3 else gate[:, None], h).contiguous()
-    return (x.float() + per_token(gate) * h.float()).to(x.dtype).contiguous()
+    branch = h.float() if gate is None else per_token(gate) * h.float()
+    return (x.float() + branch).to(x.dtype).contiguous()
 
 
 def _fake(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:

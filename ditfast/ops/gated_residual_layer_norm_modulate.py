@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import check_modulation, check_same, check_tokens
+from .checks import check_branch, check_modulation, check_tokens
 from .dispatch import define_op, takes_torch
 from .gated_residual import torch_gated_residual
 from .layer_norm_modulate import torch_layer_norm_modulate
@@ -17,7 +17,7 @@ def gated_residual_layer_norm_modulate(
 
     Args:
         x: [B, T, D] fp32, fp16 or bf16, unit inner stride: the residual stream.
-        h: as x: the sublayer's output.
+        h: [B, T, D], the sublayer's output; any of the dtypes, unit inner stride.
         gate: [B, D], or [B, T, D] for one vector a token; any of the dtypes, any outer strides; None for a plain residual.
         shift: as gate; None for none.
         scale: as gate; None for none.
@@ -31,7 +31,7 @@ def gated_residual_layer_norm_modulate(
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
     check_tokens("x", x)
-    check_same("h", h, x)
+    check_branch("h", h, x)
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_modulation(name, vector, x)
     if takes_torch(x, h, gate, shift, scale):

@@ -4,6 +4,7 @@ import types
 import oracles
 import pytest
 import torch
+from oracles import TOKENS, WIDTHS
 from support import DTYPES, Runner, assert_as_good_as, pairwise, raises_naming
 from torch import Tensor
 
@@ -13,10 +14,13 @@ attention_module = sys.modules["ditfast.ops.attention"]
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize(("d", "T", "dtype"), pairwise(d=(32, 64, 72), T=(1, 16, 17, 64, 257), dtype=DTYPES))
-def test_parity(d: int, T: int, dtype: str) -> None:
+HEADS = {128: 4, 200: 5, 384: 6, 768: 12, 1024: 16, 1152: 16}
+
+
+@pytest.mark.parametrize(("D", "T", "dtype"), pairwise(D=WIDTHS, T=TOKENS, dtype=DTYPES))
+def test_parity(D: int, T: int, dtype: str) -> None:
     with Runner.open("torch") as runner:
-        qkv = torch.randn(2, T, 3, 4, d, device=runner.device).to(DTYPES[dtype])
+        qkv = torch.randn(2, T, 3 * D, device=runner.device).to(DTYPES[dtype]).unflatten(-1, (3, HEADS[D], -1))
         out = ops.attention(qkv)
         assert out.is_contiguous()
         assert_as_good_as(out, oracles.attention(qkv, torch.float64), oracles.attention(qkv, DTYPES[dtype]))
@@ -92,6 +96,17 @@ def test_a_broken_flash_attn_is_named(monkeypatch: pytest.MonkeyPatch, flash_cal
     assert "undefined symbol" in attention_module.why_no_flash()
     monkeypatch.setattr(attention_module, "WHY_NO_FLASH", attention_module.why_no_flash())
     assert attention_module.choose_engine(CUDA, torch.bfloat16, 64)[0] == "sdpa"
+
+
+def test_a_flash_attn_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch, flash_calls: list[object]) -> None:
+    monkeypatch.delattr(sys.modules["flash_attn"], "flash_attn_qkvpacked_func")
+    assert "no flash_attn_qkvpacked_func" in attention_module.why_no_flash()
+
+
+def test_flash_is_not_asked_for_an_empty_batch(monkeypatch: pytest.MonkeyPatch, flash_calls: list[object]) -> None:
+    monkeypatch.setattr(attention_module, "choose_engine", lambda *_: ("flash", "as if on CUDA"))
+    assert ops.attention(torch.empty(0, 16, 3, 4, 32)).shape == (0, 16, 128)
+    assert not flash_calls
 
 
 def test_gradients() -> None:

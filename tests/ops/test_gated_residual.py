@@ -29,6 +29,15 @@ def test_torch(D: int, T: int, dtype: str, kind: str) -> None:
         check(runner, T, D, DTYPES[dtype], kind)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_mixed_dtypes(either: Runner, gated: bool) -> None:
+    x, h = torch.randn(2, 5, 128, device=either.device), torch.randn(2, 5, 128, device=either.device).bfloat16()
+    gate = torch.randn(2, 128, device=either.device).bfloat16() if gated else None
+    for stream, branch in ((x, h), (h, x)):
+        exact, eager = (oracles.gated_residual(stream, branch, gate, precision) for precision in (torch.float64, torch.float32))
+        assert_rounded_once(ops.gated_residual(stream, branch, gate), exact, eager.to(stream.dtype))
+
+
 def test_empty_batch(either: Runner) -> None:
     x = torch.empty(0, 16, 384, device=either.device)
     assert ops.gated_residual(x, x, torch.empty(0, 384, device=either.device)).shape == (0, 16, 384)
@@ -47,7 +56,7 @@ def test_gradients_take_torch(either: Runner) -> None:
 def test_errors_name_the_argument() -> None:
     x = torch.zeros(2, 4, 8)
     assert "expected (2, 4, 8)" in raises_naming("h", lambda: ops.gated_residual(x, x[:1], None))
-    assert "float16" in raises_naming("h", lambda: ops.gated_residual(x, x.half(), None))
+    assert "float64" in raises_naming("h", lambda: ops.gated_residual(x, x.double(), None))
     assert "(2, 8) or (2, 4, 8)" in raises_naming("gate", lambda: ops.gated_residual(x, x, torch.zeros(8)))
 
 

@@ -58,6 +58,18 @@ def test_strided_arguments(either: Runner) -> None:
     assert torch.equal(ops.linear_gelu(x, weight, bias), ops.linear_gelu(x.contiguous(), weight.contiguous(), bias))
 
 
+def test_autocast(either: Runner) -> None:
+    x, weight, bias = (torch.randn(*shape, device=either.device) for shape in ((2, 4, 16), (8, 16), (8,)))
+    with torch.autocast(x.device.type, torch.bfloat16):
+        for weights in ((weight, bias), (weight.bfloat16(), bias)):
+            y = ops.linear_gelu(x, *weights)
+            assert y.dtype == torch.bfloat16
+            graph = torch.compile(ops.linear_gelu, fullgraph=True, backend="aot_eager")
+            assert torch.equal(graph(x, *weights), y)
+    low = [tensor.bfloat16() for tensor in (x, weight, bias)]
+    assert_as_good_as(y, oracles.linear_gelu(*low, torch.float64), oracles.linear_gelu(*low, torch.bfloat16))
+
+
 def test_gradients_take_torch(either: Runner) -> None:
     inputs = [torch.randn(*shape, device=either.device, requires_grad=True) for shape in ((2, 4, 16), (8, 16), (8,))]
     weight = torch.randn(2, 4, 8, device=either.device)
