@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [module for module in ("matplotlib", "sklearn") if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(f"bench needs {' and '.join(missing)}: pip install -e '.[bench]' (or 'ditfast[bench]')")
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(112, Console().width))
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)  # streams and graphs are made on the current one
     torch.backends.cudnn.allow_tf32 = False  # no rival gets to round its fp32 convolution

@@ -54,13 +54,15 @@ def _speed_table(rows: list[Row]) -> Table:
 def _ratios_table(rows: list[Row]) -> Table:
     """Like against like: the plain ditfast over plain rivals, the one under a CUDA graph over those under a graph."""
     own = [row for row in rows if row.rival.startswith("ditfast") and row.speedup_over]
-    rivals = list(dict.fromkeys(rival for row in own for rival in like(row)))
+    kinds = list(dict.fromkeys(rival.partition("+")[0] for row in own for rival in like(row)))
     table = Table(title="Times faster than the rival", title_justify="left", caption="Median of each round's ratio.")
-    for column in ("model", "dtype", "batch", "", *(f"over {rival}" for rival in rivals)):
-        table.add_column(column, justify="right" if column.startswith("over") else "left")
+    for column in ("model", "dtype", "batch", ""):
+        table.add_column(column, no_wrap=True)
+    for kind in kinds:
+        table.add_column(f"over {kind}", justify="right", no_wrap=True)
     for row in own:
-        ratios = [f"{like(row)[rival]:.2f}" if rival in like(row) else "" for rival in rivals]
-        table.add_row(row.model, row.dtype, str(row.batch), row.rival, *ratios)
+        ratios = {rival.partition("+")[0]: f"{ratio:.2f}" for rival, ratio in like(row).items()}
+        table.add_row(row.model, row.dtype, str(row.batch), row.rival, *(ratios.get(kind, "") for kind in kinds))
     return table
 
 
@@ -89,7 +91,7 @@ def save_plots(folder: Path, rows: list[Row]) -> list[Path]:
     panels = list(dict.fromkeys((row.dtype, row.batch) for row in timed))
     paths = [folder / "throughput.png", folder / "ratios.png"]
     for path, draw in zip(paths, (_draw_throughput, _draw_ratios), strict=True):
-        figure, axes = pyplot.subplots(len(panels), figsize=(9, 4.5 * len(panels)), squeeze=False)
+        figure, axes = pyplot.subplots(len(panels), figsize=(9, 4.5 * len(panels)), squeeze=False, layout="constrained")
         for place, (dtype, batch) in zip(axes.flat, panels, strict=True):
             draw(place, [row for row in timed if (row.dtype, row.batch) == (dtype, batch)])
             place.set_title(f"{dtype}, batch {batch}, {timed[0].device}")
