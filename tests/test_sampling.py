@@ -39,6 +39,12 @@ def test_guidance_one_is_the_conditional_model() -> None:
     assert not torch.allclose(sample(model, diffusion, labels, cfg_scale=3.0), plain, atol=1e-2)
 
 
+def test_clip_keeps_images_in_range() -> None:
+    model = randomize(DiT(CONFIG)).eval()
+    free, clipped = (sample(model, GaussianDiffusion("4"), torch.tensor([1]), clip=clip).abs().max() for clip in (False, True))
+    assert clipped <= 1 < free
+
+
 def test_steps_are_reported_and_low_precision_works() -> None:
     model = randomize(DiT(CONFIG)).eval().bfloat16()
     steps = []
