@@ -155,7 +155,7 @@ class DiT(nn.Module):
         if not 0 <= channels <= self.config.in_channels:
             raise ValueError(f"guidance_channels: got {channels}, expected 0..{self.config.in_channels}")
         half = x[: len(x) // 2]  # [B, C, H, W]
-        out = self.forward(torch.cat([half, half]), t, y)  # [2B, C', H, W]
+        out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
         conditional, unconditional = out[:, :channels].chunk(2)  # 2 x [B, channels, H, W]
         guided = torch.lerp(unconditional, conditional, cfg_scale)  # [B, channels, H, W]
         return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)  # [2B, C', H, W]

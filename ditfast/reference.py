@@ -206,7 +206,7 @@ class DiT(nn.Module):
         """
         channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
         half = x[: len(x) // 2]  # [B, C, H, W]
-        out = self.forward(torch.cat([half, half]), t, y)  # [2B, C', H, W]
+        out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
         conditional, unconditional = out[:, :channels].chunk(2)  # 2 x [B, channels, H, W]
         guided = unconditional + cfg_scale * (conditional - unconditional)  # [B, channels, H, W]
         return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)  # [2B, C', H, W]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,21 +33,27 @@ def install() -> None:
 
 def _involves_bf16(source: Any, target: Any) -> bool:
     dtypes = (source.scalar, target.scalar)
-    return tl.bfloat16 in dtypes and set(dtypes) <= {tl.bfloat16, tl.float16, tl.float32} and dtypes[0] != dtypes[1]
+    return tl.bfloat16 in dtypes and set(dtypes) <= set(FORMATS) and dtypes[0] != dtypes[1]
+
+
+class Format(NamedTuple):
+    """How the interpreter stores a type in numpy, and what torch calls its bits and its values."""
+
+    stored: type[np.generic]
+    bits: torch.dtype
+    values: torch.dtype
+
+
+FORMATS = {
+    tl.bfloat16: Format(np.uint16, torch.int16, torch.bfloat16),
+    tl.float16: Format(np.float16, torch.int16, torch.float16),
+    tl.float32: Format(np.float32, torch.int32, torch.float32),
+}
 
 
 def _cast(source: Any, target: Any) -> Any:
-    """Through torch, which rounds to nearest; the interpreter keeps bf16 as uint16."""
-    bits = {
-        tl.bfloat16: (np.int16, torch.bfloat16),
-        tl.float16: (np.int16, torch.float16),
-        tl.float32: (np.int32, torch.float32),
-    }
-    from_int, from_dtype = bits[source.dtype.scalar]
-    to_int, to_dtype = bits[target.scalar]
-    data = np.ascontiguousarray(source.data)
-    values = torch.from_numpy(data.view(from_int).copy()).view(from_dtype).to(to_dtype)
-    stored = {tl.bfloat16: np.uint16, tl.float16: np.float16, tl.float32: np.float32}[target.scalar]
-    return interpreter.TensorHandle(
-        values.view(torch.from_numpy(np.zeros(1, to_int)).dtype).numpy().view(stored), target.scalar
-    )
+    """Through torch, which rounds to nearest."""
+    old, new = FORMATS[source.dtype.scalar], FORMATS[target.scalar]
+    signed = np.ascontiguousarray(source.data).view(f"i{old.bits.itemsize}").copy()
+    values = torch.from_numpy(signed).view(old.values).to(new.values)
+    return interpreter.TensorHandle(values.view(new.bits).numpy().view(new.stored), target.scalar)

@@ -127,6 +127,14 @@ def test_one_kernel_between_any_two_sublayers(conditioning: str) -> None:
     }
 
 
+def test_guidance_calls_the_model_as_users_wrapped_it() -> None:
+    _, fast = pair(SMALL, torch.float32)
+    calls = []
+    fast.register_forward_hook(lambda *_: calls.append(1))  # as model.compile() is, skipped by a bare self.forward
+    fast.forward_with_cfg(*inputs(SMALL, torch.float32, B=4), 2.0)
+    assert calls == [1]
+
+
 def test_gradients_agree_with_the_reference() -> None:
     oracle, fast = pair(SMALL, torch.float32)
     x, t, y = inputs(SMALL, torch.float32)
