@@ -4,7 +4,19 @@ from . import diffusion, flops, ops, reference
 from .config import DiTConfig
 from .digits import load_digits
 from .model import DiT
-from .ops.dispatch import backend
+from .ops.attention import attention_engine
+from .ops.dispatch import backend, checkpoint_contexts
 
 __version__ = "0.1.0"
-__all__ = ["DiT", "DiTConfig", "backend", "diffusion", "flops", "load_digits", "ops", "reference"]
+__all__ = [
+    "DiT",
+    "DiTConfig",
+    "attention_engine",
+    "backend",
+    "checkpoint_contexts",
+    "diffusion",
+    "flops",
+    "load_digits",
+    "ops",
+    "reference",
+]

@@ -88,17 +88,17 @@ def sublayers(block: Block, modulation: Modulation, context: Tensor) -> list[Sub
 
 
 def self_attention(u: Tensor, block: Block) -> Tensor:
-    qkv = F.linear(u, *block.qkv).unflatten(-1, (3, block.num_heads, -1))  # [B, T, 3, H, d]
-    return F.linear(ops.attention(qkv), *block.proj)  # [B, T, D]
+    qkv = ops.linear(u, *block.qkv).unflatten(-1, (3, block.num_heads, -1))  # [B, T, 3, H, d]
+    return ops.linear(ops.attention(qkv), *block.proj)  # [B, T, D]
 
 
 def cross_attention(u: Tensor, context: Tensor, weights: CrossAttention, num_heads: int) -> Tensor:
-    q = F.linear(u, *weights.q).unflatten(-1, (num_heads, -1))  # [B, T, H, d]
-    kv = F.linear(context, *weights.kv).unflatten(-1, (2, num_heads, -1))  # [B, 2, 2, H, d]
+    q = ops.linear(u, *weights.q).unflatten(-1, (num_heads, -1))  # [B, T, H, d]
+    kv = ops.linear(context, *weights.kv).unflatten(-1, (2, num_heads, -1))  # [B, 2, 2, H, d]
     k, v = kv.permute(2, 0, 3, 1, 4)  # 2 x [B, H, 2, d]
     h = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)  # [B, H, T, d]
-    return F.linear(h.transpose(1, 2).flatten(2), *weights.proj)  # [B, T, D]
+    return ops.linear(h.transpose(1, 2).flatten(2), *weights.proj)  # [B, T, D]
 
 
 def mlp(u: Tensor, block: Block) -> Tensor:
-    return F.linear(ops.linear_gelu(u, *block.fc1), *block.fc2)  # [B, T, D]
+    return ops.mlp(u, *block.fc1, *block.fc2)  # [B, T, D]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import math
 import platform
 import sys
@@ -15,14 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import __version__, reference
+from . import __version__, ops, reference
 from .config import DiTConfig
 from .diffusion import GaussianDiffusion
 from .digits import load_digits
 from .images import labelled_grid, save_png
 from .model import DiT
 from .ops.attention import choose_engine
-from .ops.dispatch import TRITON_OPS, choose_backend, kernels
+from .ops.dispatch import choose_backend, kernels
 from .sampling import sample
 
 EXAMPLES = """examples:
@@ -115,12 +116,13 @@ def _versions_table(device: torch.device) -> Table:
 
 def _engines_table(device: torch.device) -> Table:
     table = Table("op", "takes", "why", title=f"Engines for bf16 tensors on {device}", title_justify="left")
-    backend, reason = choose_backend(device)
-    where = f" ({kernels().target()})" if backend == "triton" else ""
-    for op in TRITON_OPS:
-        table.add_row(op, backend + where, reason)
-    for head_dim in (64, 72):
-        table.add_row(f"attention, head dim {head_dim}", *choose_engine(device, torch.bfloat16, head_dim))
+    for op in ops.__all__:
+        if op != "attention":
+            backend, reason = choose_backend(device, op)
+            table.add_row(op, f"triton ({kernels().target()})" if backend == "triton" else backend, reason)
+    for head_dim, num_tokens in itertools.product((64, 72), (256, 1024)):
+        engine, reason = choose_engine(device, torch.bfloat16, head_dim, num_tokens)
+        table.add_row(f"attention, head dim {head_dim}, {num_tokens} tokens", engine, reason)
     return table
 
 

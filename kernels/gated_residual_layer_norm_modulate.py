@@ -12,7 +12,18 @@ from torch import Tensor
 
 from .gated_residual import add_gated
 from .launch import launch
-from .rows import in_tile, load, modulate, modulation_arguments, normalise, row_offset, row_tile, store
+from .rows import (
+    empty_stats,
+    in_tile,
+    load,
+    modulate,
+    modulation_arguments,
+    normalise,
+    row_offset,
+    row_tile,
+    store,
+    store_stats,
+)
 
 
 @triton.jit
@@ -34,6 +45,7 @@ def gated_residual_layer_norm_modulate_kernel(
     scale_token_stride,
     x_new_ptr,
     u_ptr,
+    stats_ptr,
     num_rows,
     num_tokens,
     eps,
@@ -58,7 +70,9 @@ def gated_residual_layer_norm_modulate_kernel(
         store(x_new_ptr, out_row + c, total, mask)
         # u is the norm of what was stored, which is all that the next sublayer and the backward can see.
         xs = xs + (total.to(x_new_ptr.dtype.element_ty).to(tl.float32),)
-    xs = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
+    xs, mean, rstd = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
+    if stats_ptr is not None:
+        store_stats(stats_ptr, row, mean, rstd, num_rows)
     for i in tl.static_range(CHUNKS):
         c = i * CHUNK + column
         u = modulate(xs[i], shift_ptr, shift_row + c, scale_ptr, scale_row + c, mask)
@@ -66,12 +80,16 @@ def gated_residual_layer_norm_modulate_kernel(
 
 
 def gated_residual_layer_norm_modulate(
-    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """x and h [B, T, D]; gate, shift and scale [B, D] or [B, T, D], or None. Returns x_new and u, [B, T, D], contiguous."""
+    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x and h [B, T, D]; gate, shift and scale [B, D] or [B, T, D], or None.
+
+    Returns x_new and u, [B, T, D], contiguous, and the statistics of x_new's rows as ``layer_norm_modulate`` does.
+    """
     batch, tokens, width = x.shape
     x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty_like(x_new)
+    stats = empty_stats(x, training)
     tile = row_tile(width)
     launch(
         gated_residual_layer_norm_modulate_kernel,
@@ -88,9 +106,10 @@ def gated_residual_layer_norm_modulate(
         *modulation_arguments(scale),
         x_new,
         u,
+        stats if training else None,
         batch * tokens,
         tokens,
         eps,
         **tile.options(width),
     )
-    return x_new, u
+    return x_new, u, stats

@@ -8,7 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .rows import in_tile, load, modulate, modulation_arguments, normalise, row_offset, row_tile, store
+from .rows import (
+    empty_stats,
+    in_tile,
+    load,
+    modulate,
+    modulation_arguments,
+    normalise,
+    row_offset,
+    row_tile,
+    store,
+    store_stats,
+)
 
 
 @triton.jit
@@ -23,6 +34,7 @@ def layer_norm_modulate_kernel(
     scale_batch_stride,
     scale_token_stride,
     y_ptr,
+    stats_ptr,
     num_rows,
     num_tokens,
     eps,
@@ -41,17 +53,25 @@ def layer_norm_modulate_kernel(
     xs = ()
     for i in tl.static_range(CHUNKS):
         xs = xs + (load(x_ptr, x_row + (i * CHUNK + column), mask),)
-    xs = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
+    xs, mean, rstd = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
+    if stats_ptr is not None:
+        store_stats(stats_ptr, row, mean, rstd, num_rows)
     for i in tl.static_range(CHUNKS):
         c = i * CHUNK + column
         y = modulate(xs[i], shift_ptr, shift_row + c, scale_ptr, scale_row + c, mask)
         store(y_ptr, y_row + c, y, mask)
 
 
-def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-    """x [B, T, D]; shift and scale [B, D] or [B, T, D], or None. Returns [B, T, D], contiguous."""
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, training: bool
+) -> tuple[Tensor, Tensor]:
+    """x [B, T, D]; shift and scale [B, D] or [B, T, D], or None.
+
+    Returns [B, T, D], contiguous, and the rows' statistics [B, T, 2] in fp32 (of no elements unless training).
+    """
     batch, tokens, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stats = empty_stats(x, training)
     tile = row_tile(width)
     launch(
         layer_norm_modulate_kernel,
@@ -63,9 +83,10 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
         *modulation_arguments(shift),
         *modulation_arguments(scale),
         y,
+        stats if training else None,
         batch * tokens,
         tokens,
         eps,
         **tile.options(width),
     )
-    return y
+    return y, stats

@@ -1,4 +1,4 @@
-"""y = GELU(x @ weight.T + bias), the first half of the MLP: the activation is applied before the only store."""
+"""y = GELU(x @ weight.T + bias), the first half of the MLP: the activation is applied before the store."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import gelu_tanh, gemm_tile, multiply, tile_position
+from .gemm import gelu_tanh, gelu_tanh_derivative, linear_tile, store_tile
 from .launch import launch
+from .linear_backward import linear_backward
+from .tiles import gemm_tile
+
+ELEMENTS = 1024  # of a program of the elementwise kernel
 
 
 @triton.jit
@@ -17,6 +21,7 @@ def linear_gelu_kernel(
     weight_ptr,
     bias_ptr,
     y_ptr,
+    z_ptr,
     M,
     N,
     K,
@@ -25,34 +30,59 @@ def linear_gelu_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = multiply(x_ptr, weight_ptr, rows, columns, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
-    bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    y = gelu_tanh(acc + bias[None, :])
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+    rows, columns, z = linear_tile(x_ptr, weight_ptr, bias_ptr, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    if z_ptr is not None:
+        store_tile(z_ptr, rows, columns, z, M, N)
+    store_tile(y_ptr, rows, columns, gelu_tanh(z), M, N)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [B, T, K], weight [N, K], bias [N]. Returns [B, T, N], contiguous."""
+@triton.jit
+def gelu_backward_kernel(dy_ptr, z_ptr, dz_ptr, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dy = tl.load(dy_ptr + i, mask=i < count, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(dz_ptr + i, (dy * gelu_tanh_derivative(z)).to(dz_ptr.dtype.element_ty), mask=i < count)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    """x [..., K], weight [N, K], bias [N].
+
+    Returns y [..., N] and z, the same before GELU, which the backward needs (of no elements unless training).
+    """
     N, K = weight.shape
-    rows = x.reshape(-1, K).contiguous()
-    M = len(rows)
+    M = x.numel() // K
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    tile = gemm_tile(M, x.dtype)
+    z = torch.empty(y.shape if training else (0,), dtype=x.dtype, device=x.device)
+    tile = gemm_tile(M, N, x.dtype)
     launch(
         linear_gelu_kernel,
         tile.grid(M, N),
         x.device,
-        rows,
+        x.contiguous(),
         weight.contiguous(),
         bias.contiguous(),
         y,
+        z if training else None,
         M,
         N,
         K,
         **tile.options(K),
     )
-    return y
+    return y, z
+
+
+def linear_gelu_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
+    """Of dx, dweight and dbias, those needed."""
+    dz = torch.empty_like(z)
+    launch(
+        gelu_backward_kernel,
+        triton.cdiv(z.numel(), ELEMENTS),
+        z.device,
+        dy.contiguous(),
+        z,
+        dz,
+        z.numel(),
+        BLOCK=ELEMENTS,
+        num_warps=4,
+    )
+    return linear_backward(dz, x, weight, needed)

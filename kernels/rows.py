@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,6 +51,11 @@ def modulation_arguments(vector: Tensor | None) -> tuple[Tensor | None, int, int
     return vector, vector.stride(0), vector.stride(1) if vector.dim() == 3 else 0
 
 
+def empty_stats(x: Tensor, training: bool) -> Tensor:
+    """For the mean and reciprocal deviation of each row of x [B, T, D]; without elements where no backward will ask."""
+    return torch.empty((*x.shape[:2], 2) if training else (0,), dtype=torch.float32, device=x.device)
+
+
 @triton.jit
 def row_offset(row, num_tokens, batch_stride, token_stride):
     """Element offset of each row [ROWS, 1] of a [B, T, D] tensor; 64-bit, since tensors may pass 2^31 elements."""
@@ -79,10 +85,14 @@ def store(pointer, offset, value, mask):
 
 @triton.jit
 def normalise(xs, eps, STORED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
-    """LayerNorm without weight or bias of rows held as a tuple of fp32 chunks; lanes past D hold zeros and stay so."""
-    xs = centre(xs, D, CHUNK)
+    """LayerNorm without weight or bias of rows held as a tuple of fp32 chunks, their mean and reciprocal deviation [ROWS, 1].
+
+    Lanes past D hold zeros and stay so.
+    """
+    xs, mean = centre(xs, D, CHUNK)
     if tl.float32 == STORED:
-        xs = centre(xs, D, CHUNK)  # the mean was rounded: in fp32 storage, what that left is seen
+        xs, rest = centre(xs, D, CHUNK)  # the mean was rounded: in fp32 storage, what that left is seen
+        mean += rest
     squares = tl.zeros_like(xs[0])
     for i in tl.static_range(len(xs)):
         squares += xs[i] * xs[i]
@@ -90,7 +100,7 @@ def normalise(xs, eps, STORED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexp
     normalised = ()
     for i in tl.static_range(len(xs)):
         normalised = normalised + (xs[i] * rstd,)
-    return normalised
+    return normalised, mean, rstd
 
 
 @triton.jit
@@ -105,7 +115,15 @@ def centre(xs, D: tl.constexpr, CHUNK: tl.constexpr):
         if D % CHUNK != 0:
             x = tl.where(tl.arange(0, CHUNK)[None, :] < D, x, 0.0)
         centred = centred + (x,)
-    return centred
+    return centred, mean
+
+
+@triton.jit
+def store_stats(stats_ptr, row, mean, rstd, num_rows):
+    """What the backward needs of each row: [rows, 2], fp32."""
+    mask = (row < num_rows)[:, None]
+    tl.store(stats_ptr + 2 * row.to(tl.int64)[:, None], mean, mask=mask)
+    tl.store(stats_ptr + 2 * row.to(tl.int64)[:, None] + 1, rstd, mask=mask)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 MODULATIONS = ("chunk6", "per_token", "fp32", "none", "shift_only", "scale_only")
 WIDTHS = (128, 200, 384, 768, 1024, 1152)
 TOKENS = (1, 16, 17, 64, 257)
+GRIDS = {"1x4": (1, 4), "3x5": (3, 5), "8x8": (8, 8)}
 
 
 def modulation(kind: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -33,12 +34,31 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None, dtype: torch.dtype
     return x.to(dtype) + _over_tokens(gate, 1.0, dtype) * h.to(dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dtype: torch.dtype) -> Tensor:
+    return linear(linear_gelu(x, w1, b1, dtype), w2, b2, dtype)
+
+
+def linear_gated_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return gated_residual(residual, linear(x, weight, bias, dtype), gate, dtype)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return F.gelu(F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)), approximate="tanh")
 
 
 def attention(qkv: Tensor, dtype: torch.dtype) -> Tensor:
-    q, k, v = qkv.to(dtype).permute(2, 0, 3, 1, 4)
+    return cross_attention(qkv[:, :, 0], qkv[:, :, 1:], dtype)
+
+
+def cross_attention(q: Tensor, kv: Tensor, dtype: torch.dtype) -> Tensor:
+    q = q.to(dtype).transpose(1, 2)
+    k, v = kv.to(dtype).permute(2, 0, 3, 1, 4)
     weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -47,3 +67,40 @@ def _over_tokens(vector: Tensor | None, otherwise: float, dtype: torch.dtype) ->
     if vector is None:
         return otherwise
     return (vector if vector.dim() == 3 else vector[:, None]).to(dtype)
+
+
+def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, dtype: torch.dtype) -> Tensor:
+    convolved = F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), stride=weight.shape[-1])
+    return convolved.flatten(2).transpose(1, 2) + pos_embed.to(dtype)
+
+
+def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    patches = x.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
+    return torch.einsum("bhwpqc->bchpwq", patches).flatten(4).flatten(2, 3)
+
+
+def linear_unpatchify(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], patch_size: int, dtype: torch.dtype
+) -> Tensor:
+    return unpatchify(F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)), grid, patch_size)
+
+
+def final_layer(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    grid: tuple[int, int],
+    patch_size: int,
+    dtype: torch.dtype,
+    eps: float = 1e-6,
+) -> Tensor:
+    u = layer_norm_modulate(x, shift, scale, dtype, eps)
+    return linear_unpatchify(u, weight, bias, grid, patch_size, dtype)
+
+
+def classifier_free_guidance(out: Tensor, scale: float, channels: int, dtype: torch.dtype) -> Tensor:
+    conditional, unconditional = out.to(dtype).chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    return torch.cat([torch.cat([guided[:, :channels], half[:, channels:]], dim=1) for half in (conditional, unconditional)])

@@ -84,6 +84,30 @@ def poisoned_outputs() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def in_any_order() -> Iterator[None]:
+    """Twice as it comes; then, on the simulator, with the programs and the warps in other orders."""
+    yield
+    yield
+    if WHERE == "simulator":
+        import ptxsim
+
+        for order in ("reverse", "random"):
+            with ptxsim.set_options(cta_order=order, warp_order=order, seed=1):
+                yield
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+def leaves(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """The tensors as leaves of a graph of their own, where they lie; copies if a dtype is given."""
+    return [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Of the inputs that are there; the upstream gradients are cast to the dtypes of the outputs."""
+    upstream = [gradient.to(output.dtype) for gradient, output in zip(upstream, outputs, strict=True)]
+    return list(torch.autograd.grad(outputs, [tensor for tensor in inputs if tensor is not None], upstream))
+
+
 # ------------------------------------------------------------------------------------------------ what is exact enough
 def error(out: Tensor, exact: Tensor) -> float:
     """||out - exact|| / ||exact||"""

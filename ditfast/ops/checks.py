@@ -33,10 +33,20 @@ def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]
     _check_inner_stride(name, tensor)
 
 
-def check_branch(name: str, h: Tensor, x: Tensor) -> None:
-    """Of the shape and device of x, in any of the dtypes: autocast brings bf16 branches beside an fp32 stream."""
-    if h.shape != x.shape:
-        raise ValueError(f"{name}: got shape {tuple(h.shape)}, expected {tuple(x.shape)}, as x")
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor, prefix: str = "", features: int | None = None) -> None:
+    """weight [N, K] and bias [N] for x [B, T, K]; K is ``features`` where x is not what the weight multiplies."""
+    check_tokens("x", x)
+    if weight.dim() != 2:
+        raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, expected [N, K]")
+    check_parameter(f"{prefix}weight", weight, x, (weight.shape[0], x.shape[2] if features is None else features))
+    check_parameter(f"{prefix}bias", bias, x, (weight.shape[0],))
+
+
+def check_branch(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Of the shape (if none is given) and device of x, in any dtype: autocast brings bf16 branches beside an fp32 stream."""
+    expected = tuple(x.shape) if shape is None else shape
+    if h.shape != expected:
+        raise ValueError(f"{name}: got shape {tuple(h.shape)}, expected {expected} for x {tuple(x.shape)}")
     check_dtype(name, h)
     _check_device(name, h, x)
     _check_inner_stride(name, h)

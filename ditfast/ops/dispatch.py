@@ -1,4 +1,9 @@
-"""How an op picks its implementation, and how it is registered with torch."""
+"""How an op picks its implementation, and how its Triton half is registered with torch.
+
+An op has two halves. ``torch_*`` is plain torch: autograd and torch.compile see through it. The registered op
+``ditfast::name`` always launches Triton kernels, forward and backward, so a backward runs where its forward ran, on whatever
+thread autograd calls it. The public function chooses between them.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +13,78 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
-TRITON_OPS: list[str] = []  # filled by define_op
+TORCH_BY_DEFAULT = {"linear": "the library's GEMM adds the bias in its epilogue too"}
+
+
+class Forced(NamedTuple):
+    """What context managers force."""
+
+    backend: str | None = None
+    attention: str | None = None
+
 
 _library = torch.library.Library("ditfast", "DEF")
-_forced: ContextVar[str | None] = ContextVar("ditfast.backend", default=None)
+_forced: ContextVar[Forced] = ContextVar("ditfast.forced", default=Forced())  # noqa: B039 (a NamedTuple cannot change)
+# What any thread forced last. torch.compile cannot guard on a ContextVar; it can on a global, and recompiles when it changes.
+_last_forced = Forced()
 
 
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Forces every op inside the ``with`` block, in this thread, onto plain torch or onto the Triton kernels.
 
     Without it CUDA tensors take Triton and CPU tensors torch. ``"triton"`` on CPU tensors runs in Triton's interpreter
-    (TRITON_INTERPRET=1 before the first import of ditfast). A call that needs gradients takes torch whatever is forced.
+    (TRITON_INTERPRET=1 before the first import of ditfast). A backward runs on the backend of its forward; the
+    recomputation of ``torch.utils.checkpoint`` does if it is given ``context_fn=ditfast.checkpoint_contexts``.
 
     Raises:
         ValueError: the name is neither ``"torch"`` nor ``"triton"``.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    token = _forced.set(name)
+    return force("backend", name, BACKENDS)
+
+
+@contextlib.contextmanager
+def force(field: str, name: str, allowed: tuple[str, ...]) -> Iterator[None]:
+    """Sets a field of ``Forced`` inside the ``with`` block, in this thread."""
+    if name not in allowed:
+        raise ValueError(f"{field}: got {name!r}, expected one of {', '.join(allowed)}")
+    with _forcing(_forced.get()._replace(**{field: name})):
+        yield
+
+
+@contextlib.contextmanager
+def _forcing(choice: Forced) -> Iterator[None]:
+    global _last_forced
+    token, last, _last_forced = _forced.set(choice), _last_forced, choice
     try:
         yield
     finally:
         _forced.reset(token)
+        _last_forced = last
+
+
+def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """``context_fn`` for ``torch.utils.checkpoint``: the recomputation makes the choices of the forward.
+
+    It runs in the backward, perhaps on another thread, where the forward's ``with ditfast.backend(...)`` does not reach.
+    """
+    return contextlib.nullcontext(), _forcing(_forced.get())
+
+
+def forced() -> Forced:
+    if torch.compiler.is_compiling():
+        return _forced_while_tracing(_last_forced)
+    return _forced.get()
+
+
+@torch.compiler.assume_constant_result
+def _forced_while_tracing(guarded: Forced) -> Forced:
+    return _forced.get()
 
 
 @functools.cache
@@ -54,15 +102,17 @@ def kernels() -> ModuleType:
     return ditfast.kernels
 
 
-def choose_backend(device: torch.device) -> tuple[str, str]:
-    """The backend that ops take for tensors on a device, and why."""
-    forced = _forced.get()
-    if forced is not None:
-        return forced, "forced by ditfast.backend"
+def choose_backend(device: torch.device, op: str) -> tuple[str, str]:
+    """The backend that an op takes for tensors on a device, and why."""
+    choice = forced().backend
+    if choice is not None:
+        return choice, "forced by ditfast.backend"
     if device.type != "cuda":
         return "torch", "only CUDA tensors take Triton unless ditfast.backend forces it"
     if not has_triton():
         return "torch", "triton is not installed"
+    if op in TORCH_BY_DEFAULT:
+        return "torch", TORCH_BY_DEFAULT[op]
     return "triton", "the default on CUDA"
 
 
@@ -70,32 +120,48 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def takes_torch(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether to call the torch version straight away: for gradients, and in eager mode where the op would only call it."""
-    if needs_gradient(x, *others):
-        return True
-    return not torch.compiler.is_compiling() and choose_backend(x.device)[0] == "torch"
+def takes_torch(op: str, x: Tensor) -> bool:
+    return choose_backend(x.device, op)[0] == "torch"
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, as torch casts the arguments of F.linear; the op behind does not see autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def define_op(
-    schema: str, torch_version: Callable[..., Any], fake: Callable[..., Any], *, triton: bool = True
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Registers ``ditfast::name``: at each call the launcher of that name in ``ditfast.kernels``, or ``torch_version``.
+    """Registers ``ditfast::name``, which calls the launcher of that name in ``ditfast.kernels``.
 
-    The choice is made inside the op, at run time: a compiled graph follows ``ditfast.backend`` without recompiling.
-    ``triton=False`` says that there is no such launcher.
+    Args:
+        schema: as for ``torch.library.define``; the first tensor argument says where to run.
+        fake: the same call on tensors without data, for torch.compile.
+        save: ``save(ctx, inputs, output)`` keeps what the backward needs.
+        backward: ``backward(ctx, *output_gradients)`` returns one gradient, or None, for each input. An op without one
+            raises when somebody differentiates it.
     """
     name = schema.partition("(")[0]
 
-    def implementation(*args: Any) -> Any:
-        if not triton or choose_backend(args[0].device)[0] == "torch":
-            return torch_version(*args)
-        kernels().check_launchable(args[0])
+    def launch(*args: Any) -> Any:
+        where = next(arg for arg in args if isinstance(arg, Tensor))
+        kernels().check_launchable(where)
         return getattr(kernels(), name)(*args)
 
-    if triton:
-        TRITON_OPS.append(name)
+    def no_second_derivative(*_: Any) -> Any:
+        raise RuntimeError(
+            f"ditfast::{name} has no derivative; second derivatives need the forward to run under ditfast.backend('torch')"
+        )
+
     _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditfast::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"ditfast::{name}", backward or no_second_derivative, setup_context=save, lib=_library)
     return getattr(torch.ops.ditfast, name).default

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .checks import check_branch, check_modulation, check_tokens
 from .dispatch import define_op, takes_torch
+from .joint_backward import joint_backward
 from .layer_norm_modulate import per_token
 
 
@@ -27,7 +30,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     check_tokens("x", x)
     check_branch("h", h, x)
     check_modulation("gate", gate, x)
-    if takes_torch(x, h, gate):
+    if takes_torch("gated_residual", x):
         return torch_gated_residual(x, h, gate)
     return _op(x, h, gate)
 
@@ -45,4 +48,14 @@ def _fake(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_op = define_op("gated_residual(Tensor x, Tensor h, Tensor? gate) -> Tensor", torch_gated_residual, _fake)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, h, gate = inputs
+    ctx.save_for_backward(h, gate)
+
+
+def _backward(ctx: Any, dx_new: Tensor) -> tuple[Tensor | None, ...]:
+    h, gate = ctx.saved_tensors
+    return joint_backward(None, dx_new, None, None, h, gate, None, None)[:3]
+
+
+_op = define_op("gated_residual(Tensor x, Tensor h, Tensor? gate) -> Tensor", _fake, save=_save, backward=_backward)

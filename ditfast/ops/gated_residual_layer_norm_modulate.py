@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .checks import check_branch, check_modulation, check_tokens
-from .dispatch import define_op, takes_torch
+from .dispatch import define_op, needs_gradient, takes_torch
 from .gated_residual import torch_gated_residual
-from .layer_norm_modulate import torch_layer_norm_modulate
+from .joint_backward import joint_backward
+from .layer_norm_modulate import empty_stats, torch_layer_norm_modulate
 
 
 def gated_residual_layer_norm_modulate(
@@ -34,27 +37,42 @@ def gated_residual_layer_norm_modulate(
     check_branch("h", h, x)
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_modulation(name, vector, x)
-    if takes_torch(x, h, gate, shift, scale):
-        return _torch_version(x, h, gate, shift, scale, eps)
-    return _op(x, h, gate, shift, scale, eps)
-
-
-def _torch_version(
-    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    x_new = torch_gated_residual(x, h, gate)
-    return x_new, torch_layer_norm_modulate(x_new, shift, scale, eps)
+    if takes_torch("gated_residual_layer_norm_modulate", x):
+        x_new = torch_gated_residual(x, h, gate)
+        return x_new, torch_layer_norm_modulate(x_new, shift, scale, eps)
+    x_new, u, _ = _op(x, h, gate, shift, scale, eps, needs_gradient(x, h, gate, shift, scale))
+    return x_new, u
 
 
 def _fake(
-    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), empty_stats(x, training)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, h, gate, shift, scale, _, _ = inputs
+    x_new, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)  # after the last joint nobody reads x_new: no zeros for its gradient
+    ctx.save_for_backward(x_new, stats, h, gate, shift, scale)
+
+
+def _backward(ctx: Any, dx_new: Tensor | None, du: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x_new, stats, h, gate, shift, scale = ctx.saved_tensors
+    return *joint_backward(du, dx_new, x_new, stats, h, gate, shift, scale), None, None
 
 
 _op = define_op(
-    "gated_residual_layer_norm_modulate(Tensor x, Tensor h, Tensor? gate, Tensor? shift, Tensor? scale, float eps)"
-    " -> (Tensor, Tensor)",
-    _torch_version,
+    "gated_residual_layer_norm_modulate(Tensor x, Tensor h, Tensor? gate, Tensor? shift, Tensor? scale, float eps,"
+    " bool training) -> (Tensor, Tensor, Tensor)",
     _fake,
+    save=_save,
+    backward=_backward,
 )

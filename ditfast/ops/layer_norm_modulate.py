@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_modulation, check_tokens
 from .dispatch import define_op, needs_gradient, takes_torch
+from .joint_backward import joint_backward
 
 # Elements; measured on two cores of a Zen 4: above the first a call's overhead no longer shows, above the second the
 # temporaries leave the cache.
@@ -32,15 +36,15 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
     check_tokens("x", x)
     check_modulation("shift", shift, x)
     check_modulation("scale", scale, x)
-    if takes_torch(x, shift, scale):
+    if takes_torch("layer_norm_modulate", x):
         return torch_layer_norm_modulate(x, shift, scale, eps)
-    return _op(x, shift, scale, eps)
+    return _op(x, shift, scale, eps, needs_gradient(x, shift, scale))[0]
 
 
 def torch_layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
     if shift is None and scale is None:
         return F.layer_norm(x, x.shape[-1:], eps=eps).contiguous()
-    if x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale):
+    if x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale) and not torch.compiler.is_compiling():
         return _cpu_version(x, shift, scale, eps)
     return _normalise_then_modulate(x, shift, scale, eps)
 
@@ -91,10 +95,29 @@ def per_token(vector: Tensor) -> Tensor:
     return (vector if vector.dim() == 3 else vector[:, None]).float()
 
 
-def _fake(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+def empty_stats(x: Tensor, training: bool) -> Tensor:
+    return x.new_empty((*x.shape[:2], 2) if training else (0,), dtype=torch.float32)
+
+
+def _fake(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, training: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), empty_stats(x, training)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, shift, scale, _, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], shift, scale)
+
+
+def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
+    x, stats, shift, scale = ctx.saved_tensors
+    dx, _, _, dshift, dscale = joint_backward(dy, None, x, stats, None, None, shift, scale)
+    return dx, dshift, dscale, None, None
 
 
 _op = define_op(
-    "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, float eps) -> Tensor", torch_layer_norm_modulate, _fake
+    "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, float eps, bool training) -> (Tensor, Tensor)",
+    _fake,
+    save=_save,
+    backward=_backward,
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_parameter, check_tokens
-from .dispatch import define_op, takes_torch
+from .checks import check_linear
+from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
+from .linear import backward_fake
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -19,30 +21,46 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: [N], of the dtype of x.
 
     Returns:
-        [B, T, N], contiguous, of the dtype of x, or autocast's. The product accumulates in fp32; fp32 inputs are not
-        rounded to tf32.
+        [B, T, N], contiguous, of the dtype of x, or autocast's. The product accumulates in fp32; the Triton kernel does not
+        round fp32 inputs to tf32.
 
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
-    if torch.is_autocast_enabled(x.device.type):  # as torch does for F.linear; the op behind does not see autocast
-        x, weight, bias = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight, bias))
-    check_tokens("x", x)
-    if weight.dim() != 2:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K]")
-    check_parameter("weight", weight, x, (weight.shape[0], x.shape[2]))
-    check_parameter("bias", bias, x, (weight.shape[0],))
-    if takes_torch(x, weight, bias):
-        return torch_linear_gelu(x, weight, bias)
-    return _op(x, weight, bias)
+    x, weight, bias = under_autocast(x, weight, bias)
+    check_linear(x, weight, bias)
+    if takes_torch("linear_gelu", x):
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh").contiguous()
+    return _op(x, weight, bias, needs_gradient(x, weight, bias))[0]
 
 
-def torch_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh").contiguous()
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, y.new_empty(y.shape if training else (0,))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], weight)
 
 
-_op = define_op("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor", torch_linear_gelu, _fake)
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    found = iter(_backward_op(dy, *ctx.saved_tensors, needed))
+    return *(next(found) if need else None for need in needed), None
+
+
+def _backward_fake(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
+    return backward_fake(dy, x, weight, needed)
+
+
+_op = define_op(
+    "linear_gelu(Tensor x, Tensor weight, Tensor bias, bool training) -> (Tensor, Tensor)",
+    _fake,
+    save=_save,
+    backward=_backward,
+)
+_backward_op = define_op(
+    "linear_gelu_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, bool[] needed) -> Tensor[]", _backward_fake
+)

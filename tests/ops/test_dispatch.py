@@ -3,11 +3,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from support import WHERE, Runner, raises_naming
+from support import TARGETS, WHERE, Runner, raises_naming
+from torch.utils.checkpoint import checkpoint
 
 import ditfast
 from ditfast import ops
@@ -17,31 +19,32 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_choices() -> None:
-    assert choose_backend(CPU)[0] == "torch"
-    assert choose_backend(CUDA) == ("triton", "the default on CUDA")
+    assert choose_backend(CPU, "mlp")[0] == "torch"
+    assert choose_backend(CUDA, "mlp") == ("triton", "the default on CUDA")
     with ditfast.backend("torch"):
-        assert choose_backend(CUDA) == ("torch", "forced by ditfast.backend")
+        assert choose_backend(CUDA, "mlp") == ("torch", "forced by ditfast.backend")
         with ditfast.backend("triton"):
-            assert choose_backend(CPU)[0] == "triton"
-        assert choose_backend(CUDA)[0] == "torch"
-    assert choose_backend(CPU)[0] == "torch"
+            assert choose_backend(CPU, "mlp")[0] == "triton"
+        assert choose_backend(CUDA, "mlp")[0] == "torch"
+    assert choose_backend(CUDA, "linear")[0] == "torch"
+    assert choose_backend(CPU, "mlp")[0] == "torch"
 
 
 def test_without_triton_cuda_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["ditfast.ops.dispatch"], "has_triton", lambda: False)
-    assert choose_backend(CUDA) == ("torch", "triton is not installed")
+    assert choose_backend(CUDA, "mlp") == ("torch", "triton is not installed")
 
 
 def test_is_left_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="inside"), ditfast.backend("triton"):
         raise RuntimeError("inside")
-    assert choose_backend(CPU)[0] == "torch"
+    assert choose_backend(CPU, "mlp")[0] == "torch"
 
 
 def test_threads_do_not_see_each_other() -> None:
     seen = []
     with ditfast.backend("triton"):
-        thread = threading.Thread(target=lambda: seen.append(choose_backend(CPU)[0]))
+        thread = threading.Thread(target=lambda: seen.append(choose_backend(CPU, "mlp")[0]))
         thread.start()
         thread.join()
     assert seen == ["torch"]
@@ -55,25 +58,69 @@ def test_unknown_name() -> None:
     assert "torch, triton" in raises_naming("backend", enter)
 
 
-@pytest.mark.skipif(WHERE != "simulator", reason="counts launches on the simulator")
-def test_forced_triton_launches_kernels_also_from_a_compiled_graph() -> None:
+def launches(call: Callable[[], object]) -> dict[str, int]:
     import ptxsim
 
+    with ptxsim.record() as recorded:
+        call()
+    return {name: stats.launches for name, stats in recorded.items()}
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="counts launches on the simulator")
+def test_compiled_graphs_follow_what_is_forced() -> None:
     x, v = torch.randn(1, 4, 128), torch.randn(1, 128)
     graph = torch.compile(ops.gated_residual, fullgraph=True, backend="aot_eager")
     expected = graph(x, x, v)
-    with Runner.open("sm_80"), ptxsim.record() as launches:
-        ops.layer_norm_modulate(x, v, v)
-        ops.gated_residual(x, x, v)
-        ops.gated_residual_layer_norm_modulate(x, x, v, v, v)
-        ops.linear_gelu(x, torch.randn(32, 128), torch.randn(32))
-        torch.testing.assert_close(graph(x, x, v), expected)
-    assert {name: stats.launches for name, stats in launches.items()} == {
-        "layer_norm_modulate_kernel": 1,
-        "gated_residual_kernel": 2,
-        "gated_residual_layer_norm_modulate_kernel": 1,
-        "linear_gelu_kernel": 1,
-    }
+    with Runner.open("sm_80"):
+        assert launches(lambda: torch.testing.assert_close(graph(x, x, v), expected)) == {"gated_residual_kernel": 1}
+        with ditfast.backend("torch"):
+            assert not launches(lambda: graph(x, x, v))
+    assert torch.equal(graph(x, x, v), expected)
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="counts launches on the simulator")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_backward_runs_on_the_backend_of_its_forward(compiled: bool) -> None:
+    op = torch.compile(ops.linear, fullgraph=True, backend="aot_eager") if compiled else ops.linear
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((1, 4, 32), (16, 32), (16,))]
+    with Runner.open("sm_80"):
+        on_triton = op(*inputs)
+        with ditfast.backend("torch"):
+            on_torch = op(*inputs)
+            backward = {
+                "input_gradient_kernel": 1,
+                "weight_gradient_kernel": 1,
+                "column_sum_kernel": 1,
+                "sum_partials_kernel": 1,
+            }
+            assert launches(lambda: torch.autograd.grad(on_triton.square().sum(), inputs)) == backward
+        assert not launches(lambda: torch.autograd.grad(on_torch.square().sum(), inputs))
+
+
+@pytest.mark.parametrize("forced", ["triton", "torch"])
+def test_activation_checkpointing_recomputes_on_the_backend_of_the_forward(forced: str) -> None:
+    x, v = torch.randn(1, 4, 128, requires_grad=True), torch.randn(1, 128, requires_grad=True)
+    weight = torch.randn(1, 4, 128)
+    with Runner.open(TARGETS[0]) as runner:
+        x, v, weight = (tensor.to(runner.device) for tensor in (x, v, weight))
+        with ditfast.backend(forced):
+            y = checkpoint(
+                lambda: ops.layer_norm_modulate(ops.gated_residual(x, x, v), v, v),
+                use_reentrant=False,
+                context_fn=ditfast.checkpoint_contexts,
+            )
+            plain = ops.layer_norm_modulate(ops.gated_residual(x, x, v), v, v)
+        with ditfast.backend("torch" if forced == "triton" else "triton"):
+            found = torch.autograd.grad((y * weight).sum(), (x, v))
+    for a, b in zip(found, torch.autograd.grad((plain * weight).sum(), (x, v)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_second_derivative_says_where_to_get_it(compiled: Runner) -> None:
+    x = torch.randn(1, 4, 128, device=compiled.device, requires_grad=True)
+    (dx,) = torch.autograd.grad(ops.layer_norm_modulate(x, None, None).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend\\('torch'\\)"):
+        torch.autograd.grad(dx.square().sum(), x)
 
 
 def test_forced_triton_without_a_device_says_what_to_do() -> None:

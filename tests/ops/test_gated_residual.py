@@ -2,7 +2,8 @@ import oracles
 import pytest
 import torch
 from oracles import TOKENS, WIDTHS
-from support import DTYPES, Runner, assert_rounded_once, pairwise, raises_naming
+from support import DTYPES, Runner, assert_rounded_once, gradients, leaves, pairwise, raises_naming
+from torch import Tensor
 
 from ditfast import ops
 
@@ -43,14 +44,20 @@ def test_empty_batch(either: Runner) -> None:
     assert ops.gated_residual(x, x, torch.empty(0, 384, device=either.device)).shape == (0, 16, 384)
 
 
-def test_gradients_take_torch(either: Runner) -> None:
-    x, h = (torch.randn(2, 4, 128, device=either.device, requires_grad=True) for _ in range(2))
-    gate = torch.randn(2, 128, device=either.device, requires_grad=True)
-    weight = torch.randn(2, 4, 128, device=either.device)
-    found = torch.autograd.grad((ops.gated_residual(x, h, gate) * weight).sum(), (x, h, gate))
-    exact = oracles.gated_residual(x, h, gate, torch.float64)
-    for a, b in zip(found, torch.autograd.grad((exact * weight).sum(), (x, h, gate)), strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+def test_kernel_gradients(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
+    x, h, dy = torch.randn(3, 2, T, D, device=compiled.device).to(DTYPES[dtype])
+    gate, _, _ = oracles.modulation(kind, x)
+    inputs = leaves(x, h, gate)
+    found = gradients([ops.gated_residual(*inputs)], inputs, [dy])
+
+    def expected(precision: torch.dtype) -> list[Tensor]:
+        copies = leaves(x, h, gate, dtype=precision)
+        return gradients([oracles.gated_residual(*copies, precision)], copies, [dy])
+
+    assert torch.equal(found[0], dy)
+    for gradient, exact, eager in zip(found[1:], expected(torch.float64)[1:], expected(torch.float32)[1:], strict=True):
+        assert_rounded_once(gradient, exact, eager.to(gradient.dtype))
 
 
 def test_errors_name_the_argument() -> None:
@@ -60,9 +67,18 @@ def test_errors_name_the_argument() -> None:
     assert "(2, 8) or (2, 4, 8)" in raises_naming("gate", lambda: ops.gated_residual(x, x, torch.zeros(8)))
 
 
-def test_opcheck_and_fullgraph(either: Runner) -> None:
-    x, h = torch.randn(2, 2, 5, 128, device=either.device)
+def test_opcheck(compiled: Runner) -> None:
+    x, h = torch.randn(2, 2, 5, 128, device=compiled.device)
+    for gate in (torch.randn(2, 128, device=compiled.device), torch.randn_like(x), None):
+        torch.library.opcheck(torch.ops.ditfast.gated_residual.default, leaves(x, h, gate))
+
+
+def test_fullgraph(either: Runner) -> None:
+    x, h, dy = torch.randn(3, 2, 5, 128, device=either.device)
+    graph = torch.compile(ops.gated_residual, fullgraph=True, backend="aot_eager")
     for gate in (torch.randn(2, 128, device=either.device), None):
-        torch.library.opcheck(torch.ops.ditfast.gated_residual.default, (x, h, gate))
-        graph = torch.compile(ops.gated_residual, fullgraph=True, backend="aot_eager")
-        assert torch.equal(graph(x, h, gate), ops.gated_residual(x, h, gate))
+        inputs = leaves(x, h, gate)
+        eager, traced = ops.gated_residual(*inputs), graph(*inputs)
+        assert torch.equal(traced, eager)
+        for a, b in zip(gradients([traced], inputs, [dy]), gradients([eager], inputs, [dy]), strict=True):
+            torch.testing.assert_close(a, b)

@@ -4,7 +4,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import MODULATIONS, TOKENS, WIDTHS
-from support import DTYPES, TARGETS, Runner, assert_rounded_once, pairwise, raises_naming
+from support import (
+    DTYPES,
+    TARGETS,
+    Runner,
+    assert_rounded_once,
+    error,
+    gradients,
+    in_any_order,
+    leaves,
+    pairwise,
+    raises_naming,
+)
+from torch import Tensor
 
 from ditfast import ops
 
@@ -29,6 +41,90 @@ def test_kernel(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None
     check(compiled, 2, T, D, DTYPES[dtype], kind)
 
 
+def check_gradients(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, kind: str) -> None:
+    x = (3 + 2 * torch.randn(B, T, D, device=runner.device)).to(dtype)
+    h = torch.randn(B, T, D, device=runner.device).to(dtype)
+    vectors = oracles.modulation(kind, x)
+    upstream = torch.randn(2, B, T, D, device=runner.device).to(dtype)
+    inputs = leaves(x, h, *vectors)
+    outputs = ops.gated_residual_layer_norm_modulate(*inputs)
+    found = gradients(outputs, inputs, upstream)
+
+    def expected(precision: torch.dtype) -> list[Tensor]:
+        copies = leaves(x, h, *vectors, dtype=precision)
+        total = oracles.gated_residual(*copies[:3], precision)
+        stored = total + (outputs[0].to(precision) - total).detach()  # what was normalised, and what the backward sees
+        return gradients([stored, oracles.layer_norm_modulate(stored, *copies[3:], precision)], copies, upstream)
+
+    for gradient, exact, eager in zip(found, expected(torch.float64), expected(torch.float32), strict=True):
+        assert_rounded_once(gradient, exact, eager.to(gradient.dtype))
+
+
+@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+def test_kernel_gradients(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
+    check_gradients(compiled, 2, T, D, DTYPES[dtype], kind)
+
+
+@settings(max_examples=10, deadline=None)
+@given(B=st.integers(1, 3), T=st.integers(1, 40), D=st.sampled_from([8, 72, 2048]), kind=st.sampled_from(MODULATIONS))
+def test_gradients_of_any_shape(B: int, T: int, D: int, kind: str) -> None:
+    with Runner.open(TARGETS[0]) as runner:
+        check_gradients(runner, B, T, D, torch.bfloat16, kind)
+
+
+def test_many_rows_add_up(compiled: Runner) -> None:
+    """Enough rows for 8 and for 16 a program, in a last program that is not full."""
+    check_gradients(compiled, 3, 500, 128, torch.bfloat16, "chunk6")
+    check_gradients(compiled, 3, 1400, 128, torch.float32, "chunk6")
+
+
+def test_same_bits_in_any_order(compiled: Runner) -> None:
+    x, h, *upstream = torch.randn(4, 3, 40, 384, device=compiled.device).bfloat16()
+    inputs = leaves(x, h, *oracles.modulation("chunk6", x))
+    runs = []
+    for _ in in_any_order():
+        outputs = ops.gated_residual_layer_norm_modulate(*inputs)
+        runs.append([*outputs, *gradients(outputs, inputs, upstream)])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_only_one_of_the_outputs_used(compiled: Runner) -> None:
+    x, h, dy = torch.randn(3, 2, 5, 128, device=compiled.device)
+    vectors = oracles.modulation("chunk6", x)
+    for used in (0, 1):
+        for given in (vectors, (None, None, None)):
+            inputs, copies = leaves(x, h, *given), leaves(x, h, *given, dtype=torch.float64)
+            output = ops.gated_residual_layer_norm_modulate(*inputs)[used]
+            total = oracles.gated_residual(*copies[:3], torch.float64)
+            exact = oracles.layer_norm_modulate(total, *copies[3:], torch.float64) if used else total
+            for a, b in zip(
+                *(
+                    torch.autograd.grad(o, [v for v in i if v is not None], d, allow_unused=True)
+                    for o, i, d in ((output, inputs, dy), (exact, copies, dy.double()))
+                ),
+                strict=True,
+            ):
+                assert (a is None) == (b is None)
+                assert a is None or torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_dtypes(compiled: Runner) -> None:
+    """As under autocast: an fp32 stream, a bf16 branch, bf16 vectors; the gradients have the dtypes of their inputs."""
+    x, h, *upstream = torch.randn(4, 2, 20, 128, device=compiled.device)
+    vectors = [vector.bfloat16() for vector in torch.randn(3, 2, 128, device=compiled.device)]
+    for given in (vectors, [None] * 3):
+        inputs = leaves(x, h.bfloat16(), *given)
+        copies = leaves(*inputs, dtype=torch.float64)
+        outputs = ops.gated_residual_layer_norm_modulate(*inputs)
+        total = oracles.gated_residual(*copies[:3], torch.float64)
+        exact = gradients([total, oracles.layer_norm_modulate(total, *copies[3:], torch.float64)], copies, upstream)
+        for a, b, given_input in zip(
+            gradients(outputs, inputs, upstream), exact, [i for i in inputs if i is not None], strict=True
+        ):
+            assert a.dtype == given_input.dtype
+            assert error(a, b) < (1e-6 if a.dtype == torch.float32 else 2.5e-3)
+
+
 @pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
 def test_torch(D: int, T: int, dtype: str, kind: str) -> None:
     with Runner.open("torch") as runner:
@@ -50,18 +146,6 @@ def test_strided_inputs(either: Runner) -> None:
         assert torch.equal(a, b)
 
 
-def test_gradients_take_torch(either: Runner) -> None:
-    inputs = [torch.randn(2, 4, 128, device=either.device, requires_grad=True) for _ in range(2)]
-    inputs += [torch.randn(2, 128, device=either.device, requires_grad=True) for _ in range(3)]
-    weights = torch.randn(2, 2, 4, 128, device=either.device)
-    x_new, u = ops.gated_residual_layer_norm_modulate(*inputs)
-    found = torch.autograd.grad((x_new * weights[0] + u * weights[1]).sum(), inputs)
-    exact = oracles.gated_residual(*inputs[:3], torch.float64)
-    normalised = oracles.layer_norm_modulate(exact, *inputs[3:], torch.float64)
-    for a, b in zip(found, torch.autograd.grad((exact * weights[0] + normalised * weights[1]).sum(), inputs), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_errors_name_the_argument() -> None:
     x, v = torch.zeros(2, 4, 8), torch.zeros(2, 8)
     op = ops.gated_residual_layer_norm_modulate
@@ -73,10 +157,19 @@ def test_errors_name_the_argument() -> None:
         assert "(2, 8) or (2, 4, 8)" in raises_naming(name, lambda arguments=arguments: op(*arguments))
 
 
-def test_opcheck_and_fullgraph(either: Runner) -> None:
-    x, h = torch.randn(2, 2, 5, 128, device=either.device)
-    for vectors in (oracles.modulation("chunk6", x), (None, None, None)):
-        torch.library.opcheck(torch.ops.ditfast.gated_residual_layer_norm_modulate.default, (x, h, *vectors, 1e-6))
-        graph = torch.compile(ops.gated_residual_layer_norm_modulate, fullgraph=True, backend="aot_eager")
-        found, expected = graph(x, h, *vectors), ops.gated_residual_layer_norm_modulate(x, h, *vectors)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def test_opcheck(compiled: Runner) -> None:
+    x, h = torch.randn(2, 2, 5, 128, device=compiled.device)
+    op = torch.ops.ditfast.gated_residual_layer_norm_modulate.default
+    for kind in ("chunk6", "none", "per_token"):
+        torch.library.opcheck(op, (*leaves(x, h, *oracles.modulation(kind, x)), 1e-6, True))
+
+
+def test_fullgraph(either: Runner) -> None:
+    x, h, *upstream = torch.randn(4, 2, 5, 128, device=either.device)
+    graph = torch.compile(ops.gated_residual_layer_norm_modulate, fullgraph=True, backend="aot_eager")
+    for kind in ("chunk6", "none"):
+        inputs = leaves(x, h, *oracles.modulation(kind, x))
+        eager, traced = ops.gated_residual_layer_norm_modulate(*inputs), graph(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip(traced, eager, strict=True))
+        for a, b in zip(gradients(traced, inputs, upstream), gradients(eager, inputs, upstream), strict=True):
+            torch.testing.assert_close(a, b)

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import MODULATIONS, TOKENS, WIDTHS
-from support import DTYPES, TARGETS, Runner, assert_rounded_once, pairwise, raises_naming
+from support import DTYPES, TARGETS, Runner, assert_rounded_once, gradients, in_any_order, leaves, pairwise, raises_naming
+from torch import Tensor
 
 from ditfast import ops
 
@@ -25,6 +26,33 @@ CASES = pairwise(D=WIDTHS, T=TOKENS, dtype=DTYPES, kind=MODULATIONS)
 @pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
 def test_kernel(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
     check(compiled, 2, T, D, DTYPES[dtype], kind)
+
+
+def check_gradients(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, kind: str) -> None:
+    x = (3 + 2 * torch.randn(B, T, D, device=runner.device)).to(dtype)
+    _, shift, scale = oracles.modulation(kind, x)
+    dy = torch.randn(B, T, D, device=runner.device).to(dtype)
+    inputs = leaves(x, shift, scale)
+    found = gradients([ops.layer_norm_modulate(*inputs)], inputs, [dy])
+
+    def expected(precision: torch.dtype) -> list[Tensor]:
+        copies = leaves(x, shift, scale, dtype=precision)
+        return gradients([oracles.layer_norm_modulate(*copies, precision)], copies, [dy])
+
+    for gradient, exact, eager in zip(found, expected(torch.float64), expected(torch.float32), strict=True):
+        assert_rounded_once(gradient, exact, eager.to(gradient.dtype))
+
+
+@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+def test_kernel_gradients(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
+    check_gradients(compiled, 2, T, D, DTYPES[dtype], kind)
+
+
+def test_same_bits_in_any_order(compiled: Runner) -> None:
+    x, dy = torch.randn(2, 3, 40, 384, device=compiled.device).bfloat16()
+    inputs = leaves(x, *oracles.modulation("chunk6", x)[1:])
+    runs = [gradients([ops.layer_norm_modulate(*inputs)], inputs, [dy]) for _ in in_any_order()]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 @pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
@@ -56,14 +84,27 @@ def test_epsilon(either: Runner) -> None:
     assert not torch.allclose(ops.layer_norm_modulate(x, None, None), y, rtol=1e-2)
 
 
-def test_gradients_take_torch(either: Runner) -> None:
-    x = torch.randn(2, 4, 128, device=either.device, requires_grad=True)
-    shift, scale = (torch.randn(2, 128, device=either.device, requires_grad=True) for _ in range(2))
-    weight = torch.randn(2, 4, 128, device=either.device)
-    found = torch.autograd.grad((ops.layer_norm_modulate(x, shift, scale) * weight).sum(), (x, shift, scale))
-    exact = oracles.layer_norm_modulate(x, shift, scale, torch.float64)
-    for a, b in zip(found, torch.autograd.grad((exact * weight).sum(), (x, shift, scale)), strict=True):
-        torch.testing.assert_close(a, b)
+@settings(max_examples=10, deadline=None)
+@given(B=st.integers(1, 3), T=st.integers(1, 40), D=st.sampled_from([1, 8, 72, 2048]), kind=st.sampled_from(MODULATIONS))
+def test_gradients_of_any_shape(B: int, T: int, D: int, kind: str) -> None:
+    with Runner.open(TARGETS[0]) as runner:
+        if D == 1 and kind != "none":  # everything but the shift is zero, and has no relative error
+            kind = "none"
+        x = torch.randn(B, T, D, device=runner.device, requires_grad=True)
+        if D == 1:
+            (dx,) = gradients([ops.layer_norm_modulate(x, None, None)], [x], [torch.randn_like(x)])
+            assert not dx.any()
+        else:
+            check_gradients(runner, B, T, D, torch.bfloat16, kind)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 384), (2, 0, 384)])
+def test_gradients_of_nothing(compiled: Runner, shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, device=compiled.device)
+    inputs = leaves(x, *(torch.randn(len(x), 384, device=compiled.device) for _ in range(2)))
+    found = gradients([ops.layer_norm_modulate(*inputs)], inputs, [x])
+    assert [gradient.shape for gradient in found] == [shape, (len(x), 384), (len(x), 384)]
+    assert not any(gradient.any() for gradient in found)
 
 
 def test_errors_name_the_argument() -> None:
@@ -76,10 +117,19 @@ def test_errors_name_the_argument() -> None:
     assert "on meta" in raises_naming("scale", lambda: ops.layer_norm_modulate(x, v, v.to("meta")))
 
 
-def test_opcheck_and_fullgraph(either: Runner) -> None:
-    x = torch.randn(2, 5, 128, device=either.device)
-    shift, scale = torch.randn(2, 256, device=either.device).chunk(2, dim=1)
-    for vectors in ((shift, scale), (None, None), (shift, None)):
-        torch.library.opcheck(torch.ops.ditfast.layer_norm_modulate.default, (x[:, 1:], *vectors, 1e-6))
-        graph = torch.compile(ops.layer_norm_modulate, fullgraph=True, backend="aot_eager")
-        assert torch.equal(graph(x, *vectors), ops.layer_norm_modulate(x, *vectors))
+def test_opcheck(compiled: Runner) -> None:
+    x = torch.randn(2, 6, 128, device=compiled.device)[:, 1:]
+    for kind in ("chunk6", "none", "shift_only", "per_token"):
+        inputs = leaves(x, *oracles.modulation(kind, x)[1:])
+        torch.library.opcheck(torch.ops.ditfast.layer_norm_modulate.default, (*inputs, 1e-6, True))
+
+
+def test_fullgraph(either: Runner) -> None:
+    x, dy = torch.randn(2, 2, 5, 128, device=either.device)
+    graph = torch.compile(ops.layer_norm_modulate, fullgraph=True, backend="aot_eager")
+    for kind in ("chunk6", "none", "shift_only"):
+        inputs = leaves(x, *oracles.modulation(kind, x)[1:])
+        eager, traced = ops.layer_norm_modulate(*inputs), graph(*inputs)
+        assert torch.equal(traced, eager)
+        for a, b in zip(gradients([traced], inputs, [dy]), gradients([eager], inputs, [dy]), strict=True):
+            torch.testing.assert_close(a, b)

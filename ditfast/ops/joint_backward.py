@@ -1,0 +1,65 @@
+"""The backward that the three row ops share: each is the joint between two sublayers, or a part of it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .dispatch import define_op
+
+
+def joint_backward(
+    du: Tensor | None,
+    dx_new: Tensor | None,
+    x_new: Tensor | None,
+    stats: Tensor | None,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, h, gate, shift and scale of ``x_new = x + gate * h``, ``u = LayerNorm(x_new) * (1 + scale) + shift``.
+
+    Args:
+        du: [B, T, D], gradient of u; None if nothing used it, and then x_new and stats are not read.
+        dx_new: [B, T, D], gradient of x_new; None if nothing used it.
+        x_new: [B, T, D], what was normalised.
+        stats: [B, T, 2] fp32, its rows' mean and reciprocal deviation.
+        h: [B, T, D]; None for a norm alone.
+        gate: [B, D] or [B, T, D], or None.
+        shift: as gate.
+        scale: as gate.
+    """
+    if du is None and dx_new is None:
+        return (None,) * 5
+    if du is None:
+        x_new = stats = shift = scale = None
+    # The sum passes its gradient on unchanged: to x always, to h where there is no gate and no cast.
+    stream = dx_new if du is None else du
+    passes_on = gate is None and h is not None and stream is not None and h.dtype == stream.dtype
+    if passes_on:
+        h = None
+    found = iter(() if du is None and passes_on else _op(du, dx_new, x_new, stats, h, gate, shift, scale))
+    dx = dx_new if du is None else next(found)
+    dh = dx if passes_on else None if h is None else next(found)
+    return dx, dh, *(None if vector is None else next(found) for vector in (gate, shift, scale))
+
+
+def _fake(
+    du: Tensor | None,
+    dx_new: Tensor | None,
+    x_new: Tensor | None,
+    stats: Tensor | None,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    likes = (du, h, gate, shift, scale)
+    return [like.new_empty(like.shape) for like in likes if like is not None]
+
+
+_op = define_op(
+    "joint_backward(Tensor? du, Tensor? dx_new, Tensor? x_new, Tensor? stats, Tensor? h, Tensor? gate, Tensor? shift,"
+    " Tensor? scale) -> Tensor[]",
+    _fake,
+)

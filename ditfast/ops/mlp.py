@@ -1,0 +1,74 @@
+"""The MLP of a block: fc1, GELU, fc2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .checks import check_linear
+from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
+from .linear import linear
+from .linear_gelu import linear_gelu
+
+
+def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    """``linear(linear_gelu(x, fc1), fc2)``; a backward keeps one tensor of the hidden layer instead of two.
+
+    Args:
+        x: [B, T, K] fp32, fp16 or bf16, unit inner stride.
+        fc1_weight: [H, K], of the dtype of x.
+        fc1_bias: [H].
+        fc2_weight: [N, H].
+        fc2_bias: [N].
+
+    Returns:
+        [B, T, N], contiguous, of the dtype of x, or autocast's.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or inner stride; the message names it.
+    """
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = under_autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    check_linear(x, fc1_weight, fc1_bias, prefix="fc1_")
+    check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=len(fc1_bias))
+    if takes_torch("mlp", x):
+        hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh")
+        return F.linear(hidden, fc2_weight, fc2_bias).contiguous()
+    if not needs_gradient(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+        return linear(linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
+    return _op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)[0]
+
+
+def _fake(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], len(fc2_bias))), x.new_empty((*x.shape[:-1], len(fc1_bias)))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, fc1_weight, _, fc2_weight, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], fc1_weight, fc2_weight)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    found = iter(_backward_op(dy, *ctx.saved_tensors, list(ctx.needs_input_grad)))
+    return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, needed: list[bool]
+) -> list[Tensor]:
+    shapes = (x.shape, fc1_weight.shape, fc1_weight.shape[:1], fc2_weight.shape, fc2_weight.shape[:1])
+    return [x.new_empty(shape) for shape, need in zip(shapes, needed, strict=True) if need]
+
+
+_op = define_op(
+    "mlp(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) -> (Tensor, Tensor)",
+    _fake,
+    save=_save,
+    backward=_backward,
+)
+_backward_op = define_op(
+    "mlp_backward(Tensor dy, Tensor x, Tensor z, Tensor fc1_weight, Tensor fc2_weight, bool[] needed) -> Tensor[]",
+    _backward_fake,
+)

@@ -1,0 +1,78 @@
+"""Which tile a matrix kernel takes: explicit choices by architecture and number of rows, no tuning at run time.
+
+A choice whose buffers exceed the device's shared memory is passed over for the next one, before anything is launched.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .launch import interpreted, target
+
+SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
+SMALLEST_SHARED_BYTES = 65536  # AMD's, and less than any NVIDIA GPU since Ampere has
+
+
+class GemmTile(NamedTuple):
+    """A program's share of a product [M, N], and how its loop over K is pipelined."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+    def grid(self, M: int, N: int) -> int:
+        return triton.cdiv(M, self.m) * triton.cdiv(N, self.n)
+
+    def options(self, K: int) -> dict[str, int | bool]:
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "BLOCK_K": self.k,
+            "EVEN_K": K % self.k == 0,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Of the operands in flight, and of the result on its way to memory."""
+        return max(self.num_stages * (self.m + self.n) * self.k * itemsize, self.m * self.n * 4)
+
+
+INTERPRETER = GemmTile(64, 128, 128, num_warps=1, num_stages=1)  # which costs per program and operation, not per element
+FULL_PRECISION = (GemmTile(64, 64, 16, num_warps=8, num_stages=3),)  # fewer warps or a longer step spill
+# By the largest number of rows: small tiles where large ones would leave most of the multiprocessors idle.
+FEW = (GemmTile(16, 64, 128, num_warps=4, num_stages=4), GemmTile(16, 64, 64, num_warps=4, num_stages=4))
+SOME = (GemmTile(64, 64, 64, num_warps=4, num_stages=4), GemmTile(64, 64, 64, num_warps=4, num_stages=3))
+MANY = (GemmTile(128, 128, 64, num_warps=8, num_stages=3), GemmTile(128, 128, 64, num_warps=8, num_stages=2))
+WIDE = (GemmTile(128, 256, 64, num_warps=8, num_stages=3), *MANY)
+BY_ROWS = {
+    "sm_90": ((16, FEW), (512, SOME), (8192, MANY), (math.inf, WIDE)),
+    "default": ((16, FEW), (512, SOME), (math.inf, MANY)),
+}
+
+
+def gemm_tile(M: int, N: int, dtype: torch.dtype) -> GemmTile:
+    if interpreted():
+        return INTERPRETER
+    arch = target()
+    choices = FULL_PRECISION
+    if dtype != torch.float32:
+        buckets = BY_ROWS.get(arch, BY_ROWS["default"])
+        choices = next(choices for largest, choices in buckets if largest >= M)
+        if choices is WIDE and N % WIDE[0].n:  # the last column of tiles would be half empty
+            choices = MANY
+    return first_that_fits(choices, dtype, arch)
+
+
+def first_that_fits(choices: tuple[GemmTile, ...], dtype: torch.dtype, arch: str) -> GemmTile:
+    limit = SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
+    for tile in choices:
+        if tile.shared_bytes(dtype.itemsize) <= limit:
+            return tile
+    raise RuntimeError(f"no tile of {choices} fits the {limit} bytes of shared memory of {arch}")
