@@ -92,8 +92,8 @@ def test_only_one_of_the_outputs_used(compiled: Runner) -> None:
     x, h, dy = torch.randn(3, 2, 5, 128, device=compiled.device)
     vectors = oracles.modulation("chunk6", x)
     for used in (0, 1):
-        for given in (vectors, (None, None, None)):
-            inputs, copies = leaves(x, h, *given), leaves(x, h, *given, dtype=torch.float64)
+        for some in (vectors, (None, None, None)):
+            inputs, copies = leaves(x, h, *some), leaves(x, h, *some, dtype=torch.float64)
             output = ops.gated_residual_layer_norm_modulate(*inputs)[used]
             total = oracles.gated_residual(*copies[:3], torch.float64)
             exact = oracles.layer_norm_modulate(total, *copies[3:], torch.float64) if used else total
@@ -112,16 +112,16 @@ def test_mixed_dtypes(compiled: Runner) -> None:
     """As under autocast: an fp32 stream, a bf16 branch, bf16 vectors; the gradients have the dtypes of their inputs."""
     x, h, *upstream = torch.randn(4, 2, 20, 128, device=compiled.device)
     vectors = [vector.bfloat16() for vector in torch.randn(3, 2, 128, device=compiled.device)]
-    for given in (vectors, [None] * 3):
-        inputs = leaves(x, h.bfloat16(), *given)
+    for some in (vectors, [None] * 3):
+        inputs = leaves(x, h.bfloat16(), *some)
         copies = leaves(*inputs, dtype=torch.float64)
         outputs = ops.gated_residual_layer_norm_modulate(*inputs)
         total = oracles.gated_residual(*copies[:3], torch.float64)
         exact = gradients([total, oracles.layer_norm_modulate(total, *copies[3:], torch.float64)], copies, upstream)
-        for a, b, given_input in zip(
+        for a, b, argument in zip(
             gradients(outputs, inputs, upstream), exact, [i for i in inputs if i is not None], strict=True
         ):
-            assert a.dtype == given_input.dtype
+            assert a.dtype == argument.dtype
             assert error(a, b) < (1e-6 if a.dtype == torch.float32 else 2.5e-3)
 
 
