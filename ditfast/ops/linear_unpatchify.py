@@ -1,0 +1,71 @@
+"""The output linear; its results go straight to their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .checks import check_linear
+from .dispatch import define_op, takes_torch, under_autocast
+from .linear import backward_fake
+from .patches import check_grid
+from .unpatchify import empty_image, torch_unpatchify
+
+
+def linear_unpatchify(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """``unpatchify(x @ weight.T + bias)``, without the tensor between the two.
+
+    Args:
+        x: [B, T, K] fp32, fp16 or bf16, unit inner stride.
+        weight: [p*p*C, K], of the dtype of x; rows lie as (row, column, channel) of the patch.
+        bias: [p*p*C], of the dtype of x.
+        grid: (h, w), the patches in a column and in a row of the image; h * w = T.
+        patch_size: p.
+
+    Returns:
+        [B, C, h*p, w*p], contiguous, of the dtype of x, or autocast's.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or inner stride, or a grid or patch size that does not fit; the
+            message names it.
+    """
+    x, weight, bias = under_autocast(x, weight, bias)
+    check_linear(x, weight, bias)
+    check_grid(x, grid, len(weight), patch_size)
+    if takes_torch("linear_unpatchify", x):
+        return torch_unpatchify(F.linear(x, weight, bias), grid, patch_size)
+    return _op(x, weight, bias, grid, patch_size)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
+    return empty_image(x, grid, patch_size, weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _, ctx.patch_size = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    found = iter(_backward_op(dy, *ctx.saved_tensors, ctx.patch_size, needed))
+    return *(next(found) if need else None for need in needed), None, None
+
+
+def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, patch_size: int, needed: list[bool]) -> list[Tensor]:
+    return backward_fake(dy, x, weight, needed)
+
+
+_op = define_op(
+    "linear_unpatchify(Tensor x, Tensor weight, Tensor bias, int[] grid, int patch_size) -> Tensor",
+    _fake,
+    save=_save,
+    backward=_backward,
+)
+_backward_op = define_op(
+    "linear_unpatchify_backward(Tensor dy, Tensor x, Tensor weight, int patch_size, bool[] needed) -> Tensor[]",
+    _backward_fake,
+)

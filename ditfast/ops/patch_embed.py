@@ -1,0 +1,105 @@
+"""The model's first layer: patches, the linear over them, positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .checks import check_branch, check_dtype, check_parameter
+from .dispatch import define_op, takes_torch, under_autocast
+from .patches import check_patch_size
+
+
+def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
+    """``conv2d(x, weight, bias, stride=patch_size)`` as tokens, plus positions (Dosovitskiy et al. 2020), rounded once.
+
+    Args:
+        x: [B, C, H, W] fp32, fp16 or bf16, unit inner stride; H and W multiples of p.
+        weight: [D, C, p, p], of the dtype of x.
+        bias: [D], of the dtype of x.
+        pos_embed: [1, T, D] or [T, D] for T = (H/p) * (W/p) tokens, row by row; any of the dtypes.
+        patch_size: p.
+
+    Returns:
+        [B, T, D], contiguous, of the dtype of weight. Under autocast the product takes autocast's dtype, and the sum, as
+        torch's would, keeps that of the weight.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or inner stride; the message names it.
+    """
+    dtype = weight.dtype
+    x, weight, bias = under_autocast(x, weight, bias)
+    pos_embed = _check(x, weight, bias, pos_embed, patch_size)
+    if takes_torch("patch_embed", x):
+        patches = torch_patchify(x, patch_size)  # [B, T, C*p*p]
+        return (F.linear(patches, weight.flatten(1), bias) + pos_embed).to(dtype).contiguous()  # [B, T, D]
+    return _op(x, weight, bias, pos_embed, dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
+    """Returns pos_embed as [T, D]."""
+    check_patch_size(patch_size)
+    if x.dim() != 4 or x.shape[2] % patch_size or x.shape[3] % patch_size:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W], H and W multiples of {patch_size}")
+    check_dtype("x", x)
+    if weight.dim() != 4:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [D, C, {patch_size}, {patch_size}]")
+    D, T = len(weight), (x.shape[2] // patch_size) * (x.shape[3] // patch_size)
+    check_parameter("weight", weight, x, (D, x.shape[1], patch_size, patch_size))
+    check_parameter("bias", bias, x, (D,))
+    if pos_embed.dim() == 3 and len(pos_embed) == 1:
+        pos_embed = pos_embed[0]
+    check_branch("pos_embed", pos_embed, x, (T, D))
+    return pos_embed
+
+
+def torch_patchify(x: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, T, C*p*p], the order of a patch's values that a convolution's weight has."""
+    B, C, H, W = x.shape
+    p = patch_size
+    x = x.reshape(B, C, H // p, p, W // p, p)  # [B, C, h, p, w, p]
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // p) * (W // p), C * p * p)  # [B, T, C*p*p]
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], *pos_embed.shape), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, pos_embed, _ = inputs
+    ctx.dtypes = bias.dtype, pos_embed.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:4])
+    found = iter(_backward_op(dy, *ctx.saved_tensors, *ctx.dtypes, needed))
+    return *(next(found) if need else None for need in needed), None
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype, position_dtype: torch.dtype, needed: list[bool]
+) -> list[Tensor]:
+    likes = (
+        (x.shape, x.dtype),
+        (weight.shape, weight.dtype),
+        (weight.shape[:1], bias_dtype),
+        (dy.shape[1:], position_dtype),
+    )
+    return [dy.new_empty(shape, dtype=dtype) for (shape, dtype), need in zip(likes, needed, strict=True) if need]
+
+
+_op = define_op(
+    "patch_embed(Tensor x, Tensor weight, Tensor bias, Tensor pos_embed, ScalarType dtype) -> Tensor",
+    _fake,
+    save=_save,
+    backward=_backward,
+)
+_backward_op = define_op(
+    "patch_embed_backward(Tensor dy, Tensor x, Tensor weight, ScalarType bias_dtype, ScalarType position_dtype,"
+    " bool[] needed) -> Tensor[]",
+    _backward_fake,
+)

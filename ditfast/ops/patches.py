@@ -1,0 +1,19 @@
+"""What the ops at the model's two ends ask of grids and patch sizes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_patch_size(patch_size: int) -> None:
+    if patch_size < 1:
+        raise ValueError(f"patch_size: got {patch_size}, expected at least 1")
+
+
+def check_grid(x: Tensor, grid: tuple[int, int], features: int, patch_size: int) -> None:
+    """That tokens x [B, T, ...] fill the grid, each with ``features`` values of a patch."""
+    check_patch_size(patch_size)
+    if len(grid) != 2 or grid[0] * grid[1] != x.shape[1] or min(grid) < 0:
+        raise ValueError(f"grid: got {tuple(grid)}, expected (h, w) with h * w = {x.shape[1]} tokens, for x {tuple(x.shape)}")
+    if features % patch_size**2:
+        raise ValueError(f"patch_size: got {patch_size}, expected one whose square divides the {features} values of a token")

@@ -1,0 +1,66 @@
+"""Tokens to the image they are the patches of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .checks import check_tokens
+from .dispatch import define_op, takes_torch
+from .patches import check_grid
+
+
+def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Lays each token's values out as the patch of an image.
+
+    Args:
+        x: [B, T, p*p*C] fp32, fp16 or bf16, unit inner stride; a token's values lie as (row, column, channel) of its patch.
+        grid: (h, w), the patches in a column and in a row of the image; h * w = T.
+        patch_size: p.
+
+    Returns:
+        [B, C, h*p, w*p], contiguous, of the dtype of x.
+
+    Raises:
+        ValueError: an argument's shape, dtype or inner stride, or a grid or patch size that does not fit x; the message
+            names it.
+    """
+    check_tokens("x", x)
+    check_grid(x, grid, x.shape[2], patch_size)
+    if takes_torch("unpatchify", x):
+        return torch_unpatchify(x, grid, patch_size)
+    return _op(x, grid, patch_size)
+
+
+def torch_unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    (h, w), p = grid, patch_size
+    B, C = len(x), x.shape[-1] // (p * p)
+    x = x.reshape(B, h, w, p, p, C)  # [B, h, w, p, p, C]
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p).contiguous()  # [B, C, H, W]
+
+
+def empty_image(x: Tensor, grid: Sequence[int], patch_size: int, features: int) -> Tensor:
+    return x.new_empty(len(x), features // patch_size**2, grid[0] * patch_size, grid[1] * patch_size)
+
+
+def _fake(x: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
+    return empty_image(x, grid, patch_size, x.shape[2])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.patch_size = inputs[2]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    return _backward_op(dy, ctx.patch_size), None, None
+
+
+def _backward_fake(dy: Tensor, patch_size: int) -> Tensor:
+    B, C, H, W = dy.shape
+    return dy.new_empty(B, (H // patch_size) * (W // patch_size), C * patch_size**2)
+
+
+_op = define_op("unpatchify(Tensor x, int[] grid, int patch_size) -> Tensor", _fake, save=_save, backward=_backward)
+_backward_op = define_op("unpatchify_backward(Tensor dy, int patch_size) -> Tensor", _backward_fake)

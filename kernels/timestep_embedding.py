@@ -1,0 +1,81 @@
+"""Sinusoidal features of timesteps: outer product, cosine, sine and their concatenation in one kernel.
+
+``tl.cos`` and ``tl.sin`` are libdevice's (on AMD ocml's) full-range functions, not the hardware's approximations: within about
+one rounding for the angles of a thousand timesteps and far beyond.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+
+COLUMNS = 128  # of a program: all frequencies of the paper's 256 features
+
+
+@triton.jit
+def timestep_embedding_kernel(t_ptr, t_stride, frequency_ptr, y_ptr, half, blocks, BLOCK: tl.constexpr):
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    k = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    angle = tl.load(t_ptr + sample * t_stride).to(tl.float32) * tl.load(frequency_ptr + k, mask=k < half, other=0.0)
+    y = y_ptr + sample * 2 * half + k
+    tl.store(y, tl.cos(angle), mask=k < half)
+    tl.store(y + half, tl.sin(angle), mask=k < half)
+
+
+@triton.jit
+def timestep_embedding_backward_kernel(dy_ptr, t_ptr, t_stride, frequency_ptr, dt_ptr, half, BLOCK: tl.constexpr):
+    sample = tl.program_id(0).to(tl.int64)
+    t = tl.load(t_ptr + sample * t_stride).to(tl.float32)
+    dt = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, half, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        frequency = tl.load(frequency_ptr + k, mask=k < half, other=0.0)
+        dy = dy_ptr + sample * 2 * half + k
+        dcos = tl.load(dy, mask=k < half, other=0.0)
+        dsin = tl.load(dy + half, mask=k < half, other=0.0)
+        dt += frequency * (dsin * tl.cos(t * frequency) - dcos * tl.sin(t * frequency))
+    tl.store(dt_ptr + sample, tl.sum(dt, 0).to(dt_ptr.dtype.element_ty))
+
+
+def timestep_embedding(t: Tensor, frequencies: Tensor) -> Tensor:
+    """t [B] of any dtype, frequencies [dim/2] fp32. Returns fp32 [B, dim], cosines first."""
+    half = len(frequencies)
+    y = torch.empty(len(t), 2 * half, dtype=torch.float32, device=t.device)
+    blocks = triton.cdiv(half, COLUMNS)
+    launch(
+        timestep_embedding_kernel,
+        len(t) * blocks,
+        t.device,
+        t,
+        t.stride(0),
+        frequencies,
+        y,
+        half,
+        blocks,
+        BLOCK=COLUMNS,
+        num_warps=4,
+    )
+    return y
+
+
+def timestep_embedding_backward(dy: Tensor, t: Tensor, frequencies: Tensor) -> Tensor:
+    """dy fp32 [B, dim]. Returns [B], of the dtype of t."""
+    dt = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    launch(
+        timestep_embedding_backward_kernel,
+        len(t),
+        t.device,
+        dy.contiguous(),
+        t,
+        t.stride(0),
+        frequencies,
+        dt,
+        len(frequencies),
+        BLOCK=COLUMNS,
+        num_warps=4,
+    )
+    return dt
