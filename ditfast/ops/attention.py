@@ -1,18 +1,23 @@
-"""Self-attention from a packed qkv, on the best engine at hand: flash-attn if it can be imported, else torch's SDPA."""
+"""Self-attention from a packed qkv, on the engine that is expected to win: flash-attn, torch's SDPA or our Triton kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_dtype
-from .dispatch import define_op, takes_torch
+from .dispatch import define_op, force, forced, has_triton, needs_gradient, under_autocast
 
-FLASH_LARGEST_HEAD = 256
+ENGINES = ("flash", "sdpa", "triton")
+LARGEST_HEAD = 256  # of flash-attn, and of our kernels
+# Where libraries pad head dim 72 to 96 (flash-attn) or 128, and our 64 + 16 shows against what a launch costs.
+LONG_SEQUENCE = 1024
 
 
 def why_no_flash() -> str:
@@ -28,6 +33,7 @@ def why_no_flash() -> str:
 
 # Looked up once, at import: a graph that torch.compile traces cannot look for modules.
 WHY_NO_FLASH = why_no_flash()
+HAS_TRITON = has_triton()
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -37,40 +43,95 @@ def attention(qkv: Tensor) -> Tensor:
         qkv: [B, T, 3, H, d] fp32, fp16 or bf16, contiguous in its last three dimensions: the output of the qkv linear.
 
     Returns:
-        [B, T, H*d], contiguous, of the dtype of qkv.
+        [B, T, H*d], contiguous, of the dtype of qkv, or autocast's.
 
     Raises:
         ValueError: the shape, dtype or strides of qkv.
+        RuntimeError: a forced engine cannot run here; the message says why, and what to do.
     """
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected [B, T, 3, H, d]")
-    check_dtype("qkv", qkv)
-    H, d = qkv.shape[3:]
-    if qkv.stride()[2:] != (H * d, d, 1) and qkv.numel():
-        raise ValueError(f"qkv: got strides {qkv.stride()}, expected its last three dimensions to be contiguous")
-    if takes_torch(qkv):
-        return _torch_version(qkv)
-    return _op(qkv)
+    (qkv,) = under_autocast(qkv)
+    check_heads("qkv", qkv, "[B, T, 3, H, d]", packed=3)
+    _, T, _, _, d = qkv.shape
+    engine, _ = choose_engine(qkv.device, qkv.dtype, d, T)
+    if engine == "triton":
+        return _op(qkv, needs_gradient(qkv))[0]
+    return _flash(qkv) if engine == "flash" else _sdpa(qkv)
 
 
-def choose_engine(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """The engine that ``attention`` takes, ``"flash"`` or ``"sdpa"``, and why."""
+def check_heads(name: str, tensor: Tensor, expected: str, packed: int = 0) -> None:
+    """[B, T, H, d], or [B, T, packed, H, d], contiguous from its third dimension on."""
+    if tensor.dim() != (5 if packed else 4) or (packed and tensor.shape[2] != packed):
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+    check_dtype(name, tensor)
+    H, d = tensor.shape[-2:]
+    if tensor.numel() and tensor.stride()[2:] != (H * d, d, 1)[-(tensor.dim() - 2) :]:
+        raise ValueError(
+            f"{name}: got strides {tensor.stride()}, expected {expected} to be contiguous from its third dimension on"
+        )
+
+
+def attention_engine(name: str) -> contextlib.AbstractContextManager[None]:
+    """Forces ``attention`` inside the ``with`` block, in this thread, onto ``"flash"``, ``"sdpa"`` or ``"triton"``.
+
+    Raises:
+        ValueError: none of these names.
+    """
+    return force("attention", name, ENGINES)
+
+
+def choose_engine(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int) -> tuple[str, str]:
+    """The engine that ``attention`` takes, ``"flash"``, ``"sdpa"`` or ``"triton"``, and why.
+
+    Raises:
+        RuntimeError: a forced engine cannot run; the message says why, and what to do.
+    """
+    choice = forced()
+    if choice.attention is not None:
+        _check_possible(choice.attention, device, dtype, head_dim)
+        return choice.attention, "forced by ditfast.attention_engine"
+    if choice.backend == "triton":
+        _check_possible("triton", device, dtype, head_dim)
+        return "triton", "forced by ditfast.backend"
+    why_not_flash = _why_not_flash(device, dtype, head_dim)
+    library = ("sdpa", why_not_flash) if why_not_flash else ("flash", "flash-attn is installed")
+    if choice.backend == "torch" or device.type != "cuda" or dtype == torch.float32:
+        return library
+    if not HAS_TRITON or head_dim > LARGEST_HEAD:
+        return library
+    if torch.version.hip:
+        return "triton", "the same tiles on AMD; expected to win, not measured"
+    if head_dim == 72 and num_tokens >= LONG_SEQUENCE and "compute capability" not in why_not_flash:
+        return "triton", "64 + 16 does 1.11x the useful work, flash-attn's 96 1.33x; expected to win, not measured"
+    return library
+
+
+def _why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     if device.type != "cuda":
-        return "sdpa", f"flash-attn does not run on {device.type}"
+        return f"flash-attn does not run on {device.type}"
     if dtype == torch.float32:
-        return "sdpa", "flash-attn does not take float32"
+        return "flash-attn does not take float32"
     if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-        return "sdpa", "flash-attn needs compute capability 8.0 or later"
-    if head_dim > FLASH_LARGEST_HEAD or head_dim % 8:
-        return "sdpa", f"flash-attn does not take head dim {head_dim}"
-    return ("sdpa", WHY_NO_FLASH) if WHY_NO_FLASH else ("flash", "flash-attn is installed")
+        return "flash-attn needs compute capability 8.0 or later"
+    if head_dim > LARGEST_HEAD or head_dim % 8:
+        return f"flash-attn does not take head dim {head_dim}"
+    return WHY_NO_FLASH
+
+
+def _check_possible(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    why = ""
+    if engine == "flash":
+        why = _why_not_flash(device, dtype, head_dim)
+    elif engine == "triton" and head_dim > LARGEST_HEAD:
+        why = f"the Triton kernels take head dims up to {LARGEST_HEAD}, not {head_dim}"
+    if why:
+        raise RuntimeError(f"attention was forced onto {engine!r}, but {why}: ditfast.attention_engine('sdpa') takes any input")
 
 
 def _flash(qkv: Tensor) -> Tensor:
     from flash_attn import flash_attn_qkvpacked_func
 
     if qkv.numel() == 0:  # which flash-attn refuses
-        return _fake(qkv)
+        return _fake(qkv, False)[0]
     return flash_attn_qkvpacked_func(qkv, causal=False).flatten(2)
 
 
@@ -79,17 +140,24 @@ def _sdpa(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()
 
 
-_ENGINES = {"flash": _flash, "sdpa": _sdpa}
-
-
-def _torch_version(qkv: Tensor) -> Tensor:
-    engine, _ = choose_engine(qkv.device, qkv.dtype, qkv.shape[-1])
-    return _ENGINES[engine](qkv)
-
-
-def _fake(qkv: Tensor) -> Tensor:
+def _fake(qkv: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     B, T, _, H, d = qkv.shape
-    return qkv.new_empty((B, T, H * d))
+    return qkv.new_empty((B, T, H * d)), qkv.new_empty((B, H, T) if training else (0,), dtype=torch.float32)
 
 
-_op = define_op("attention(Tensor qkv) -> Tensor", _torch_version, _fake, triton=False)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(inputs[0], out, lse)
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward_op(dout, *ctx.saved_tensors), None
+
+
+def _backward_fake(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+_op = define_op("attention(Tensor qkv, bool training) -> (Tensor, Tensor)", _fake, save=_save, backward=_backward)
+_backward_op = define_op("attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse) -> Tensor", _backward_fake)

@@ -1,0 +1,75 @@
+"""Cross-attention: queries of the tokens to keys and values of a context, as DiT's cross-attention design has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import LARGEST_HEAD, check_heads
+from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
+
+
+def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
+    """``softmax(q k.T / sqrt(d)) v`` for each head, without a mask (Vaswani et al. 2017).
+
+    Args:
+        q: [B, T, H, d] fp32, fp16 or bf16, contiguous in its last two dimensions: the output of the q linear.
+        kv: [B, S, 2, H, d], S at least 1, of the dtype of q, contiguous in its last three dimensions: that of the kv linear.
+
+    Returns:
+        [B, T, H*d], contiguous, of the dtype of q, or autocast's.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or strides; the message names it.
+    """
+    q, kv = under_autocast(q, kv)
+    check_heads("q", q, "[B, T, H, d]")
+    check_heads("kv", kv, "[B, S, 2, H, d]", packed=2)
+    B, _, H, d = q.shape
+    if (kv.shape[0], *kv.shape[3:]) != (B, H, d) or kv.shape[1] == 0:
+        raise ValueError(f"kv: got shape {tuple(kv.shape)}, expected {(B, 'S', 2, H, d)} for q {tuple(q.shape)}, S at least 1")
+    if kv.dtype != q.dtype:
+        raise ValueError(f"kv: got dtype {kv.dtype}, expected {q.dtype}, as q")
+    if kv.device != q.device:
+        raise ValueError(f"kv: got a tensor on {kv.device}, expected {q.device}, as q")
+    if takes_torch("cross_attention", q):
+        return _torch_version(q, kv)
+    if d > LARGEST_HEAD:
+        raise ValueError(f"q: got head dim {d}, expected at most {LARGEST_HEAD}; ditfast.backend('torch') takes any")
+    return _op(q, kv, needs_gradient(q, kv))[0]
+
+
+def _torch_version(q: Tensor, kv: Tensor) -> Tensor:
+    k, v = kv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2).contiguous()
+
+
+def _fake(q: Tensor, kv: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    B, T, H, d = q.shape
+    return q.new_empty((B, T, H * d)), q.new_empty((B, H, T) if training else (0,), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, kv, _ = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, kv, out, lse)
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward_op(dout, *ctx.saved_tensors), None)
+
+
+def _backward_fake(dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), kv.new_empty(kv.shape)
+
+
+_op = define_op(
+    "cross_attention(Tensor q, Tensor kv, bool training) -> (Tensor, Tensor)", _fake, save=_save, backward=_backward
+)
+_backward_op = define_op(
+    "cross_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor out, Tensor lse) -> (Tensor, Tensor)", _backward_fake
+)
