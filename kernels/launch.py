@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,13 +14,28 @@ from torch import Tensor
 from triton.runtime import driver
 
 
+class Ahead(NamedTuple):
+    """Takes launches instead of a device, for kernels.ahead: their grid, kernel, arguments and options."""
+
+    arch: str
+    take: Callable[[int, Any, tuple[object, ...], dict[str, object]], None]
+
+
+ahead: ContextVar[Ahead | None] = ContextVar("ditfast.ahead", default=None)
+
+
 def launch(kernel: Any, grid: int, device: torch.device, *args: object, **options: object) -> None:
     """Starts ``grid`` programs of a jitted kernel on ``device``'s current stream; none for an empty grid."""
     if grid == 0:
         return
     # Triton 3.9 warns where the choice is left open; products and sums of our kernels are meant to fuse.
+    options["enable_fp_fusion"] = True
+    compiling = ahead.get()
+    if compiling is not None:
+        compiling.take(grid, kernel, args, options)
+        return
     with _current(device):
-        kernel[(grid,)](*args, enable_fp_fusion=True, **options)
+        kernel[(grid,)](*args, **options)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -27,7 +44,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 def interpreted() -> bool:
     """Whether kernels were jitted for Triton's interpreter (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
+    return ahead.get() is None and bool(triton.knobs.runtime.interpret)
 
 
 def target() -> str:
@@ -36,6 +53,9 @@ def target() -> str:
     Raises:
         RuntimeError: there is no GPU, no simulator and no interpreter.
     """
+    compiling = ahead.get()
+    if compiling is not None:
+        return compiling.arch
     if interpreted():
         return "interpreter"
     try:
@@ -45,9 +65,16 @@ def target() -> str:
     return f"sm_{current.arch}" if current.backend == "cuda" else str(current.arch)
 
 
+def warp_size() -> int:
+    """Threads that execute one instruction together."""
+    compiling = ahead.get()
+    amd = torch.version.hip is not None if compiling is None else compiling.arch.startswith("gfx")
+    return 64 if amd else 32
+
+
 def check_launchable(tensor: Tensor) -> None:
     """Raises RuntimeError unless Triton kernels can take this tensor here."""
-    if tensor.device.type == "cuda" or interpreted():
+    if tensor.device.type == "cuda" or interpreted() or ahead.get() is not None:
         return
     try:
         takes_cpu = driver.active.get_active_torch_device().type == "cpu"

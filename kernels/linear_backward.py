@@ -14,7 +14,7 @@ from torch import Tensor
 from .gemm import gelu_tanh, gelu_tanh_derivative, load_tile, multiply, store_tile, tile_position
 from .launch import launch
 from .reduce import sum_partials
-from .tiles import gemm_tile
+from .tiles import HALF, WIDE, gemm_tile
 
 ENOUGH_PROGRAMS = 128  # to occupy most of an A100 or H100
 LEAST_ROWS_A_PART = 512
@@ -109,7 +109,7 @@ def _input_gradient(dy: Tensor, weight: Tensor, z: Tensor | None) -> tuple[Tenso
     M = dy.numel() // N
     dx = torch.empty((*dy.shape[:-1], K), dtype=dy.dtype, device=dy.device)
     activation = None if z is None else torch.empty_like(dx)
-    tile = gemm_tile(M, K, dy.dtype)
+    tile = gemm_tile(M, K, dy.dtype, largest=WIDE if z is None else HALF)
     launch(
         input_gradient_kernel,
         tile.grid(M, K),

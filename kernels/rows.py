@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import interpreted
+from .launch import interpreted, warp_size
 
 CHUNK = 128
+THREADS = 128  # of eight neighbouring elements each: 16 bytes of 16-bit storage
 LARGEST_CHUNKED_WIDTH = 1280  # beyond it eight rows of a tile no longer fit the registers of four warps
 
 
@@ -40,7 +41,7 @@ def row_tile(width: int) -> RowTile:
     if interpreted():  # costs per program, not per element
         return RowTile(rows=64, chunk=chunk, num_warps=1)
     if chunked:
-        return RowTile(rows=8, chunk=chunk, num_warps=4)
+        return RowTile(rows=8, chunk=chunk, num_warps=THREADS // warp_size())
     return RowTile(rows=1, chunk=chunk, num_warps=min(16, max(1, chunk // 512)))
 
 

@@ -50,6 +50,7 @@ FULL_PRECISION = (GemmTile(64, 64, 16, num_warps=8, num_stages=3),)  # fewer war
 FEW = (GemmTile(16, 64, 128, num_warps=4, num_stages=4), GemmTile(16, 64, 64, num_warps=4, num_stages=4))
 SOME = (GemmTile(64, 64, 64, num_warps=4, num_stages=4), GemmTile(64, 64, 64, num_warps=4, num_stages=3))
 MANY = (GemmTile(128, 128, 64, num_warps=8, num_stages=3), GemmTile(128, 128, 64, num_warps=8, num_stages=2))
+HALF = (GemmTile(64, 128, 64, num_warps=8, num_stages=3), GemmTile(64, 128, 64, num_warps=8, num_stages=2))
 WIDE = (GemmTile(128, 256, 64, num_warps=8, num_stages=3), *MANY)
 BY_ROWS = {
     "sm_90": ((16, FEW), (512, SOME), (8192, MANY), (math.inf, WIDE)),
@@ -57,7 +58,8 @@ BY_ROWS = {
 }
 
 
-def gemm_tile(M: int, N: int, dtype: torch.dtype) -> GemmTile:
+def gemm_tile(M: int, N: int, dtype: torch.dtype, largest: tuple[GemmTile, ...] = WIDE) -> GemmTile:
+    """For a product [M, N]; a kernel whose epilogue needs registers of its own says the ``largest`` tile that leaves them."""
     if interpreted():
         return INTERPRETER
     arch = target()
@@ -67,6 +69,7 @@ def gemm_tile(M: int, N: int, dtype: torch.dtype) -> GemmTile:
         choices = next(choices for largest, choices in buckets if largest >= M)
         if choices is WIDE and N % WIDE[0].n:  # the last column of tiles would be half empty
             choices = MANY
+        choices = min(choices, largest, key=lambda tiles: tiles[0].m * tiles[0].n)
     return first_that_fits(choices, dtype, arch)
 
 
