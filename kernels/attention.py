@@ -7,6 +7,7 @@ as 64 + 16 does 1.11 times the useful work, where the next power of two does 1.7
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -163,20 +164,23 @@ def attention(qkv: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     Returns out [B, T, H*d] and, for the backward, log2 of each query's sum of exponentials, fp32 [B, H, T] (of no elements
     unless training).
     """
-    return _attention(*qkv.unbind(2), training)
+    return _attention(qkv.unbind(2), training)
 
 
 def cross_attention(q: Tensor, kv: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     """q [B, T, H, d] and kv [B, S, 2, H, d], contiguous in their last two and three dimensions. Returns as ``attention``."""
-    return _attention(q, *kv.unbind(2), training)
+    return _attention((q, *kv.unbind(2)), training)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+def _attention(inputs: Sequence[Tensor], training: bool) -> tuple[Tensor, Tensor]:
+    q, k, v = inputs
     B, T, H, d = q.shape
+    S = k.shape[1]
     out = torch.empty(B, T, H * d, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T) if training else (0,), dtype=torch.float32, device=q.device)
     unit = alignment(q, k)
-    blocks, tile = head_blocks(d, q.dtype), attention_tile("forward", T, k.shape[1], head_blocks(d, q.dtype), q.dtype)
+    blocks = head_blocks(d, q.dtype)
+    tile = attention_tile("forward", T, S, blocks, q.dtype)
     launch(
         attention_kernel,
         triton.cdiv(T, tile.m) * B * H,
@@ -187,11 +191,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, training: bool) -> tuple[Tensor,
         out,
         lse if training else None,
         T,
-        k.shape[1],
+        S,
         H,
         LOG2_E * d**-0.5,
         UNIT=unit,
-        EVEN_N=k.shape[1] % tile.n == 0,
+        EVEN_N=S % tile.n == 0,
         **blocks.options(),
         **tile.options(),
     )

@@ -3,7 +3,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, in_any_order, leaves, pairwise, raises_naming
+from support import (
+    DTYPES,
+    TARGETS,
+    UNIT_ROUNDOFF,
+    Runner,
+    assert_as_good_as,
+    gradients,
+    in_any_order,
+    leaves,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -32,7 +43,7 @@ def check(runner: Runner, B: int, T: int, S: int, H: int, d: int, dtype: torch.d
     names = ("out", "dq", "dkv")
     for name, value, exact, eager in zip(names, found, expected(torch.float64), expected(dtype), strict=True):
         if name == "dq" and S == 1:
-            assert not value.any()
+            assert value.abs().max() <= 10 * UNIT_ROUNDOFF[torch.float32]
         else:
             assert_as_good_as(value, exact, eager)
 
@@ -41,14 +52,27 @@ CASES = pairwise(T=(16, 70), S=(1, 2, 33, 100), d=(64, 72), dtype=DTYPES)
 
 
 @pytest.mark.parametrize(("T", "S", "d", "dtype"), CASES)
-def test_kernel(compiled: Runner, T: int, S: int, d: int, dtype: str) -> None:
+def test_kernels(compiled: Runner, T: int, S: int, d: int, dtype: str) -> None:
     check(compiled, 2, T, S, 3, d, DTYPES[dtype])
 
 
 @pytest.mark.parametrize(("T", "S", "d", "dtype"), CASES)
 def test_torch(T: int, S: int, d: int, dtype: str) -> None:
     with Runner.open("torch") as runner:
-        check(runner, 2, T, S, 3, d, DTYPES[dtype])
+        q, kv = arguments(runner, 2, T, S, 3, d, DTYPES[dtype])
+        out = ops.cross_attention(q, kv)
+        assert out.is_contiguous()
+        exact, eager = (oracles.cross_attention(q, kv, precision) for precision in (torch.float64, q.dtype))
+        assert_as_good_as(out, exact, eager)
+
+
+def test_gradients_of_torch() -> None:
+    with Runner.open("torch") as runner:
+        inputs = leaves(*arguments(runner, 2, 7, 2, 3, 8, torch.float32))
+        dout = torch.randn(2, 7, 24, device=runner.device)
+        found = gradients([ops.cross_attention(*inputs)], inputs, [dout])
+        exact = gradients([oracles.cross_attention(*inputs, torch.float64)], inputs, [dout])
+        torch.testing.assert_close(found, exact)
 
 
 @settings(max_examples=10, deadline=None)
