@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,27 +10,7 @@ from torch.nn import functional as F
 
 from .config import TIMESTEP_FEATURES, DiTConfig
 from .ops.dispatch import needs_gradient
-
-
-def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_divisor: int | None = None) -> Tensor:
-    """Sinusoidal features of timesteps, cosines first: fp32 [B, dim] (Ho et al. 2020; Vaswani et al. 2017).
-
-    Args:
-        t: [B] timesteps, any dtype; fractions are kept.
-        dim: number of features, even.
-        frequency_divisor: how finely the frequencies 1 .. 1/10000 are cut; dim // 2 unless given (see ``Flavour``).
-
-    Raises:
-        ValueError: t is not one-dimensional, or dim is odd.
-    """
-    if t.dim() != 1:
-        raise ValueError(f"t: got shape {tuple(t.shape)}, expected [B]")
-    if dim % 2:
-        raise ValueError(f"dim: got {dim}, expected an even number")
-    half = dim // 2
-    index = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * index / (frequency_divisor or half))
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+from .ops.timestep_embedding import timestep_embedding
 
 
 class TimestepEmbedder(nn.Module):
@@ -82,7 +61,7 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     gradients, and compiled graphs, go through the linears one by one.
     """
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    plain = all(_is_plain(linear) for linear in linears)  # else somebody hooked or replaced it, and expects to be called
+    plain = all(is_plain(linear) for linear in linears)  # else somebody hooked or replaced it, and expects to be called
     if plain and not torch.compiler.is_compiling() and not needs_gradient(x, *weights, *biases):
         weight, bias = _joined(weights), _joined(biases)
         if weight is not None and bias is not None:
@@ -90,7 +69,8 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     return [linear(x) for linear in linears]
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> bool:
+    """Whether calling it is nothing but ``F.linear`` on its weight and bias."""
     return type(linear).forward is nn.Linear.forward and not linear._forward_hooks and not linear._forward_pre_hooks
 
 

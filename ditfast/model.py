@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import blocks
-from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
+from . import blocks, ops
+from .conditioning import LabelEmbedder, TimestepEmbedder, is_plain, pack_linears, packed_linear
 from .config import DiTConfig
 
 ADALN_ORDER = ("attn_shift", "attn_scale", "mlp_shift", "mlp_scale")
@@ -22,8 +22,8 @@ class PatchEmbed(nn.Module):
         self.patch_size = config.patch_size
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(patchify(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)  # [B, T, D]
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return ops.patch_embed(x, self.proj.weight, cast(Tensor, self.proj.bias), positions, self.patch_size)  # [B, T, D]
 
 
 class Attention(nn.Module):
@@ -84,6 +84,12 @@ class FinalLayer(nn.Module):
         if config.modulation_vectors:
             self.adaLN_modulation = _modulation(config, 2)
 
+    def forward(self, u: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+        """What follows the final norm, which is the end of ``blocks.run``."""
+        if is_plain(self.linear):
+            return ops.linear_unpatchify(u, self.linear.weight, self.linear.bias, grid, patch_size)  # [B, C', H, W]
+        return ops.unpatchify(self.linear(u), grid, patch_size)  # [B, C', H, W]
+
 
 class DiT(nn.Module):
     """Drop-in for ``ditfast.reference.DiT``: the same parameter names and shapes, initialisation and calls; faster.
@@ -120,7 +126,7 @@ class DiT(nn.Module):
             ValueError: a shape, dtype or label; the message names the argument.
         """
         self._check(x, t, y)
-        x = self.x_embedder(x) + self.pos_embed  # [B, T, D]
+        x = self.x_embedder(x, self.pos_embed)  # [B, T, D]
         t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # 2 x [B, D]
         modulations, final = self._modulations(t_embedding + y_embedding)  # depth x up to 6 x [B, D], 2 x [B, D]
         context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
@@ -130,7 +136,7 @@ class DiT(nn.Module):
         for block, modulation in zip(self.blocks, modulations, strict=True):
             chain += blocks.sublayers(cast(Block, block).views(), modulation, context)
         u = blocks.run(x, chain, final)[:, : self.config.num_tokens]  # [B, T, D]
-        return unpatchify(self.final_layer.linear(u), self.config.grid, self.config.patch_size)  # [B, C', H, W]
+        return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guidance_channels: int | None = None
@@ -156,9 +162,7 @@ class DiT(nn.Module):
             raise ValueError(f"guidance_channels: got {channels}, expected 0..{self.config.in_channels}")
         half = x[: len(x) // 2]  # [B, C, H, W]
         out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
-        conditional, unconditional = out[:, :channels].chunk(2)  # 2 x [B, channels, H, W]
-        guided = torch.lerp(unconditional, conditional, cfg_scale)  # [B, channels, H, W]
-        return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)  # [2B, C', H, W]
+        return ops.classifier_free_guidance(out, cfg_scale, channels)  # [2B, C', H, W]
 
     def _modulations(self, c: Tensor) -> tuple[list[blocks.Modulation], blocks.Norm]:
         """All blocks' vectors and the final norm's from the conditioning vector [B, D], in one GEMM."""
@@ -221,22 +225,6 @@ class DiT(nn.Module):
         for linear in zeroed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-
-
-def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] -> [B, T, C*p*p], the order of a patch's values that a convolution's weight has."""
-    B, C, H, W = x.shape
-    p = patch_size
-    x = x.reshape(B, C, H // p, p, W // p, p)  # [B, C, h, p, w, p]
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // p) * (W // p), C * p * p)  # [B, T, C*p*p]
-
-
-def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """[B, T, p*p*C] -> [B, C, H, W]; a token's values lie as (row, column, channel) of its patch."""
-    (h, w), p = grid, patch_size
-    B, C = len(x), x.shape[-1] // (p * p)
-    x = x.reshape(B, h, w, p, p, C)  # [B, h, w, p, p, C]
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p)  # [B, C, H, W]
 
 
 def sincos_positions(config: DiTConfig) -> Tensor:

@@ -87,10 +87,10 @@ def test_same_initialisation(conditioning: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(models[0].values(), models[1].values(), strict=True))
 
 
-def test_guidance() -> None:
-    oracle, fast = pair(SMALL, torch.float32)
-    x, t, y = inputs(SMALL, torch.float32, B=4)
-    y = torch.cat([y[:2] % 5, torch.full((2,), SMALL.null_class)])
+def test_guidance(either: Runner) -> None:
+    oracle, fast = pair(SMALL, torch.float32, either.device)
+    x, t, y = (tensor.to(either.device) for tensor in inputs(SMALL, torch.float32, B=4))
+    y = torch.cat([y[:2] % 5, torch.full((2,), SMALL.null_class, device=y.device)])
     with torch.no_grad():
         for channels in (None, 0, 2, 4):
             found = fast.forward_with_cfg(x, t, y, 4.0, channels)
@@ -121,9 +121,14 @@ def test_one_kernel_between_any_two_sublayers(conditioning: str) -> None:
         fast(*inputs(config, torch.bfloat16))
     sublayers = 3 * (3 if conditioning == "cross_attention" else 2)
     assert {name: stats.launches for name, stats in launches.items()} == {
+        "timestep_embedding_kernel": 1,
+        "patch_embed_kernel": 1,
         "layer_norm_modulate_kernel": 1,
         "gated_residual_layer_norm_modulate_kernel": sublayers,
+        "linear_kernel": 18 if conditioning == "cross_attention" else 9,
+        "attention_kernel": 6 if conditioning == "cross_attention" else 3,
         "linear_gelu_kernel": 3,
+        "linear_unpatchify_kernel": 1,
     }
 
 
@@ -227,6 +232,15 @@ def test_replaced_linears_are_called_or_refused() -> None:
         torch.testing.assert_close(fast(x, t, y), before)
         handle.remove()
         assert calls == [1]
+        handle = fast.final_layer.linear.register_forward_hook(lambda *_: calls.append(2))
+        torch.testing.assert_close(fast(x, t, y), before)
+        handle.remove()
+        assert calls == [1, 2]
+        output = fast.final_layer.linear
+        fast.final_layer.linear = Doubled(64, 32)
+        fast.final_layer.linear.load_state_dict(output.state_dict())
+        torch.testing.assert_close(fast(x, t, y), 2 * before)
+        fast.final_layer.linear = output
         adapted = Doubled(64, 384)
         adapted.load_state_dict(fast.blocks[0].adaLN_modulation[1].state_dict())
         fast.blocks[0].adaLN_modulation[1] = adapted
