@@ -22,15 +22,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "gpu" in item.keywords and WHERE != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     # Compiling is what these tests spend their time on: the newer target takes all chosen cases, the older one a sample.
-    older = [item for item in items if is_product(item) and item.callspec.params.get("compiled") == "sm_80"]
+    older = [item for item in items if target_of(item) == "sm_80" and item.name.startswith("test_kernel") and not is_slow(item)]
     del older[::4]
     for item in older:
         item.add_marker(pytest.mark.slow)
 
 
-def is_product(item: pytest.Item) -> bool:
-    """Whether a test belongs to a product of shapes and dtypes (see ``support.pairwise``)."""
-    return isinstance(item, pytest.Function) and item.name.startswith("test_kernel") and "slow" not in item.keywords
+def target_of(item: pytest.Item) -> str | None:
+    return item.callspec.params.get("compiled") if hasattr(item, "callspec") else None
+
+
+def is_slow(item: pytest.Item) -> bool:
+    return "slow" in item.keywords
 
 
 @pytest.fixture(params=TARGETS)

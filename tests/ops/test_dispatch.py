@@ -97,6 +97,17 @@ def test_a_backward_runs_on_the_backend_of_its_forward(compiled: bool) -> None:
         assert not launches(lambda: torch.autograd.grad(on_torch.square().sum(), inputs))
 
 
+@pytest.mark.skipif(WHERE != "simulator", reason="counts launches on the simulator")
+def test_a_backward_on_another_thread_runs_on_the_backend_of_its_forward() -> None:
+    """As autograd's own thread for CUDA does, which sees no context manager."""
+    x = torch.randn(1, 4, 128, requires_grad=True)
+    with Runner.open("sm_80"):
+        y = ops.layer_norm_modulate(x, None, None)
+        thread = threading.Thread(target=lambda: y.backward(torch.randn_like(y)))
+        assert launches(lambda: (thread.start(), thread.join())) == {"joint_backward_kernel": 1}
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("forced", ["triton", "torch"])
 def test_activation_checkpointing_recomputes_on_the_backend_of_the_forward(forced: str) -> None:
     x, v = torch.randn(1, 4, 128, requires_grad=True), torch.randn(1, 128, requires_grad=True)
@@ -112,8 +123,8 @@ def test_activation_checkpointing_recomputes_on_the_backend_of_the_forward(force
             plain = ops.layer_norm_modulate(ops.gated_residual(x, x, v), v, v)
         with ditfast.backend("torch" if forced == "triton" else "triton"):
             found = torch.autograd.grad((y * weight).sum(), (x, v))
-    for a, b in zip(found, torch.autograd.grad((plain * weight).sum(), (x, v)), strict=True):
-        assert torch.equal(a, b)
+            expected = torch.autograd.grad((plain * weight).sum(), (x, v))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_second_derivative_says_where_to_get_it(compiled: Runner) -> None:
