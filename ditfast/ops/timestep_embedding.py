@@ -16,7 +16,7 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
     """Sinusoidal features of timesteps, cosines first: fp32 [B, dim] (Ho et al. 2020; Vaswani et al. 2017).
 
     Args:
-        t: [B] timesteps, any real dtype; fractions are kept.
+        t: [B] timesteps up to 10^8, any real dtype; fractions are kept.
         dim: number of features, even.
         frequency_divisor: how finely the frequencies 1 .. 1/10000 are cut; dim // 2 unless given (see ``Flavour``).
 

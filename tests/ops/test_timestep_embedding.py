@@ -37,7 +37,7 @@ TIMESTEPS = {
     "fp32": torch.tensor([0.0, 1e-3, 0.5, 7.25, 999.0, 9999.9, -3.5]),
     "fp64": torch.linspace(0, 999, 9, dtype=torch.float64),
     "bf16": torch.linspace(0, 999, 9).bfloat16(),
-    "far": torch.tensor([1e5, 3.3e6, 1e20]),
+    "far": torch.tensor([1e5, 3.3e6, 1e8]),
 }
 CASES = pairwise(t=TIMESTEPS, dim=(2, 6, 256, 320), divisor=("own", "diffusers"))
 
