@@ -12,7 +12,6 @@ from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import ops
 from .config import FIRST_NORM_EPS
@@ -95,9 +94,7 @@ def self_attention(u: Tensor, block: Block) -> Tensor:
 def cross_attention(u: Tensor, context: Tensor, weights: CrossAttention, num_heads: int) -> Tensor:
     q = ops.linear(u, *weights.q).unflatten(-1, (num_heads, -1))  # [B, T, H, d]
     kv = ops.linear(context, *weights.kv).unflatten(-1, (2, num_heads, -1))  # [B, 2, 2, H, d]
-    k, v = kv.permute(2, 0, 3, 1, 4)  # 2 x [B, H, 2, d]
-    h = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)  # [B, H, T, d]
-    return ops.linear(h.transpose(1, 2).flatten(2), *weights.proj)  # [B, T, D]
+    return ops.linear(ops.cross_attention(q, kv), *weights.proj)  # [B, T, D]
 
 
 def mlp(u: Tensor, block: Block) -> Tensor:

@@ -51,17 +51,21 @@ class AttentionTile(NamedTuple):
     def options(self) -> dict[str, int]:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
-    def shrunk(self, T: int, S: int, by_keys: bool) -> AttentionTile:
+    def shrunk(self, kernel: str, T: int, S: int) -> AttentionTile:
         """Without rows that no query or key would fill; each warp keeps its share of the rows that make the result."""
         m = min(self.m, max(SMALLEST, triton.next_power_of_2(T)))
         n = min(self.n, max(SMALLEST, triton.next_power_of_2(S)))
-        kept, before = (n, self.n) if by_keys else (m, self.m)
-        return AttentionTile(m, n, max(1, self.num_warps * kept // before), self.num_stages)
+        if kernel == "key_value_gradient":
+            m = m if n == self.n else min(m, SHORT.m)  # fewer warps, more registers a thread for the rows that pass
+            return AttentionTile(m, n, max(1, self.num_warps * n // self.n), self.num_stages)
+        return AttentionTile(m, n, max(1, self.num_warps * m // self.m), self.num_stages)
 
-    def shared_bytes(self, width: int, itemsize: int, by_keys: bool) -> int:
-        """Of two operands kept, and of two in flight with the statistics of their rows."""
-        kept, passing = (self.n, self.m) if by_keys else (self.m, self.n)
-        return 2 * kept * width * itemsize + self.num_stages * passing * (2 * width * itemsize + 8) + BARRIERS
+    def shared_bytes(self, kernel: str, arch: str, width: int, itemsize: int) -> int:
+        """Of the heads that stay (q; q and dout; k and v), and of two in flight with the statistics of their rows."""
+        staying, passing = (self.n, self.m) if kernel == "key_value_gradient" else (self.m, self.n)
+        stages = self.num_stages - 1 if arch.startswith("gfx") else self.num_stages  # AMD's last stage waits in registers
+        heads = staying * (1 if kernel == "forward" else 2) + passing * 2 * stages
+        return heads * width * itemsize + passing * 8 * stages + BARRIERS
 
 
 BARRIERS = 256  # bytes of shared memory, and more than sm_100 takes for its own
@@ -71,17 +75,29 @@ DEEP = AttentionTile(64, 64, num_warps=4, num_stages=3)
 SQUARE = AttentionTile(64, 64, num_warps=4, num_stages=2)
 BY_EIGHT = AttentionTile(64, 64, num_warps=8, num_stages=2)
 SHORT = AttentionTile(32, 64, num_warps=4, num_stages=2)
+HALF = AttentionTile(64, 32, num_warps=4, num_stages=2)
 NARROW = AttentionTile(64, 32, num_warps=4, num_stages=1)
 SMALL = AttentionTile(32, 32, num_warps=4, num_stages=1)
+AMPERE_QUERY = ((80, (SQUARE,)), (96, (HALF,)), (128, (SQUARE, HALF)), (math.inf, (SMALL,)))
+AMPERE_KEY_VALUE = ((80, (SQUARE,)), (96, (SHORT,)), (128, (BY_EIGHT, SHORT)), (math.inf, (SMALL,)))
 # By kernel, architecture, and the largest width of a head; of the tiles of one line the first that fits shared memory.
 TILES: dict[str, dict[str, tuple[tuple[float, tuple[AttentionTile, ...]], ...]]] = {
     "forward": {
         "sm_100": ((128, (TALL, SQUARE)), (math.inf, (NARROW,))),  # its tensor cores take 128 rows at a time
         "default": ((128, (DEEP, SQUARE)), (math.inf, (NARROW,))),
     },
-    "query_gradient": {"default": ((128, (SQUARE, NARROW)), (math.inf, (SMALL,)))},
+    "query_gradient": {
+        "sm_80": AMPERE_QUERY,
+        "sm_86": AMPERE_QUERY,
+        "sm_89": AMPERE_QUERY,
+        "sm_120": ((64, (SQUARE,)), (96, (HALF,)), (128, (SQUARE, HALF)), (math.inf, (SMALL,))),
+        "default": ((128, (SQUARE, HALF)), (math.inf, (SMALL,))),
+    },
     # dk and dv are two accumulators: where they share the registers with the operands, they leave room for smaller tiles only.
     "key_value_gradient": {
+        "sm_80": AMPERE_KEY_VALUE,
+        "sm_86": AMPERE_KEY_VALUE,
+        "sm_89": AMPERE_KEY_VALUE,
         "sm_90": ((96, (SQUARE,)), (128, (SHORT,)), (math.inf, (SMALL,))),
         "sm_100": ((128, (SQUARE,)), (math.inf, (SMALL,))),
         "gfx942": ((128, (SHORT,)), (math.inf, (SMALL,))),
@@ -99,14 +115,14 @@ def attention_tile(kernel: str, T: int, S: int, blocks: HeadBlocks, dtype: torch
     """Of ``"forward"``, ``"query_gradient"`` or ``"key_value_gradient"``, for T queries and S keys."""
     if interpreted():
         return INTERPRETER
-    by_keys = kernel == "key_value_gradient"
     arch = target()
     if dtype == torch.float32:
-        return FULL_PRECISION[kernel].shrunk(T, S, by_keys)
-    by_width = TILES[kernel].get(arch, TILES[kernel]["default"])
-    choices = next(tiles for largest, tiles in by_width if blocks.width <= largest)
+        choices: tuple[AttentionTile, ...] = (FULL_PRECISION[kernel],)
+    else:
+        by_width = TILES[kernel].get(arch, TILES[kernel]["default"])
+        choices = (*next(tiles for largest, tiles in by_width if blocks.width <= largest), SMALL)
     limit = SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
     for tile in choices:
-        if tile.shared_bytes(blocks.width, dtype.itemsize, by_keys) <= limit:
-            return tile.shrunk(T, S, by_keys)
+        if tile.shared_bytes(kernel, arch, blocks.width, dtype.itemsize) <= limit:
+            return tile.shrunk(kernel, T, S)
     raise RuntimeError(f"no tile of {choices} fits the {limit} bytes of shared memory of {arch} at head dim {blocks.head}")
