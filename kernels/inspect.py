@@ -140,7 +140,7 @@ def inspect(case: Case, build: Build | Refused) -> Row:
         else None,
         work=_work(build, loop),
     )
-    missed = list(_misses(row, build, case.bars or BARS.get(build.name, Bars())))
+    missed = list(_misses(row, build, BARS.get(build.name, Bars())))
     known = [_known(row, bar, value) for bar, value, _ in missed]
     row.misses.extend(message for _, _, message in missed)
     if missed and all(known):

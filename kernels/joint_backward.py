@@ -26,15 +26,19 @@ class RowLoop(NamedTuple):
     num_warps: int
 
 
-def row_loop(width: int) -> RowLoop:
-    """1152 = 1024 + 128, 768 = 512 + 256, 384 = 256 + 128; one block of 2048 would leave 44% of its lanes idle at 1152."""
+def row_loop(width: int, accumulators: int = 3) -> RowLoop:
+    """1152 = 1024 + 128, 768 = 512 + 256, 384 = 256 + 128; one block of 2048 would leave 44% of its lanes idle at 1152.
+
+    Two warps sum a row in fewer instructions than four; three accumulators take more registers than two warps have.
+    """
     first = 1 << (width.bit_length() - 1)
     second = width - first
     if second and (second < 32 or second & (second - 1)):
         first, second = 2 * first, 0
     if interpreted():
         return RowLoop(first, second, num_warps=1)
-    return RowLoop(first, second, num_warps=1 if width < 256 else 2 if width < 512 else 4 if width <= 2048 else 8)
+    two = 512 if accumulators > 2 else 1280
+    return RowLoop(first, second, num_warps=1 if width < 256 else 2 if width < two else 4 if width <= 2048 else 8)
 
 
 def rows_per_program(num_rows: int, num_tokens: int) -> int:
@@ -256,7 +260,7 @@ def joint_backward(
         else torch.empty(batch * programs_per_sample, width, dtype=torch.float32, device=like.device)
         for vector in vectors
     ]
-    tile = row_loop(width)
+    tile = row_loop(width, sum(vector is not None and vector.dim() == 2 for vector in vectors))
     launch(
         joint_backward_kernel,
         batch * programs_per_sample,
