@@ -23,32 +23,32 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Of a shape that follows from x, and of the dtype and device of x."""
+def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], of: str = "x") -> None:
+    """Of a shape that follows from x, and of the dtype and device of x; ``of`` is what the op calls x."""
     if tensor.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for {of} {tuple(x.shape)}")
     if tensor.dtype != x.dtype:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype}, as x")
-    _check_device(name, tensor, x)
+        raise ValueError(f"{name}: got dtype {tensor.dtype}, expected {x.dtype}, as {of}")
+    _check_device(name, tensor, x, of)
     _check_inner_stride(name, tensor)
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor, prefix: str = "", features: int | None = None) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor, prefix: str = "", features: int | None = None, of: str = "x") -> None:
     """weight [N, K] and bias [N] for x [B, T, K]; K is ``features`` where x is not what the weight multiplies."""
-    check_tokens("x", x)
+    check_tokens(of, x)
     if weight.dim() != 2:
         raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, expected [N, K]")
-    check_parameter(f"{prefix}weight", weight, x, (weight.shape[0], x.shape[2] if features is None else features))
-    check_parameter(f"{prefix}bias", bias, x, (weight.shape[0],))
+    check_parameter(f"{prefix}weight", weight, x, (weight.shape[0], x.shape[2] if features is None else features), of)
+    check_parameter(f"{prefix}bias", bias, x, (weight.shape[0],), of)
 
 
-def check_branch(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
+def check_branch(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...] | None = None, of: str = "x") -> None:
     """Of the shape (if none is given) and device of x, in any dtype: autocast brings bf16 branches beside an fp32 stream."""
     expected = tuple(x.shape) if shape is None else shape
     if h.shape != expected:
-        raise ValueError(f"{name}: got shape {tuple(h.shape)}, expected {expected} for x {tuple(x.shape)}")
+        raise ValueError(f"{name}: got shape {tuple(h.shape)}, expected {expected} for {of} {tuple(x.shape)}")
     check_dtype(name, h)
-    _check_device(name, h, x)
+    _check_device(name, h, x, of)
     _check_inner_stride(name, h)
 
 
@@ -64,9 +64,9 @@ def check_modulation(name: str, vector: Tensor | None, x: Tensor) -> None:
     _check_inner_stride(name, vector)
 
 
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor, x: Tensor, of: str = "x") -> None:
     if tensor.device != x.device:
-        raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device}, as x")
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device}, as {of}")
 
 
 def _check_inner_stride(name: str, tensor: Tensor) -> None:

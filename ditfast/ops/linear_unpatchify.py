@@ -15,29 +15,29 @@ from .patches import check_grid
 from .unpatchify import empty_image, torch_unpatchify
 
 
-def linear_unpatchify(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """``unpatchify(x @ weight.T + bias)``, without the tensor between the two.
+def linear_unpatchify(u: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """``unpatchify(u @ weight.T + bias)``, without the tensor between the two.
 
     Args:
-        x: [B, T, K] fp32, fp16 or bf16, unit inner stride.
-        weight: [p*p*C, K], of the dtype of x; rows lie as (row, column, channel) of the patch.
-        bias: [p*p*C], of the dtype of x.
+        u: [B, T, K] fp32, fp16 or bf16, unit inner stride.
+        weight: [p*p*C, K], of the dtype of u; rows lie as (row, column, channel) of the patch.
+        bias: [p*p*C], of the dtype of u.
         grid: (h, w), the patches in a column and in a row of the image; h * w = T.
         patch_size: p.
 
     Returns:
-        [B, C, h*p, w*p], contiguous, of the dtype of x, or autocast's.
+        [B, C, h*p, w*p], contiguous, of the dtype of u, or autocast's.
 
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride, or a grid or patch size that does not fit; the
             message names it.
     """
-    x, weight, bias = under_autocast(x, weight, bias)
-    check_linear(x, weight, bias)
-    check_grid(x, grid, len(weight), patch_size)
-    if takes_torch("linear_unpatchify", x):
-        return torch_unpatchify(F.linear(x, weight, bias), grid, patch_size)
-    return _op(x, weight, bias, grid, patch_size)
+    u, weight, bias = under_autocast(u, weight, bias)
+    check_linear(u, weight, bias, of="u")
+    check_grid(u, grid, len(weight), patch_size)
+    if takes_torch("linear_unpatchify", u):
+        return torch_unpatchify(F.linear(u, weight, bias), grid, patch_size)
+    return _op(u, weight, bias, grid, patch_size)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:

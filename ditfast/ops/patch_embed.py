@@ -13,13 +13,13 @@ from .dispatch import define_op, takes_torch, under_autocast
 from .patches import check_patch_size
 
 
-def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
-    """``conv2d(x, weight, bias, stride=patch_size)`` as tokens, plus positions (Dosovitskiy et al. 2020), rounded once.
+def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
+    """``conv2d(latents, weight, bias, stride=patch_size)`` as tokens, plus positions (Dosovitskiy et al. 2020), rounded once.
 
     Args:
-        x: [B, C, H, W] fp32, fp16 or bf16, unit inner stride; H and W multiples of p.
-        weight: [D, C, p, p], of the dtype of x.
-        bias: [D], of the dtype of x.
+        latents: [B, C, H, W] fp32, fp16 or bf16, unit inner stride; H and W multiples of p.
+        weight: [D, C, p, p], of the dtype of latents.
+        bias: [D], of the dtype of latents.
         pos_embed: [1, T, D] or [T, D] for T = (H/p) * (W/p) tokens, row by row; any of the dtypes.
         patch_size: p.
 
@@ -31,28 +31,28 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patc
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
     dtype = weight.dtype
-    x, weight, bias = under_autocast(x, weight, bias)
-    pos_embed = _check(x, weight, bias, pos_embed, patch_size)
-    if takes_torch("patch_embed", x):
-        patches = torch_patchify(x, patch_size)  # [B, T, C*p*p]
+    latents, weight, bias = under_autocast(latents, weight, bias)
+    pos_embed = _check(latents, weight, bias, pos_embed, patch_size)
+    if takes_torch("patch_embed", latents):
+        patches = torch_patchify(latents, patch_size)  # [B, T, C*p*p]
         return (F.linear(patches, weight.flatten(1), bias) + pos_embed).to(dtype).contiguous()  # [B, T, D]
-    return _op(x, weight, bias, pos_embed, dtype)
+    return _op(latents, weight, bias, pos_embed, dtype)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
+def _check(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
     """Returns pos_embed as [T, D]."""
     check_patch_size(patch_size)
-    if x.dim() != 4 or x.shape[2] % patch_size or x.shape[3] % patch_size:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, H, W], H and W multiples of {patch_size}")
-    check_dtype("x", x)
+    if latents.dim() != 4 or latents.shape[2] % patch_size or latents.shape[3] % patch_size:
+        raise ValueError(f"latents: got shape {tuple(latents.shape)}, expected [B, C, H, W], H and W multiples of {patch_size}")
+    check_dtype("latents", latents)
     if weight.dim() != 4:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [D, C, {patch_size}, {patch_size}]")
-    D, T = len(weight), (x.shape[2] // patch_size) * (x.shape[3] // patch_size)
-    check_parameter("weight", weight, x, (D, x.shape[1], patch_size, patch_size))
-    check_parameter("bias", bias, x, (D,))
+    D, T = len(weight), (latents.shape[2] // patch_size) * (latents.shape[3] // patch_size)
+    check_parameter("weight", weight, latents, (D, latents.shape[1], patch_size, patch_size), "latents")
+    check_parameter("bias", bias, latents, (D,), "latents")
     if pos_embed.dim() == 3 and len(pos_embed) == 1:
         pos_embed = pos_embed[0]
-    check_branch("pos_embed", pos_embed, x, (T, D))
+    check_branch("pos_embed", pos_embed, latents, (T, D), "latents")
     return pos_embed
 
 

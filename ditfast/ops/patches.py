@@ -14,6 +14,8 @@ def check_grid(x: Tensor, grid: tuple[int, int], features: int, patch_size: int)
     """That tokens x [B, T, ...] fill the grid, each with ``features`` values of a patch."""
     check_patch_size(patch_size)
     if len(grid) != 2 or grid[0] * grid[1] != x.shape[1] or min(grid) < 0:
-        raise ValueError(f"grid: got {tuple(grid)}, expected (h, w) with h * w = {x.shape[1]} tokens, for x {tuple(x.shape)}")
+        raise ValueError(
+            f"grid: got {tuple(grid)}, expected (h, w) with h * w = {x.shape[1]} tokens, for tokens {tuple(x.shape)}"
+        )
     if features % patch_size**2:
         raise ValueError(f"patch_size: got {patch_size}, expected one whose square divides the {features} values of a token")

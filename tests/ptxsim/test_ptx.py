@@ -57,6 +57,12 @@ def test_cp_async_needs_wait():
         run_body(body % "cp.async.wait_group 1;", o)
 
 
+def test_16_bit_multiply_add_wraps_around():
+    body = "cvt.u16.u32 %h1, %r1;\nmov.b16 %h2, 2731;\nmad.lo.s16 %h3, %h1, %h2, %h1;\ncvt.u32.u16 %r9, %h3;"
+    o = run_body(body, torch.zeros(64, dtype=torch.int32))
+    assert torch.equal(o.long(), torch.arange(64) * 2732 % 2**16)
+
+
 def test_lane_dependent_loops_reconverge():
     # nested, lane-dependent loop trip counts and branches, then a full-mask shuffle after reconvergence
     body = """

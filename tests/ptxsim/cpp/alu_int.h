@@ -113,6 +113,11 @@ template <class T> struct MadLo {
   typedef T D, A, B, C;
   INLINE T f(T a, T b, T c) { return (T)(a * b + c); }
 };
+// Its own, since the product of two u16 is an int, which it may overflow.
+struct MadLo16 {
+  typedef u16 D, A, B, C;
+  INLINE u16 f(u16 a, u16 b, u16 c) { return (u16)((u32)a * (u32)b + c); }
+};
 template <class T> struct MadHi {
   typedef T D, A, B, C;
   INLINE T f(T a, T b, T c) { return (T)((Unsigned<T>)MulHi<T>::f(a, b) + (Unsigned<T>)c); }

@@ -350,7 +350,7 @@ static void decode_int_mad(Decoder& d) {
   d.need(4);
   if (!d.has("wide")) {
     d.plain_operands(3);
-    if (!d.has("hi")) return d.emit(d.width == 2 ? nullptr : d.width == 4 ? map3<MadLo<u32>> : map3<MadLo<u64>>, C_INT);
+    if (!d.has("hi")) return d.emit(d.width == 2 ? map3<MadLo16> : d.width == 4 ? map3<MadLo<u32>> : map3<MadLo<u64>>, C_INT);
     switch (d.type) {
       case T_S32: return d.emit(map3<MadHi<s32>>, C_INT);
       case T_U32: return d.emit(map3<MadHi<u32>>, C_INT);
