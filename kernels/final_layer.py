@@ -31,6 +31,9 @@ MANY = (
     NormTile(64, 128, 64, num_warps=8, num_stages=2),
     NormTile(32, 128, 64, num_warps=4, num_stages=2),
 )
+# For more columns than 128, as patch size 8 has: short steps and many warps, or the products spill.
+BROAD = (NormTile(16, 512, 32, num_warps=8, num_stages=2), NormTile(16, 512, 32, num_warps=8, num_stages=1))
+BROAD_FULL_PRECISION = (NormTile(16, 512, 16, num_warps=8, num_stages=1),)
 FEW_ROWS = 2048
 
 
@@ -38,7 +41,10 @@ def final_layer_tile(M: int, N: int, dtype: torch.dtype) -> GemmTile:
     columns = max(16, triton.next_power_of_2(N))
     if interpreted():
         return INTERPRETER._replace(n=columns)
-    choices = FULL_PRECISION if dtype == torch.float32 else FEW if M <= FEW_ROWS else MANY
+    if columns > FEW[0].n:
+        choices = BROAD_FULL_PRECISION if dtype == torch.float32 else BROAD
+    else:
+        choices = FULL_PRECISION if dtype == torch.float32 else FEW if M <= FEW_ROWS else MANY
     return first_that_fits(tuple(tile._replace(n=columns) for tile in choices), dtype, target())
 
 
