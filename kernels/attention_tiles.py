@@ -63,7 +63,7 @@ class AttentionTile(NamedTuple):
     def shared_bytes(self, kernel: str, arch: str, width: int, itemsize: int) -> int:
         """Of the heads that stay (q; q and dout; k and v), and of two in flight with the statistics of their rows."""
         staying, passing = (self.n, self.m) if kernel == "key_value_gradient" else (self.m, self.n)
-        stages = self.num_stages - 1 if arch.startswith("gfx") else self.num_stages  # AMD's last stage waits in registers
+        stages = self.num_stages + (-1 if arch.startswith("gfx") else arch == "sm_100")  # in registers; for tensor memory
         heads = staying * (1 if kernel == "forward" else 2) + passing * 2 * stages
         return heads * width * itemsize + passing * 8 * stages + BARRIERS
 
