@@ -43,17 +43,17 @@ def check(runner: Runner, B: int, T: int, H: int, d: int, dtype: torch.dtype) ->
 
 # ------------------------------------------------------------------------------------------------ the kernels
 @pytest.mark.parametrize("d", HEAD_DIMS)
-def test_head_dims(compiled: Runner, d: int) -> None:
+def test_kernel_head_dims(compiled: Runner, d: int) -> None:
     check(compiled, 2, 17, 3, d, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("T", "dtype"), pairwise(T=TOKENS, dtype=("bf16", "fp16")))
-def test_tokens(compiled: Runner, T: int, dtype: str) -> None:
+def test_kernel_tokens(compiled: Runner, T: int, dtype: str) -> None:
     check(compiled, 2, T, 3, 72, DTYPES[dtype])
 
 
 @pytest.mark.parametrize(("d", "T"), pairwise(d=(40, 64, 128), T=(16, 70)))
-def test_full_precision(compiled: Runner, d: int, T: int) -> None:
+def test_kernel_full_precision(compiled: Runner, d: int, T: int) -> None:
     check(compiled, 1, T, 2, d, torch.float32)
 
 
@@ -61,7 +61,7 @@ def test_full_precision(compiled: Runner, d: int, T: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", TOKENS)
 @pytest.mark.parametrize("d", [*HEAD_DIMS, 8, 36, 200, 256])
-def test_all(compiled: Runner, d: int, T: int, dtype: str) -> None:
+def test_kernel_all(compiled: Runner, d: int, T: int, dtype: str) -> None:
     check(compiled, 2, T, 3, d, DTYPES[dtype])
 
 
