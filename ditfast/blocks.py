@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import ops
 from .config import FIRST_NORM_EPS
@@ -22,10 +23,13 @@ class Linear(NamedTuple):
     bias: Tensor
 
 
+Projection: TypeAlias = Linear | Callable[[Tensor], Tensor]  # weights to multiply with, or a module that wants to be called
+
+
 class CrossAttention(NamedTuple):
-    q: Linear
-    kv: Linear
-    proj: Linear
+    q: Projection
+    kv: Projection
+    proj: Projection
 
 
 class Block(NamedTuple):
@@ -33,10 +37,10 @@ class Block(NamedTuple):
 
     num_heads: int
     mlp_norm_eps: float
-    qkv: Linear
-    proj: Linear
-    fc1: Linear
-    fc2: Linear
+    qkv: Projection
+    proj: Projection
+    fc1: Projection
+    fc2: Projection
     cross: CrossAttention | None = None
 
 
@@ -65,14 +69,13 @@ class Sublayer(NamedTuple):
     gate: Tensor | None
 
 
-def run(x: Tensor, chain: Sequence[Sublayer], final: Norm) -> Tensor:
-    """The chain of sublayers over x [B, T, D], then the final norm: what the output linear reads, [B, T, D]."""
-    norms = [sublayer.norm for sublayer in chain] + [final]
-    u = ops.layer_norm_modulate(x, *norms[0])  # [B, T, D]
-    for sublayer, following in zip(chain, norms[1:], strict=True):
+def run(x: Tensor, u: Tensor, chain: Sequence[Sublayer], following: Norm) -> tuple[Tensor, Tensor]:
+    """x [B, T, D] and u, x as the chain's first norm leaves it, through the chain; ``following`` is the norm behind it."""
+    norms = [sublayer.norm for sublayer in chain[1:]] + [following]
+    for sublayer, norm in zip(chain, norms, strict=True):
         h = sublayer.transform(u)  # [B, T, D]
-        x, u = ops.gated_residual_layer_norm_modulate(x, h, sublayer.gate, *following)  # 2 x [B, T, D]
-    return u
+        x, u = ops.gated_residual_layer_norm_modulate(x, h, sublayer.gate, *norm)  # 2 x [B, T, D]
+    return x, u
 
 
 def sublayers(block: Block, modulation: Modulation, context: Tensor) -> list[Sublayer]:
@@ -87,15 +90,21 @@ def sublayers(block: Block, modulation: Modulation, context: Tensor) -> list[Sub
 
 
 def self_attention(u: Tensor, block: Block) -> Tensor:
-    qkv = ops.linear(u, *block.qkv).unflatten(-1, (3, block.num_heads, -1))  # [B, T, 3, H, d]
-    return ops.linear(ops.attention(qkv), *block.proj)  # [B, T, D]
+    qkv = project(u, block.qkv).unflatten(-1, (3, block.num_heads, -1))  # [B, T, 3, H, d]
+    return project(ops.attention(qkv), block.proj)  # [B, T, D]
 
 
 def cross_attention(u: Tensor, context: Tensor, weights: CrossAttention, num_heads: int) -> Tensor:
-    q = ops.linear(u, *weights.q).unflatten(-1, (num_heads, -1))  # [B, T, H, d]
-    kv = ops.linear(context, *weights.kv).unflatten(-1, (2, num_heads, -1))  # [B, 2, 2, H, d]
-    return ops.linear(ops.cross_attention(q, kv), *weights.proj)  # [B, T, D]
+    q = project(u, weights.q).unflatten(-1, (num_heads, -1))  # [B, T, H, d]
+    kv = project(context, weights.kv).unflatten(-1, (2, num_heads, -1))  # [B, 2, 2, H, d]
+    return project(ops.cross_attention(q, kv), weights.proj)  # [B, T, D]
 
 
 def mlp(u: Tensor, block: Block) -> Tensor:
-    return ops.mlp(u, *block.fc1, *block.fc2)  # [B, T, D]
+    if isinstance(block.fc1, Linear) and isinstance(block.fc2, Linear):
+        return ops.mlp(u, *block.fc1, *block.fc2)  # [B, T, D]
+    return project(F.gelu(project(u, block.fc1), approximate="tanh"), block.fc2)  # [B, T, D]
+
+
+def project(x: Tensor, projection: Projection) -> Tensor:
+    return ops.linear(x, *projection) if isinstance(projection, Linear) else projection(x)

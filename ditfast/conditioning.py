@@ -61,7 +61,7 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     gradients, and compiled graphs, go through the linears one by one.
     """
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    plain = all(is_plain(linear) for linear in linears)  # else somebody hooked or replaced it, and expects to be called
+    plain = all(is_plain(linear) for linear in linears)
     if plain and not torch.compiler.is_compiling() and not needs_gradient(x, *weights, *biases):
         weight, bias = _joined(weights), _joined(biases)
         if weight is not None and bias is not None:
@@ -69,9 +69,20 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     return [linear(x) for linear in linears]
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether calling it is nothing but ``F.linear`` on its weight and bias."""
-    return type(linear).forward is nn.Linear.forward and not linear._forward_hooks and not linear._forward_pre_hooks
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a Linear or Conv2d is nothing but the product with its weight and the sum with its bias.
+
+    Else somebody hooked, wrapped or replaced it (LoRA, weight norm, offloading), and expects it to be called.
+    """
+    return (
+        type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+        and "forward" not in vars(module)
+        and not any(getattr(module, hooks) for hooks in HOOKS)
+        and module.bias is not None
+    )
 
 
 def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

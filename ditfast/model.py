@@ -23,7 +23,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        return ops.patch_embed(x, self.proj.weight, cast(Tensor, self.proj.bias), positions, self.patch_size)  # [B, T, D]
+        if is_plain(self.proj):
+            return ops.patch_embed(x, self.proj.weight, cast(Tensor, self.proj.bias), positions, self.patch_size)  # [B, T, D]
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous() + positions  # [B, T, D]
 
 
 class Attention(nn.Module):
@@ -52,7 +54,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One block's parameters; ``blocks.run`` is its forward, which reads them: hooks on these modules do not fire."""
+    """One block; of its plain linears ``blocks`` reads the weights, those with hooks or another forward are called."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -64,7 +66,13 @@ class Block(nn.Module):
         if config.modulation_vectors:
             self.adaLN_modulation = _modulation(config, config.modulation_vectors)
 
-    def views(self) -> blocks.Block:
+    def forward(
+        self, x: Tensor, u: Tensor, modulation: blocks.Modulation, following: blocks.Norm, context: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The stream x and u, its norm, both [B, T, D]: behind this block u is the norm ``following`` it."""
+        return blocks.run(x, u, blocks.sublayers(self._views(), modulation, context), following)  # 2 x [B, T, D]
+
+    def _views(self) -> blocks.Block:
         attn, mlp, cross_attn = self.attn, self.mlp, self.cross_attn
         return blocks.Block(
             num_heads=self.num_heads,
@@ -132,10 +140,11 @@ class DiT(nn.Module):
         context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
         if self.config.conditioning == "in_context":
             x = torch.cat([x, context], dim=1)  # [B, T+2, D]
-        chain: list[blocks.Sublayer] = []
-        for block, modulation in zip(self.blocks, modulations, strict=True):
-            chain += blocks.sublayers(cast(Block, block).views(), modulation, context)
-        u = blocks.run(x, chain, final)[:, : self.config.num_tokens]  # [B, T, D]
+        first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
+        u = ops.layer_norm_modulate(x, *first)  # [B, T, D]
+        for block, modulation, following in zip(self.blocks, modulations, [*others, final], strict=True):
+            x, u = block(x, u, modulation, following, context)  # 2 x [B, T, D]
+        u = u[:, : self.config.num_tokens]  # [B, T, D]
         return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
 
     def forward_with_cfg(
@@ -246,9 +255,5 @@ def _pack_after_loading(model: nn.Module, incompatible_keys: object) -> None:
     cast(DiT, model)._pack()
 
 
-def _view(linear: nn.Linear) -> blocks.Linear:
-    if type(linear).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"got a {type(linear).__name__} in place of a Linear: ditfast.DiT reads weights, it would not be called"
-        )
-    return blocks.Linear(linear.weight, linear.bias)
+def _view(linear: nn.Linear) -> blocks.Projection:
+    return blocks.Linear(linear.weight, linear.bias) if is_plain(linear) else linear

@@ -13,7 +13,7 @@ from .final_layer import final_layer
 from .gated_residual import gated_residual
 from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
 from .joint_backward import joint_backward
-from .launch import check_launchable, target
+from .launch import check_launchable, current_device, target
 from .layer_norm_modulate import layer_norm_modulate
 from .linear import linear
 from .linear_backward import linear_backward
@@ -33,6 +33,7 @@ __all__ = [
     "classifier_free_guidance_backward",
     "cross_attention",
     "cross_attention_backward",
+    "current_device",
     "final_layer",
     "gated_residual",
     "gated_residual_layer_norm_modulate",

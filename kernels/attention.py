@@ -184,7 +184,6 @@ def _attention(inputs: Sequence[Tensor], training: bool) -> tuple[Tensor, Tensor
     launch(
         attention_kernel,
         triton.cdiv(T, tile.m) * B * H,
-        q.device,
         *strided(q, unit),
         k,
         *strided(v, unit),

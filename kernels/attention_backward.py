@@ -190,7 +190,6 @@ def _attention_backward(dout: Tensor, inputs: Sequence[Tensor], out: Tensor, lse
     launch(
         query_gradient_kernel,
         triton.cdiv(T, tile.m) * B * H,
-        q.device,
         *strided(q, unit),
         k,
         *strided(v, unit),
@@ -213,7 +212,6 @@ def _attention_backward(dout: Tensor, inputs: Sequence[Tensor], out: Tensor, lse
     launch(
         key_value_gradient_kernel,
         triton.cdiv(S, tile.n) * B * H,
-        q.device,
         *strided(q, unit),
         k,
         *strided(v, unit),

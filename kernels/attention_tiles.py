@@ -79,7 +79,8 @@ HALF = AttentionTile(64, 32, num_warps=4, num_stages=2)
 NARROW = AttentionTile(64, 32, num_warps=4, num_stages=1)
 SMALL = AttentionTile(32, 32, num_warps=4, num_stages=1)
 AMPERE_QUERY = ((80, (SQUARE,)), (96, (HALF,)), (128, (SQUARE, HALF)), (math.inf, (SMALL,)))
-AMPERE_KEY_VALUE = ((80, (SQUARE,)), (96, (SHORT,)), (128, (BY_EIGHT, SHORT)), (math.inf, (SMALL,)))
+A100_KEY_VALUE = ((80, (SQUARE,)), (96, (SHORT,)), (128, (BY_EIGHT, SHORT)), (math.inf, (SMALL,)))
+AMPERE_KEY_VALUE = ((64, (SQUARE,)), *A100_KEY_VALUE[1:])  # the same code, in a few registers more
 # By kernel, architecture, and the largest width of a head; of the tiles of one line the first that fits shared memory.
 TILES: dict[str, dict[str, tuple[tuple[float, tuple[AttentionTile, ...]], ...]]] = {
     "forward": {
@@ -95,7 +96,7 @@ TILES: dict[str, dict[str, tuple[tuple[float, tuple[AttentionTile, ...]], ...]]]
     },
     # dk and dv are two accumulators: where they share the registers with the operands, they leave room for smaller tiles only.
     "key_value_gradient": {
-        "sm_80": AMPERE_KEY_VALUE,
+        "sm_80": A100_KEY_VALUE,
         "sm_86": AMPERE_KEY_VALUE,
         "sm_89": AMPERE_KEY_VALUE,
         "sm_90": ((96, (SQUARE,)), (128, (SHORT,)), (math.inf, (SMALL,))),
@@ -107,7 +108,7 @@ TILES: dict[str, dict[str, tuple[tuple[float, tuple[AttentionTile, ...]], ...]]]
 FULL_PRECISION = {
     "forward": AttentionTile(32, 32, num_warps=4, num_stages=1),
     "query_gradient": AttentionTile(16, 32, num_warps=4, num_stages=1),
-    "key_value_gradient": AttentionTile(16, 16, num_warps=4, num_stages=1),
+    "key_value_gradient": AttentionTile(16, 16, num_warps=8, num_stages=1),
 }
 
 

@@ -59,7 +59,6 @@ def _guide(source: Tensor, scale: float, channels: int, backward: bool) -> Tenso
     launch(
         classifier_free_guidance_kernel,
         batch // 2 * blocks,
-        source.device,
         source.contiguous(),
         result,
         float(scale),

@@ -24,16 +24,13 @@ class NormTile(GemmTile):
 
 
 # A program covers all output columns of its rows: another one beside it would normalise them once more.
-FULL_PRECISION = (NormTile(32, 128, 32, num_warps=4, num_stages=2),)
+FULL_PRECISION = (NormTile(32, 128, 32, num_warps=8, num_stages=2),)
 FEW = (NormTile(16, 128, 64, num_warps=4, num_stages=3), NormTile(16, 128, 64, num_warps=4, num_stages=2))
 MANY = (
     NormTile(64, 128, 64, num_warps=8, num_stages=3),
     NormTile(64, 128, 64, num_warps=8, num_stages=2),
     NormTile(32, 128, 64, num_warps=4, num_stages=2),
 )
-# For more columns than 128, as patch size 8 has: short steps and many warps, or the products spill.
-BROAD = (NormTile(16, 512, 32, num_warps=8, num_stages=2), NormTile(16, 512, 32, num_warps=8, num_stages=1))
-BROAD_FULL_PRECISION = (NormTile(16, 512, 16, num_warps=8, num_stages=1),)
 FEW_ROWS = 2048
 
 
@@ -41,10 +38,7 @@ def final_layer_tile(M: int, N: int, dtype: torch.dtype) -> GemmTile:
     columns = max(16, triton.next_power_of_2(N))
     if interpreted():
         return INTERPRETER._replace(n=columns)
-    if columns > FEW[0].n:
-        choices = BROAD_FULL_PRECISION if dtype == torch.float32 else BROAD
-    else:
-        choices = FULL_PRECISION if dtype == torch.float32 else FEW if M <= FEW_ROWS else MANY
+    choices = FULL_PRECISION if dtype == torch.float32 else FEW if M <= FEW_ROWS else MANY
     return first_that_fits(tuple(tile._replace(n=columns) for tile in choices), dtype, target())
 
 
@@ -130,7 +124,7 @@ def final_layer(
     patch_size: int,
     eps: float,
 ) -> Tensor:
-    """x [B, h*w, K]; shift and scale [B, K] or [B, h*w, K], or None; weight [p*p*C, K], bias [p*p*C].
+    """x [B, h*w, K]; shift and scale [B, K] or [B, h*w, K], or None; weight [p*p*C, K], p*p*C at most 128; bias [p*p*C].
 
     Returns [B, C, h*p, w*p].
     """
@@ -142,7 +136,6 @@ def final_layer(
     launch(
         final_layer_kernel,
         triton.cdiv(batch * tokens, tile.m),
-        x.device,
         x,
         x.stride(0),
         x.stride(1),

@@ -58,7 +58,6 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     launch(
         gated_residual_kernel,
         tile.grid(batch * tokens),
-        x.device,
         x,
         x.stride(0),
         x.stride(1),

@@ -94,7 +94,6 @@ def gated_residual_layer_norm_modulate(
     launch(
         gated_residual_layer_norm_modulate_kernel,
         tile.grid(batch * tokens),
-        x.device,
         x,
         x.stride(0),
         x.stride(1),

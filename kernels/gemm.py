@@ -99,8 +99,7 @@ def linear_tile(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     y = multiply(x_ptr, weight_ptr, rows, columns, 0, K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     return rows, columns, y
 
 

@@ -69,14 +69,11 @@ class Known(NamedTuple):
 
 
 ONE_MORE_PROGRAM = "ptxas settles for fewer registers, so that one more program fits, and parks a value in local memory"
-SMALLEST = "fp32 products are unrolled into registers, and there is no smaller tile"
 RAGGED = "the mask of keys that fill no tile, beside two tiles of weights and dq; every DiT's keys fill their tiles"
 EXCEPTIONS: tuple[Known, ...] = (
     Known("linear_gated_residual", ("sm_100",), "64x64x64 4w 4s", "spills", 2, ONE_MORE_PROGRAM),
     Known("weight_gradient", ("sm_120",), "16x64x128 4w 4s", "spills", 2, ONE_MORE_PROGRAM),
     Known("linear_unpatchify", ("sm_120",), "64x64x16 8w 3s", "spills", 2, ONE_MORE_PROGRAM),
-    Known("final_layer", ("sm_90",), "32x32x32 4w 2s", "spills", 4, ONE_MORE_PROGRAM),
-    Known("key_value_gradient", ("sm_90", "sm_120"), "16x16 4w 1s", "spills", 12, SMALLEST),
     Known("query_gradient", ("sm_120",), "64x64 4w 2s", "spills", 14, RAGGED),
 )
 
@@ -199,7 +196,8 @@ def end_cases(p: int, B: int, dtype: torch.dtype, label: str) -> Iterator[Case]:
     last_weight, last_bias = tensor(N, D, dtype=dtype), tensor(N, dtype=dtype)
     yield Case(label, partial(patch_embed, image, weight, bias, tensor(T, D, dtype=torch.float32), dtype))
     yield Case(label, partial(linear_unpatchify, x, last_weight, last_bias, grid, p))
-    yield Case(label, partial(final_layer, x, shift, scale, last_weight, last_bias, grid, p, EPS))
+    if N <= 128:  # more features take linear_unpatchify
+        yield Case(label, partial(final_layer, x, shift, scale, last_weight, last_bias, grid, p, EPS))
 
 
 def other_cases() -> Iterator[Case]:

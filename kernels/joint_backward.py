@@ -90,89 +90,87 @@ def joint_backward_kernel(
     dscale = _zeros(FIRST, SECOND)
     for i in range(ROWS):
         token = (first_token + i).to(tl.int64)
-        inside = token < num_tokens
+        width = tl.where(token < num_tokens, D, 0)  # of the row, which may be past the last one
         row = sample * num_tokens + token
-        dx = _row(dx_new_ptr, row * D, inside, D, FIRST, SECOND, EVEN)
+        dx = _row(dx_new_ptr, row * D, width, D, FIRST, SECOND, EVEN)
         if du_ptr is not None:
-            du = _row(du_ptr, row * D, inside, D, FIRST, SECOND, EVEN)
+            du = _row(du_ptr, row * D, width, D, FIRST, SECOND, EVEN)
             if SHIFT_PER_TOKEN:
-                _store_row(dshift_ptr, row * D, du, inside, D, FIRST, SECOND, EVEN)
+                _store_row(dshift_ptr, row * D, du, width, D, FIRST, SECOND, EVEN)
             elif dshift_ptr is not None:
                 dshift = _add(dshift, du)
-            x = _row(x_ptr, sample * x_batch_stride + token * x_token_stride, inside, D, FIRST, SECOND, EVEN)
-            mean = tl.load(stats_ptr + 2 * row, mask=inside, other=0.0)
-            rstd = tl.load(stats_ptr + 2 * row + 1, mask=inside, other=0.0)
+            x = _row(x_ptr, sample * x_batch_stride + token * x_token_stride, width, D, FIRST, SECOND, EVEN)
+            stats = stats_ptr + 2 * (sample * num_tokens + tl.minimum(token, num_tokens - 1))
+            mean = tl.load(stats)
+            rstd = tl.load(stats + 1)
             normalised = _normalised(x, mean, rstd)
             if SCALE_PER_TOKEN:
-                _store_row(dscale_ptr, row * D, _multiply(du, normalised), inside, D, FIRST, SECOND, EVEN)
+                _store_row(dscale_ptr, row * D, _multiply(du, normalised), width, D, FIRST, SECOND, EVEN)
                 offset = sample * scale_batch_stride + token * scale_token_stride
-                scale = _row(scale_ptr, offset, inside, D, FIRST, SECOND, EVEN)
+                scale = _row(scale_ptr, offset, width, D, FIRST, SECOND, EVEN)
             elif dscale_ptr is not None:
                 dscale = _add(dscale, _multiply(du, normalised))
             if scale_ptr is not None:
                 du = _add(du, _multiply(du, scale))
             dx = _add(dx, _norm_backward(du, normalised, rstd, D))
-            _store_row(dx_ptr, row * D, dx, inside, D, FIRST, SECOND, EVEN)
-        if h_ptr is not None:
-            if gate_ptr is not None:
-                h = _row(h_ptr, sample * h_batch_stride + token * h_token_stride, inside, D, FIRST, SECOND, EVEN)
-                if GATE_PER_TOKEN:
-                    _store_row(dgate_ptr, row * D, _multiply(dx, h), inside, D, FIRST, SECOND, EVEN)
-                    offset = sample * gate_batch_stride + token * gate_token_stride
-                    gate = _row(gate_ptr, offset, inside, D, FIRST, SECOND, EVEN)
-                else:
-                    dgate = _add(dgate, _multiply(dx, h))
-                _store_row(dh_ptr, row * D, _multiply(gate, dx), inside, D, FIRST, SECOND, EVEN)
+            _store_row(dx_ptr, row * D, dx, width, D, FIRST, SECOND, EVEN)
+        if gate_ptr is not None:
+            h = _row(h_ptr, sample * h_batch_stride + token * h_token_stride, width, D, FIRST, SECOND, EVEN)
+            if GATE_PER_TOKEN:
+                _store_row(dgate_ptr, row * D, _multiply(dx, h), width, D, FIRST, SECOND, EVEN)
+                offset = sample * gate_batch_stride + token * gate_token_stride
+                gate = _row(gate_ptr, offset, width, D, FIRST, SECOND, EVEN)
             else:
-                _store_row(dh_ptr, row * D, dx, inside, D, FIRST, SECOND, EVEN)
+                dgate = _add(dgate, _multiply(dx, h))
+            _store_row(dh_ptr, row * D, _multiply(gate, dx), width, D, FIRST, SECOND, EVEN)
     partial = program.to(tl.int64) * D
     if dgate_ptr is not None and not GATE_PER_TOKEN:
-        _store_row(dgate_ptr, partial, dgate, True, D, FIRST, SECOND, True)
+        _store_row(dgate_ptr, partial, dgate, D, D, FIRST, SECOND, True)
     if dshift_ptr is not None and not SHIFT_PER_TOKEN:
-        _store_row(dshift_ptr, partial, dshift, True, D, FIRST, SECOND, True)
+        _store_row(dshift_ptr, partial, dshift, D, D, FIRST, SECOND, True)
     if dscale_ptr is not None and not SCALE_PER_TOKEN:
-        _store_row(dscale_ptr, partial, dscale, True, D, FIRST, SECOND, True)
+        _store_row(dscale_ptr, partial, dscale, D, D, FIRST, SECOND, True)
 
 
 @triton.jit
-def _row(pointer, offset, inside, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, EVEN: tl.constexpr):
-    """A row as a tuple of one or two fp32 blocks; zeros where there is no tensor, or no such row."""
+def _row(pointer, offset, width, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, EVEN: tl.constexpr):
+    """A row as a tuple of one or two fp32 blocks; zeros where there is no tensor, and past ``width``."""
     if pointer is None:
         return _zeros(FIRST, SECOND)
     elif SECOND == 0:
-        return (_load(pointer + offset, tl.arange(0, FIRST), inside, D, FIRST, EVEN),)
+        return (_load(pointer + offset, tl.arange(0, FIRST), width, D, FIRST, EVEN),)
     else:
-        first = _load(pointer + offset, tl.arange(0, FIRST), inside, D, FIRST, EVEN)
-        return (first, _load(pointer + offset, FIRST + tl.arange(0, SECOND), inside, D, FIRST + SECOND, EVEN))
+        first = _load(pointer + offset, tl.arange(0, FIRST), width, D, FIRST, EVEN)
+        return (first, _load(pointer + offset, FIRST + tl.arange(0, SECOND), width, D, FIRST + SECOND, EVEN))
 
 
 @triton.jit
-def _load(pointer, column, inside, D: tl.constexpr, COVERED: tl.constexpr, EVEN: tl.constexpr):
+def _load(pointer, column, width, D: tl.constexpr, COVERED: tl.constexpr, EVEN: tl.constexpr):
     if COVERED > D:
-        return tl.load(pointer + column, mask=inside & (column < D), other=0.0).to(tl.float32)
+        return tl.load(pointer + column, mask=column < width, other=0.0).to(tl.float32)
     elif EVEN:
         return tl.load(pointer + column).to(tl.float32)
     else:
-        return tl.load(pointer + column, mask=inside, other=0.0).to(tl.float32)
+        return tl.load(pointer + column, mask=column < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_row(pointer, offset, row, inside, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, EVEN: tl.constexpr):
+def _store_row(pointer, offset, row, width, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, EVEN: tl.constexpr):
     column = tl.arange(0, FIRST)
     value = row[0].to(pointer.dtype.element_ty)
     if D < FIRST:
-        tl.store(pointer + offset + column, value, mask=inside & (column < D))
+        tl.store(pointer + offset + column, value, mask=column < width)
     elif EVEN:
         tl.store(pointer + offset + column, value)
     else:
-        tl.store(pointer + offset + column, value, mask=inside)
+        tl.store(pointer + offset + column, value, mask=column < width)
     if SECOND > 0:
         column = FIRST + tl.arange(0, SECOND)
         value = row[1].to(pointer.dtype.element_ty)
         if EVEN:
             tl.store(pointer + offset + column, value)
         else:
-            tl.store(pointer + offset + column, value, mask=inside)
+            tl.store(pointer + offset + column, value, mask=column < width)
 
 
 @triton.jit
@@ -240,8 +238,8 @@ def joint_backward(
     """Gradients through u and x_new [B, T, D]; x is what was normalised, stats [B, T, 2] its mean and rstd.
 
     Without du (and then without x, stats, shift, scale) it is the backward of ``gated_residual``, without h and gate that of
-    ``layer_norm_modulate``. Returns, of those that the arguments imply: dx [B, T, D] if du is given; dh if h is; dgate,
-    dshift, dscale, each of its vector's shape and dtype, if du (for dgate: h) and the vector are.
+    ``layer_norm_modulate``. Returns, of those that the arguments imply: dx [B, T, D] if du is given; dh if h and the gate
+    are; dgate, dshift, dscale, each of its vector's shape and dtype.
     """
     like = du if du is not None else dx_new
     assert like is not None
@@ -264,7 +262,6 @@ def joint_backward(
     launch(
         joint_backward_kernel,
         batch * programs_per_sample,
-        like.device,
         du,
         dx_new,
         *modulation_arguments(x),

@@ -24,8 +24,8 @@ class Ahead(NamedTuple):
 ahead: ContextVar[Ahead | None] = ContextVar("ditfast.ahead", default=None)
 
 
-def launch(kernel: Any, grid: int, device: torch.device, *args: object, **options: object) -> None:
-    """Starts ``grid`` programs of a jitted kernel on ``device``'s current stream; none for an empty grid."""
+def launch(kernel: Any, grid: int, *args: object, **options: object) -> None:
+    """Starts ``grid`` programs of a jitted kernel on the current device and stream; none for an empty grid."""
     if grid == 0:
         return
     # Triton 3.9 warns where the choice is left open; products and sums of our kernels are meant to fuse.
@@ -34,11 +34,11 @@ def launch(kernel: Any, grid: int, device: torch.device, *args: object, **option
     if compiling is not None:
         compiling.take(grid, kernel, args, options)
         return
-    with _current(device):
-        kernel[(grid,)](*args, **options)
+    kernel[(grid,)](*args, **options)
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Tiles are chosen for, and kernels launched on, the current device: inside, that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -76,7 +76,6 @@ def layer_norm_modulate(
     launch(
         layer_norm_modulate_kernel,
         tile.grid(batch * tokens),
-        x.device,
         x,
         x.stride(0),
         x.stride(1),

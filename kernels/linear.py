@@ -30,8 +30,8 @@ def linear_kernel(
     store_tile(y_ptr, rows, columns, y, M, N)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K], weight [N, K], bias [N] or None. Returns [..., N], contiguous."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [..., K], weight [N, K], bias [N]. Returns [..., N], contiguous."""
     N, K = weight.shape
     M = x.numel() // K
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
@@ -39,10 +39,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     launch(
         linear_kernel,
         tile.grid(M, N),
-        x.device,
         x.contiguous(),
         weight.contiguous(),
-        bias if bias is None else bias.contiguous(),
+        bias.contiguous(),
         y,
         M,
         N,

@@ -18,7 +18,8 @@ from .tiles import HALF, WIDE, gemm_tile
 
 ENOUGH_PROGRAMS = 128  # to occupy most of an A100 or H100
 LEAST_ROWS_A_PART = 512
-ROWS_A_PARTIAL = 64
+ROWS_AT_ONCE = 32  # of a column sum
+MOST_PARTIALS = 128  # which the second kernel adds one after the other
 COLUMNS_A_PARTIAL = 128
 
 
@@ -82,14 +83,17 @@ def column_sum_kernel(
     num_rows,
     N,
     blocks,
+    rows_per_partial,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     group = tl.program_id(0) // blocks
-    rows = group * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    total = tl.sum(load_tile(dy_ptr, rows, columns, num_rows, N), 0)
-    tl.store(partial_ptr + group.to(tl.int64) * N + columns, total, mask=columns < N)
+    first = group * rows_per_partial
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, rows_per_partial, ROWS):
+        total += load_tile(dy_ptr, first + start + tl.arange(0, ROWS), columns, num_rows, N)
+    tl.store(partial_ptr + group.to(tl.int64) * N + columns, tl.sum(total, 0), mask=columns < N)
 
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
@@ -113,7 +117,6 @@ def _input_gradient(dy: Tensor, weight: Tensor, z: Tensor | None) -> tuple[Tenso
     launch(
         input_gradient_kernel,
         tile.grid(M, K),
-        dy.device,
         dy.contiguous(),
         weight.contiguous(),
         z,
@@ -144,7 +147,6 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     launch(
         weight_gradient_kernel,
         tiles * parts,
-        x.device,
         dy.contiguous(),
         x.contiguous(),
         dweight,
@@ -162,29 +164,31 @@ def bias_gradient(dy: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """dy [..., N]. Returns its sum over all other dimensions, [N], of the given dtype or that of dy."""
     N = dy.shape[-1]
     rows = dy.numel() // N
-    groups, blocks = triton.cdiv(rows, ROWS_A_PARTIAL), triton.cdiv(N, COLUMNS_A_PARTIAL)
+    rows_per_partial = triton.cdiv(triton.cdiv(rows, MOST_PARTIALS), ROWS_AT_ONCE) * ROWS_AT_ONCE
+    groups, blocks = triton.cdiv(rows, max(rows_per_partial, 1)), triton.cdiv(N, COLUMNS_A_PARTIAL)
     partial = torch.empty(groups, N, dtype=torch.float32, device=dy.device)
     launch(
         column_sum_kernel,
         groups * blocks,
-        dy.device,
         dy.contiguous(),
         partial,
         rows,
         N,
         blocks,
-        ROWS=ROWS_A_PARTIAL,
+        rows_per_partial,
+        ROWS=ROWS_AT_ONCE,
         BLOCK=COLUMNS_A_PARTIAL,
         num_warps=4,
     )
     return sum_partials([partial], 1, [dtype or dy.dtype])[0].view(N)
 
 
-def linear_backward(dy: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
-    """Of dx, dweight and dbias, those needed."""
+def linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, needed: list[bool]) -> list[Tensor]:
+    """Of dx, dweight and dbias, those needed; dx needs the weight, dweight needs x."""
+    dy = dy.contiguous()
     need_x, need_weight, need_bias = needed
-    gradients = [input_gradient(dy, weight)] if need_x else []
-    if need_weight:
+    gradients = [input_gradient(dy, weight)] if need_x and weight is not None else []
+    if need_weight and x is not None:
         gradients.append(weight_gradient(dy, x))
     if need_bias:
         gradients.append(bias_gradient(dy))

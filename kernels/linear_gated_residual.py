@@ -54,8 +54,8 @@ def linear_gated_residual_kernel(
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gate: Tensor | None) -> Tensor:
-    """x [B, T, K], weight [N, K], bias [N] or None, residual [B, T, N], gate [B, N] or [B, T, N] or None. Returns [B, T, N]."""
+def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
+    """x [B, T, K], weight [N, K], bias [N], residual [B, T, N], gate [B, N] or [B, T, N] or None. Returns [B, T, N]."""
     N, K = weight.shape
     tokens = x.shape[1]
     M = x.numel() // K
@@ -64,10 +64,9 @@ def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residu
     launch(
         linear_gated_residual_kernel,
         tile.grid(M, N),
-        x.device,
         x.contiguous(),
         weight.contiguous(),
-        bias if bias is None else bias.contiguous(),
+        bias.contiguous(),
         residual.contiguous(),
         *modulation_arguments(gate),
         y,

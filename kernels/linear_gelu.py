@@ -57,7 +57,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tupl
     launch(
         linear_gelu_kernel,
         tile.grid(M, N),
-        x.device,
         x.contiguous(),
         weight.contiguous(),
         bias.contiguous(),
@@ -71,13 +70,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tupl
     return y, z
 
 
-def linear_gelu_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
+def linear_gelu_backward(dy: Tensor, x: Tensor | None, z: Tensor, weight: Tensor | None, needed: list[bool]) -> list[Tensor]:
     """Of dx, dweight and dbias, those needed."""
     dz = torch.empty_like(z)
     launch(
         gelu_backward_kernel,
         triton.cdiv(z.numel(), ELEMENTS),
-        z.device,
         dy.contiguous(),
         z,
         dz,

@@ -11,10 +11,9 @@ from .gemm import multiply, tile_position
 from .launch import interpreted, launch, target
 from .linear_backward import linear_backward
 from .patches import channel_last, image_shape, patch_offset, pixel_offset, to_tokens
-from .tiles import INTERPRETER, GemmTile, first_that_fits
+from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits
 
 # Few columns (p*p*C: 32, 128, 512): reading x takes the time, so tiles are low enough for many programs to read at once.
-FULL_PRECISION = (GemmTile(64, 64, 16, num_warps=8, num_stages=3),)
 FEW = (GemmTile(16, 64, 128, num_warps=4, num_stages=4), GemmTile(16, 64, 64, num_warps=4, num_stages=4))
 MANY = (GemmTile(64, 128, 64, num_warps=4, num_stages=3), GemmTile(64, 128, 64, num_warps=4, num_stages=2))
 FEW_ROWS = 2048
@@ -84,7 +83,6 @@ def linear_unpatchify(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, 
     launch(
         linear_unpatchify_kernel,
         tile.grid(M, N),
-        x.device,
         x.contiguous(),
         weight.contiguous(),
         bias.contiguous(),

@@ -22,6 +22,7 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
 
 def mlp_backward(dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, needed: list[bool]) -> list[Tensor]:
     """Of dx and the gradients of fc1's weight and bias, fc2's weight and bias, those needed."""
+    dy = dy.contiguous()
     dz, hidden = input_gradient_through_gelu(dy, fc2_weight, z)
     gradients = (
         lambda: input_gradient(dz, fc1_weight),

@@ -11,10 +11,9 @@ from .gemm import store_tile, tile_position
 from .launch import interpreted, launch, target
 from .linear_backward import bias_gradient, input_gradient, weight_gradient
 from .patches import patch_offset, pixel_offset, to_image, to_tokens
-from .tiles import INTERPRETER, GemmTile, first_that_fits
+from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits
 
 # The product is short (K = 16, 64, 256 for the paper's patches): writing the tokens is what takes the time.
-FULL_PRECISION = (GemmTile(64, 64, 16, num_warps=8, num_stages=3),)
 FEW = (GemmTile(16, 128, 64, num_warps=4, num_stages=2),)
 MANY = (GemmTile(64, 128, 64, num_warps=4, num_stages=2),)
 FEW_ROWS = 512
@@ -82,7 +81,6 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, dtyp
     launch(
         patch_embed_kernel,
         tile.grid(M, D),
-        x.device,
         x.contiguous(),
         weight.contiguous(),
         bias.contiguous(),

@@ -110,7 +110,6 @@ def _rearrange(
     launch(
         rearrange_kernel,
         len(source) * blocks,
-        source.device,
         source.contiguous(),
         destination,
         *grid,

@@ -57,7 +57,6 @@ def sum_partials(tensors: Sequence[Tensor], groups: int, dtypes: Sequence[torch.
     launch(
         sum_partials_kernel,
         groups * blocks,
-        tensors[0].device,
         *tensors,
         *missing,
         *sums,

@@ -66,7 +66,6 @@ def timestep_embedding(t: Tensor, frequencies: Tensor) -> Tensor:
     launch(
         timestep_embedding_kernel,
         len(t) * blocks,
-        t.device,
         t,
         t.stride(0),
         frequencies,
@@ -85,7 +84,6 @@ def timestep_embedding_backward(dy: Tensor, t: Tensor, frequencies: Tensor) -> T
     launch(
         timestep_embedding_backward_kernel,
         len(t),
-        t.device,
         dy.contiguous(),
         t,
         t.stride(0),

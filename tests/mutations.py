@@ -169,7 +169,7 @@ MUTATIONS = (
     Mutation(
         "scores of keys that are not there",
         "kernels/attention.py",
-        "score = tl.where((column < S - start)[None, :], score, float(\"-inf\"))",
+        'score = tl.where((column < S - start)[None, :], score, float("-inf"))',
         "score = score",
         "tests/ops/test_attention.py::test_kernel_tokens",
     ),

@@ -141,20 +141,26 @@ def assert_as_good_as(out: Tensor, exact: Tensor, eager: Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------------ which cases to run
 def pairwise(**factors: Sequence[Any]) -> list[Any]:
-    """pytest params of the whole product; all but a subset that covers every pair of values are marked slow."""
+    """pytest params that between them have every pair of values; and, marked slow, more that have every three."""
     names = list(factors)
     cases = list(itertools.product(*factors.values()))
-    pairs_of = [set(itertools.combinations(enumerate(case), 2)) for case in cases]
-    missing = set().union(*pairs_of)
+    fast = covering(cases, 2)
+    return [
+        pytest.param(*cases[i], id=case_id(names, cases[i]), marks=() if i in fast else pytest.mark.slow)
+        for i in sorted(fast | covering(cases, min(3, len(names))))
+    ]
+
+
+def covering(cases: Sequence[tuple[Any, ...]], strength: int) -> set[int]:
+    """Which of the cases to take to have every combination of ``strength`` values, chosen greedily."""
+    combinations = [set(itertools.combinations(enumerate(case), strength)) for case in cases]
+    missing = set().union(*combinations)
     chosen = set()
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(pairs_of[i] & missing))
+        best = max(range(len(cases)), key=lambda i: len(combinations[i] & missing))
         chosen.add(best)
-        missing -= pairs_of[best]
-    return [
-        pytest.param(*case, id=case_id(names, case), marks=() if i in chosen else pytest.mark.slow)
-        for i, case in enumerate(cases)
-    ]
+        missing -= combinations[best]
+    return chosen
 
 
 def case_id(names: Sequence[str], case: Sequence[Any]) -> str:

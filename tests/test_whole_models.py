@@ -59,9 +59,7 @@ def check_training_step(config: DiTConfig, B: int, dtype: torch.dtype, runner: R
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_full_gradient_of_two_blocks(conditioning: str, dtype: str, compiled: Runner) -> None:
-    config = DiTConfig(
-        depth=2, hidden_size=144, num_heads=2, input_size=(8, 12), num_classes=7, conditioning=conditioning
-    )
+    config = DiTConfig(depth=2, hidden_size=144, num_heads=2, input_size=(8, 12), num_classes=7, conditioning=conditioning)
     check_training_step(config, 3, DTYPES[dtype], compiled)
 
 

@@ -64,6 +64,8 @@ def check_heads(name: str, tensor: Tensor, expected: str, packed: int = 0) -> No
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
     check_dtype(name, tensor)
     H, d = tensor.shape[-2:]
+    if H * d == 0:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected at least one head of at least one dimension")
     if tensor.numel() and tensor.stride()[2:] != (H * d, d, 1)[-(tensor.dim() - 2) :]:
         raise ValueError(
             f"{name}: got strides {tensor.stride()}, expected {expected} to be contiguous from its third dimension on"

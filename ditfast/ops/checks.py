@@ -12,6 +12,7 @@ def check_tokens(name: str, x: Tensor) -> None:
     """[B, T, D] activations with unit inner stride."""
     if x.dim() != 3:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected [B, T, D]")
+    _check_not_empty(name, x, x.shape[2:])
     check_dtype(name, x)
     _check_inner_stride(name, x)
 
@@ -38,6 +39,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor, prefix: str = "", feat
     check_tokens(of, x)
     if weight.dim() != 2:
         raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, expected [N, K]")
+    _check_not_empty(f"{prefix}weight", weight, weight.shape)
     check_parameter(f"{prefix}weight", weight, x, (weight.shape[0], x.shape[2] if features is None else features), of)
     check_parameter(f"{prefix}bias", bias, x, (weight.shape[0],), of)
 
@@ -62,6 +64,11 @@ def check_modulation(name: str, vector: Tensor | None, x: Tensor) -> None:
     check_dtype(name, vector)
     _check_device(name, vector, x)
     _check_inner_stride(name, vector)
+
+
+def _check_not_empty(name: str, tensor: Tensor, sizes: torch.Size) -> None:
+    if 0 in sizes:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected features; only batches and sequences may be empty")
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor, of: str = "x") -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import LARGEST_HEAD, check_heads
-from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
+from .dispatch import define_op, forced, needs_gradient, takes_torch, under_autocast
 
 
 def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
         raise ValueError(f"kv: got dtype {kv.dtype}, expected {q.dtype}, as q")
     if kv.device != q.device:
         raise ValueError(f"kv: got a tensor on {kv.device}, expected {q.device}, as q")
-    if takes_torch("cross_attention", q):
+    if takes_torch("cross_attention", q) or (d > LARGEST_HEAD and forced().backend is None):
         return _torch_version(q, kv)
     if d > LARGEST_HEAD:
         raise ValueError(f"q: got head dim {d}, expected at most {LARGEST_HEAD}; ditfast.backend('torch') takes any")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor
 
 BACKENDS = ("torch", "triton")
 TORCH_BY_DEFAULT = {"linear": "the library's GEMM adds the bias in its epilogue too"}
+TORCH_FOR_GRADIENTS = {op: "its gradients are plain products, the library's GEMM at its best" for op in ("linear_gelu", "mlp")}
 
 
 class Forced(NamedTuple):
@@ -31,11 +32,37 @@ class Forced(NamedTuple):
 
 _library = torch.library.Library("ditfast", "DEF")
 _forced: ContextVar[Forced] = ContextVar("ditfast.forced", default=Forced())  # noqa: B039 (a NamedTuple cannot change)
-# What any thread forced last. torch.compile cannot guard on a ContextVar; it can on a global, and recompiles when it changes.
-_last_forced = Forced()
+# torch.compile cannot read a ContextVar. It can guard on a global, by identity: so one object stands for each choice, and a
+# compiled graph follows what was forced last and is still in force, whichever thread did.
+_NOTHING = Forced()
+_one_of_each = {_NOTHING: _NOTHING}
+_in_force: list[Force] = []
+_latest = _NOTHING
 
 
-def backend(name: str) -> contextlib.AbstractContextManager[None]:
+class Force:
+    """A context manager that sets ``Forced``, in this thread; may be entered again once it was left."""
+
+    def __init__(self, choice: Forced):
+        self.choice = _one_of_each.setdefault(choice, choice)
+
+    def __enter__(self) -> None:
+        self.token = _forced.set(self.choice)
+        _in_force.append(self)
+        self._update()
+
+    def __exit__(self, *_: object) -> None:
+        _forced.reset(self.token)
+        _in_force.remove(self)
+        self._update()
+
+    @staticmethod
+    def _update() -> None:
+        global _latest
+        _latest = _in_force[-1].choice if _in_force else _NOTHING
+
+
+def backend(name: str) -> Force:
     """Forces every op inside the ``with`` block, in this thread, onto plain torch or onto the Triton kernels.
 
     Without it CUDA tensors take Triton and CPU tensors torch. ``"triton"`` on CPU tensors runs in Triton's interpreter
@@ -48,24 +75,11 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     return force("backend", name, BACKENDS)
 
 
-@contextlib.contextmanager
-def force(field: str, name: str, allowed: tuple[str, ...]) -> Iterator[None]:
+def force(field: str, name: str, allowed: tuple[str, ...]) -> Force:
     """Sets a field of ``Forced`` inside the ``with`` block, in this thread."""
     if name not in allowed:
         raise ValueError(f"{field}: got {name!r}, expected one of {', '.join(allowed)}")
-    with _forcing(_forced.get()._replace(**{field: name})):
-        yield
-
-
-@contextlib.contextmanager
-def _forcing(choice: Forced) -> Iterator[None]:
-    global _last_forced
-    token, last, _last_forced = _forced.set(choice), _last_forced, choice
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-        _last_forced = last
+    return Force(_forced.get()._replace(**{field: name}))
 
 
 def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
@@ -73,18 +87,11 @@ def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], cont
 
     It runs in the backward, perhaps on another thread, where the forward's ``with ditfast.backend(...)`` does not reach.
     """
-    return contextlib.nullcontext(), _forcing(_forced.get())
+    return contextlib.nullcontext(), Force(_forced.get())
 
 
 def forced() -> Forced:
-    if torch.compiler.is_compiling():
-        return _forced_while_tracing(_last_forced)
-    return _forced.get()
-
-
-@torch.compiler.assume_constant_result
-def _forced_while_tracing(guarded: Forced) -> Forced:
-    return _forced.get()
+    return _latest if torch.compiler.is_compiling() else _forced.get()
 
 
 @functools.cache
@@ -102,8 +109,8 @@ def kernels() -> ModuleType:
     return ditfast.kernels
 
 
-def choose_backend(device: torch.device, op: str) -> tuple[str, str]:
-    """The backend that an op takes for tensors on a device, and why."""
+def choose_backend(device: torch.device, op: str, training: bool = False) -> tuple[str, str]:
+    """The backend that an op takes for tensors on a device, in training if gradients are needed, and why."""
     choice = forced().backend
     if choice is not None:
         return choice, "forced by ditfast.backend"
@@ -113,6 +120,8 @@ def choose_backend(device: torch.device, op: str) -> tuple[str, str]:
         return "torch", "triton is not installed"
     if op in TORCH_BY_DEFAULT:
         return "torch", TORCH_BY_DEFAULT[op]
+    if training and op in TORCH_FOR_GRADIENTS:
+        return "torch", TORCH_FOR_GRADIENTS[op]
     return "triton", "the default on CUDA"
 
 
@@ -120,16 +129,17 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def takes_torch(op: str, x: Tensor) -> bool:
-    return choose_backend(x.device, op)[0] == "torch"
+def takes_torch(op: str, x: Tensor, training: bool = False) -> bool:
+    return choose_backend(x.device, op, training)[0] == "torch"
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype, as torch casts the arguments of F.linear; the op behind does not see autocast."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def define_op(
@@ -144,7 +154,8 @@ def define_op(
     Args:
         schema: as for ``torch.library.define``; the first tensor argument says where to run.
         fake: the same call on tensors without data, for torch.compile.
-        save: ``save(ctx, inputs, output)`` keeps what the backward needs.
+        save: ``save(ctx, inputs, output)`` keeps what the backward needs. Outputs that nothing used have no gradient
+            there, where torch would make up zeros.
         backward: ``backward(ctx, *output_gradients)`` returns one gradient, or None, for each input. An op without one
             raises when somebody differentiates it.
     """
@@ -153,7 +164,13 @@ def define_op(
     def launch(*args: Any) -> Any:
         where = next(arg for arg in args if isinstance(arg, Tensor))
         kernels().check_launchable(where)
-        return getattr(kernels(), name)(*args)
+        with kernels().current_device(where.device):
+            return getattr(kernels(), name)(*args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        if save is not None:
+            save(ctx, inputs, output)
 
     def no_second_derivative(*_: Any) -> Any:
         raise RuntimeError(
@@ -163,5 +180,7 @@ def define_op(
     _library.define(schema)
     _library.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditfast::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"ditfast::{name}", backward or no_second_derivative, setup_context=save, lib=_library)
+    torch.library.register_autograd(
+        f"ditfast::{name}", backward or no_second_derivative, setup_context=setup_context, lib=_library
+    )
     return getattr(torch.ops.ditfast, name).default

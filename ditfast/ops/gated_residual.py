@@ -50,12 +50,18 @@ def _fake(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, h, gate = inputs
-    ctx.save_for_backward(h, gate)
+    ctx.branch_dtype = h.dtype
+    ctx.save_for_backward(None if gate is None else h, gate)
 
 
 def _backward(ctx: Any, dx_new: Tensor) -> tuple[Tensor | None, ...]:
     h, gate = ctx.saved_tensors
-    return joint_backward(None, dx_new, None, None, h, gate, None, None)[:3]
+    dx, dh, dgate, _, _ = joint_backward(None, dx_new, None, None, h, gate, None, None)
+    return dx, cast_to(dh, ctx.branch_dtype), dgate
+
+
+def cast_to(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)
 
 
 _op = define_op("gated_residual(Tensor x, Tensor h, Tensor? gate) -> Tensor", _fake, save=_save, backward=_backward)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .checks import check_branch, check_modulation, check_tokens
 from .dispatch import define_op, needs_gradient, takes_torch
-from .gated_residual import torch_gated_residual
+from .gated_residual import cast_to, torch_gated_residual
 from .joint_backward import joint_backward
 from .layer_norm_modulate import empty_stats, torch_layer_norm_modulate
 
@@ -60,13 +60,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     _, h, gate, shift, scale, _, _ = inputs
     x_new, _, stats = output
     ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)  # after the last joint nobody reads x_new: no zeros for its gradient
-    ctx.save_for_backward(x_new, stats, h, gate, shift, scale)
+    ctx.branch_dtype = h.dtype
+    ctx.save_for_backward(x_new, stats, None if gate is None else h, gate, shift, scale)
 
 
-def _backward(ctx: Any, dx_new: Tensor | None, du: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dx_new: Tensor | None, du: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     x_new, stats, h, gate, shift, scale = ctx.saved_tensors
-    return *joint_backward(du, dx_new, x_new, stats, h, gate, shift, scale), None, None
+    dx, dh, *vectors = joint_backward(du, dx_new, x_new, stats, h, gate, shift, scale)
+    return dx, cast_to(dh, ctx.branch_dtype), *vectors, None, None
 
 
 _op = define_op(

@@ -24,8 +24,8 @@ def joint_backward(
         dx_new: [B, T, D], gradient of x_new; None if nothing used it.
         x_new: [B, T, D], what was normalised.
         stats: [B, T, 2] fp32, its rows' mean and reciprocal deviation.
-        h: [B, T, D]; None for a norm alone.
-        gate: [B, D] or [B, T, D], or None.
+        h: [B, T, D]; None if there is no gate.
+        gate: [B, D] or [B, T, D], or None; then the gradient of h is that of x.
         shift: as gate.
         scale: as gate.
     """
@@ -33,14 +33,9 @@ def joint_backward(
         return (None,) * 5
     if du is None:
         x_new = stats = shift = scale = None
-    # The sum passes its gradient on unchanged: to x always, to h where there is no gate and no cast.
-    stream = dx_new if du is None else du
-    passes_on = gate is None and h is not None and stream is not None and h.dtype == stream.dtype
-    if passes_on:
-        h = None
-    found = iter(() if du is None and passes_on else _op(du, dx_new, x_new, stats, h, gate, shift, scale))
+    found = iter(() if du is None and gate is None else _op(du, dx_new, x_new, stats, h, gate, shift, scale))
     dx = dx_new if du is None else next(found)
-    dh = dx if passes_on else None if h is None else next(found)
+    dh = dx if gate is None else next(found)  # the sum passes its gradient on
     return dx, dh, *(None if vector is None else next(found) for vector in (gate, shift, scale))
 
 

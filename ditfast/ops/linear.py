@@ -33,30 +33,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _op(x, weight, bias)
 
 
-def linear_backward(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the first three inputs, which are x, weight and bias; None for those that need none."""
-    needed = list(ctx.needs_input_grad[:3])
-    found = iter(_backward_op(dy, x, weight, needed))
-    return tuple(next(found) if need else None for need in needed)
-
-
 def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(*operands(ctx, x, weight))
+
+
+def operands(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and weight what the gradients of the other need: next to a frozen weight, x is not kept."""
+    return x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return linear_backward(ctx, dy, *ctx.saved_tensors)
+    needed = list(ctx.needs_input_grad)
+    found = iter(_backward_op(dy, *ctx.saved_tensors, needed))
+    return tuple(next(found) if need else None for need in needed)
 
 
-def backward_fake(dy: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    return [x.new_empty(shape) for shape, need in zip(shapes, needed, strict=True) if need]
+def backward_fake(dy: Tensor, x: Tensor | None, weight: Tensor | None, needed: list[bool]) -> list[Tensor]:
+    gradients = []
+    if needed[0] and weight is not None:
+        gradients.append(dy.new_empty((*dy.shape[:-1], weight.shape[1])))
+    if needed[1] and x is not None:
+        gradients.append(dy.new_empty((dy.shape[-1], x.shape[-1])))
+    return [*gradients, dy.new_empty(dy.shape[-1:])] if needed[2] else gradients
 
 
 _op = define_op("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor", _fake, save=_save, backward=_backward)
-_backward_op = define_op("linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needed) -> Tensor[]", backward_fake)
+_backward_op = define_op("linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool[] needed) -> Tensor[]", backward_fake)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .checks import check_linear
 from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
-from .linear import backward_fake
+from .linear import backward_fake, operands
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -29,9 +29,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     x, weight, bias = under_autocast(x, weight, bias)
     check_linear(x, weight, bias)
-    if takes_torch("linear_gelu", x):
+    training = needs_gradient(x, weight, bias)
+    if takes_torch("linear_gelu", x, training):
         return F.gelu(F.linear(x, weight, bias), approximate="tanh").contiguous()
-    return _op(x, weight, bias, needs_gradient(x, weight, bias))[0]
+    return _op(x, weight, bias, training)[0]
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor]:
@@ -42,6 +43,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tens
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    x, weight = operands(ctx, x, weight)
     ctx.save_for_backward(x, output[1], weight)
 
 
@@ -51,7 +53,7 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *(next(found) if need else None for need in needed), None
 
 
-def _backward_fake(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, needed: list[bool]) -> list[Tensor]:
+def _backward_fake(dy: Tensor, x: Tensor | None, z: Tensor, weight: Tensor | None, needed: list[bool]) -> list[Tensor]:
     return backward_fake(dy, x, weight, needed)
 
 
@@ -62,5 +64,5 @@ _op = define_op(
     backward=_backward,
 )
 _backward_op = define_op(
-    "linear_gelu_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, bool[] needed) -> Tensor[]", _backward_fake
+    "linear_gelu_backward(Tensor dy, Tensor? x, Tensor z, Tensor? weight, bool[] needed) -> Tensor[]", _backward_fake
 )

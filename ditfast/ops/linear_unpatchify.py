@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from .checks import check_linear
 from .dispatch import define_op, takes_torch, under_autocast
-from .linear import backward_fake
 from .patches import check_grid
 from .unpatchify import empty_image, torch_unpatchify
 
@@ -40,13 +39,13 @@ def linear_unpatchify(u: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, 
     return _op(u, weight, bias, grid, patch_size)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
-    return empty_image(x, grid, patch_size, weight.shape[0])
+def _fake(u: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
+    return empty_image(u, grid, patch_size, weight.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, _, ctx.patch_size = inputs
-    ctx.save_for_backward(x, weight)
+    u, weight, _, _, ctx.patch_size = inputs
+    ctx.save_for_backward(u, weight)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -55,17 +54,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *(next(found) if need else None for need in needed), None, None
 
 
-def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, patch_size: int, needed: list[bool]) -> list[Tensor]:
-    return backward_fake(dy, x, weight, needed)
+def _backward_fake(dy: Tensor, u: Tensor, weight: Tensor, patch_size: int, needed: list[bool]) -> list[Tensor]:
+    shapes = (u.shape, weight.shape, weight.shape[:1])
+    return [u.new_empty(shape) for shape, need in zip(shapes, needed, strict=True) if need]
 
 
 _op = define_op(
-    "linear_unpatchify(Tensor x, Tensor weight, Tensor bias, int[] grid, int patch_size) -> Tensor",
+    "linear_unpatchify(Tensor u, Tensor weight, Tensor bias, int[] grid, int patch_size) -> Tensor",
     _fake,
     save=_save,
     backward=_backward,
 )
 _backward_op = define_op(
-    "linear_unpatchify_backward(Tensor dy, Tensor x, Tensor weight, int patch_size, bool[] needed) -> Tensor[]",
+    "linear_unpatchify_backward(Tensor dy, Tensor u, Tensor weight, int patch_size, bool[] needed) -> Tensor[]",
     _backward_fake,
 )

@@ -32,10 +32,11 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = under_autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_linear(x, fc1_weight, fc1_bias, prefix="fc1_")
     check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=len(fc1_bias))
-    if takes_torch("mlp", x):
+    training = needs_gradient(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if takes_torch("mlp", x, training):
         hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh")
         return F.linear(hidden, fc2_weight, fc2_bias).contiguous()
-    if not needs_gradient(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    if not training:
         return linear(linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
     return _op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)[0]
 

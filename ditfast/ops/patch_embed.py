@@ -42,7 +42,7 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
 def _check(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
     """Returns pos_embed as [T, D]."""
     check_patch_size(patch_size)
-    if latents.dim() != 4 or latents.shape[2] % patch_size or latents.shape[3] % patch_size:
+    if latents.dim() != 4 or 0 in latents.shape[1:] or latents.shape[2] % patch_size or latents.shape[3] % patch_size:
         raise ValueError(f"latents: got shape {tuple(latents.shape)}, expected [B, C, H, W], H and W multiples of {patch_size}")
     check_dtype("latents", latents)
     if weight.dim() != 4:
@@ -93,13 +93,13 @@ def _backward_fake(
 
 
 _op = define_op(
-    "patch_embed(Tensor x, Tensor weight, Tensor bias, Tensor pos_embed, ScalarType dtype) -> Tensor",
+    "patch_embed(Tensor latents, Tensor weight, Tensor bias, Tensor pos_embed, ScalarType dtype) -> Tensor",
     _fake,
     save=_save,
     backward=_backward,
 )
 _backward_op = define_op(
-    "patch_embed_backward(Tensor dy, Tensor x, Tensor weight, ScalarType bias_dtype, ScalarType position_dtype,"
+    "patch_embed_backward(Tensor dy, Tensor latents, Tensor weight, ScalarType bias_dtype, ScalarType position_dtype,"
     " bool[] needed) -> Tensor[]",
     _backward_fake,
 )

@@ -21,10 +21,12 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
         frequency_divisor: how finely the frequencies 1 .. 1/10000 are cut; dim // 2 unless given (see ``Flavour``).
 
     Raises:
-        ValueError: t is not one-dimensional, or dim is odd.
+        ValueError: t is not one-dimensional or not real, or dim is odd.
     """
     if t.dim() != 1:
         raise ValueError(f"t: got shape {tuple(t.shape)}, expected [B]")
+    if t.is_complex() or t.dtype == torch.bool:
+        raise ValueError(f"t: got dtype {t.dtype}, expected real timesteps")
     if dim % 2:
         raise ValueError(f"dim: got {dim}, expected an even number")
     half = dim // 2
