@@ -73,6 +73,8 @@ INTERPRETER = AttentionTile(128, 128, num_warps=1, num_stages=1)  # which costs 
 TALL = AttentionTile(128, 64, num_warps=8, num_stages=3)
 DEEP = AttentionTile(64, 64, num_warps=4, num_stages=3)
 SQUARE = AttentionTile(64, 64, num_warps=4, num_stages=2)
+TWO_WAVES = AttentionTile(64, 64, num_warps=2, num_stages=2)  # four would do part of the products twice
+SHORT_TWO_WAVES = AttentionTile(32, 64, num_warps=2, num_stages=2)
 BY_EIGHT = AttentionTile(64, 64, num_warps=8, num_stages=2)
 SHORT = AttentionTile(32, 64, num_warps=4, num_stages=2)
 HALF = AttentionTile(64, 32, num_warps=4, num_stages=2)
@@ -85,12 +87,14 @@ AMPERE_KEY_VALUE = ((64, (SQUARE,)), *A100_KEY_VALUE[1:])  # the same code, in a
 TILES: dict[str, dict[str, tuple[tuple[float, tuple[AttentionTile, ...]], ...]]] = {
     "forward": {
         "sm_100": ((128, (TALL, SQUARE)), (math.inf, (NARROW,))),  # its tensor cores take 128 rows at a time
+        "gfx942": ((80, (TWO_WAVES,)), (128, (DEEP, SQUARE)), (math.inf, (NARROW,))),
         "default": ((128, (DEEP, SQUARE)), (math.inf, (NARROW,))),
     },
     "query_gradient": {
         "sm_80": AMPERE_QUERY,
         "sm_86": AMPERE_QUERY,
         "sm_89": AMPERE_QUERY,
+        "gfx942": ((80, (TWO_WAVES,)), (128, (SQUARE, HALF)), (math.inf, (SMALL,))),
         "sm_120": ((64, (SQUARE,)), (96, (HALF,)), (128, (SQUARE, HALF)), (math.inf, (SMALL,))),
         "default": ((128, (SQUARE, HALF)), (math.inf, (SMALL,))),
     },
@@ -101,7 +105,7 @@ TILES: dict[str, dict[str, tuple[tuple[float, tuple[AttentionTile, ...]], ...]]]
         "sm_89": AMPERE_KEY_VALUE,
         "sm_90": ((96, (SQUARE,)), (128, (SHORT,)), (math.inf, (SMALL,))),
         "sm_100": ((128, (SQUARE,)), (math.inf, (SMALL,))),
-        "gfx942": ((128, (SHORT,)), (math.inf, (SMALL,))),
+        "gfx942": ((96, (SHORT_TWO_WAVES,)), (128, (SHORT,)), (math.inf, (SMALL,))),
         "default": ((48, (SQUARE,)), (96, (SHORT,)), (128, (BY_EIGHT, SHORT)), (math.inf, (SMALL,))),
     },
 }

@@ -187,7 +187,8 @@ def _issue_share(build: Build, code: MachineCode, executed: Executed) -> float |
 
 
 def _work(build: Build, loop: Code | None) -> float | None:
-    useful = useful_multiply_adds(build.name, build.constants)
+    """Of 16-bit products; those in fp32 are not what tensor cores are for."""
+    useful = useful_multiply_adds(build.name, build.constants) if multiplies_16_bit_matrices(build) else None
     done = loop.multiply_adds if loop is not None and loop.mma else None
     return done * build.compiled.metadata.num_warps / useful if done and useful else None
 

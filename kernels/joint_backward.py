@@ -83,8 +83,8 @@ def joint_backward_kernel(
     program = tl.program_id(0)
     sample = (program // programs_per_sample).to(tl.int64)
     first_token = program % programs_per_sample * ROWS
-    gate = _row(gate_ptr, sample * gate_batch_stride, True, D, FIRST, SECOND, True)
-    scale = _row(scale_ptr, sample * scale_batch_stride, True, D, FIRST, SECOND, True)
+    gate = _row(gate_ptr, sample * gate_batch_stride, D, D, FIRST, SECOND, True)
+    scale = _row(scale_ptr, sample * scale_batch_stride, D, D, FIRST, SECOND, True)
     dgate = _zeros(FIRST, SECOND)
     dshift = _zeros(FIRST, SECOND)
     dscale = _zeros(FIRST, SECOND)
