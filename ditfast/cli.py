@@ -118,12 +118,18 @@ def _engines_table(device: torch.device) -> Table:
     table = Table("op", "takes", "why", title=f"Engines for bf16 tensors on {device}", title_justify="left")
     for op in ops.__all__:
         if op != "attention":
-            backend, reason = choose_backend(device, op)
-            table.add_row(op, f"triton ({kernels().target()})" if backend == "triton" else backend, reason)
+            table.add_row(op, *_named(choose_backend(device, op)))
+            if choose_backend(device, op, training=True) != choose_backend(device, op):
+                table.add_row(f"{op}, in training", *_named(choose_backend(device, op, training=True)))
     for head_dim, num_tokens in itertools.product((64, 72), (256, 1024)):
         engine, reason = choose_engine(device, torch.bfloat16, head_dim, num_tokens)
         table.add_row(f"attention, head dim {head_dim}, {num_tokens} tokens", engine, reason)
     return table
+
+
+def _named(choice: tuple[str, str]) -> tuple[str, str]:
+    backend, reason = choice
+    return f"triton ({kernels().target()})" if backend == "triton" else backend, reason
 
 
 def _parity(device: torch.device) -> tuple[bool, str]:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from support import TARGETS, WHERE, Runner, raises_naming
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ditfast
 from ditfast import ops
+from ditfast.ops import dispatch
 from ditfast.ops.dispatch import choose_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -56,6 +59,107 @@ def test_unknown_name() -> None:
             pass
 
     assert "torch, triton" in raises_naming("backend", enter)
+
+
+def test_entering_a_context_often_compiles_once() -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.randn(1, 4, 128)
+    torch._dynamo.reset()
+    op = torch.compile(ops.gated_residual, fullgraph=True, backend=count)
+    for _ in range(20):
+        op(x, x, None)
+        with ditfast.backend("torch"), ditfast.attention_engine("sdpa"):
+            op(x, x, None)
+    assert len(graphs) == 2
+
+
+def test_contexts_of_threads_that_end_out_of_order() -> None:
+    """A compiled graph follows what is still in force, not what a thread that left first happened to find."""
+    first, second = ditfast.backend("triton"), ditfast.backend("torch")
+    left = threading.Event()
+
+    def other() -> None:
+        with second:
+            left.wait()
+
+    thread = threading.Thread(target=other)
+    with first:
+        thread.start()
+        while len(dispatch._in_force) < 2:
+            pass
+    assert dispatch._latest.backend == "torch"
+    left.set()
+    thread.join()
+    assert dispatch._latest.backend is None
+
+
+def test_a_context_can_be_entered_again() -> None:
+    context = ditfast.backend("triton")
+    for _ in range(2):
+        with context:
+            assert choose_backend(CPU, "mlp")[0] == "triton"
+        assert choose_backend(CPU, "mlp")[0] == "torch"
+
+
+def test_gradients_of_gemms_take_the_library_by_default() -> None:
+    assert choose_backend(CUDA, "mlp", training=True)[0] == "torch"
+    assert choose_backend(CUDA, "layer_norm_modulate", training=True)[0] == "triton"
+    with ditfast.backend("triton"):
+        assert choose_backend(CUDA, "mlp", training=True)[0] == "triton"
+
+
+class Dispatched(TorchDispatchMode):
+    """Which ATen operators run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def trained_calls(device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    return {
+        "layer_norm_modulate": lambda: ops.layer_norm_modulate(leaf(1, 4, 32), leaf(1, 32), leaf(1, 32)),
+        "linear_gelu": lambda: ops.linear_gelu(leaf(1, 4, 32), leaf(64, 32), leaf(64)),
+        "mlp": lambda: ops.mlp(leaf(1, 4, 32), leaf(64, 32), leaf(64), leaf(32, 64), leaf(32)),
+        "attention": lambda: ops.attention(leaf(1, 4, 3, 2, 16)),
+        "cross_attention": lambda: ops.cross_attention(leaf(1, 4, 2, 16), leaf(1, 2, 2, 2, 16)),
+    }
+
+
+@pytest.mark.parametrize("name", ["layer_norm_modulate", "linear_gelu", "mlp", "attention", "cross_attention"])
+def test_what_only_the_backward_reads_gets_no_gradient_of_zeros(compiled: Runner, name: str) -> None:
+    y = trained_calls(compiled.device)[name]()
+    dy = torch.randn_like(y)
+    with Dispatched() as seen:
+        y.backward(dy)
+    assert not [name for name in seen.names if "zeros" in name]
+
+
+def test_nothing_is_kept_that_no_gradient_needs(compiled: Runner) -> None:
+    def kept(call: Callable[[], Tensor]) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t):
+            call()
+        return sorted(shapes)
+
+    x, weight, bias = (torch.randn(*shape, device=compiled.device) for shape in ((1, 4, 32), (16, 32), (16,)))
+    trained, v = x.clone().requires_grad_(), torch.randn(1, 32, device=compiled.device)
+    assert kept(lambda: ops.linear(trained, weight, bias)) == [(16, 32)]
+    assert kept(lambda: ops.linear(x, weight.requires_grad_(), bias)) == [(1, 4, 32)]
+    assert kept(lambda: ops.gated_residual(trained, x, None)) == []
+    assert kept(lambda: ops.gated_residual(trained, x, v)) == [(1, 4, 32), (1, 32)]
 
 
 def launches(call: Callable[[], object]) -> dict[str, int]:
@@ -122,7 +226,8 @@ def test_activation_checkpointing_recomputes_on_the_backend_of_the_forward(force
             )
             plain = ops.layer_norm_modulate(ops.gated_residual(x, x, v), v, v)
         with ditfast.backend("torch" if forced == "triton" else "triton"):
-            found = torch.autograd.grad((y * weight).sum(), (x, v))
+            found = torch.autograd.grad((y * weight).sum(), (x, v), retain_graph=True)
+            assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad((y * weight).sum(), (x, v)), strict=True))
             expected = torch.autograd.grad((plain * weight).sum(), (x, v))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

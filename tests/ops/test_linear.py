@@ -111,6 +111,8 @@ def test_errors_name_the_argument() -> None:
     assert "expected [B, T, D]" in raises_naming("x", lambda: ops.linear(x[0], weight, bias))
     assert "expected (16, 8)" in raises_naming("weight", lambda: ops.linear(x, weight[:, :4], bias))
     assert "bfloat16" in raises_naming("weight", lambda: ops.linear(x, weight.bfloat16(), bias))
+    assert "expected features" in raises_naming("x", lambda: ops.linear(x[..., :0], weight[:, :0], bias))
+    assert "expected features" in raises_naming("weight", lambda: ops.linear(x, weight[:0], bias[:0]))
     assert "expected (16,)" in raises_naming("bias", lambda: ops.linear(x, weight, bias[:2]))
 
 
