@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .launch import launch
 
-BLOCK = 256
+BLOCK = 128
+ROWS = 16  # summed side by side: shorter chains of roundings, and of waiting for memory
 
 
 @triton.jit
@@ -25,25 +26,28 @@ def sum_partials_kernel(
     partials,
     width,
     blocks,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     group = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     start = group * partials * width
-    _sum(first_ptr + start, first_sum_ptr + group * width, partials, width, column)
+    _sum(first_ptr + start, first_sum_ptr + group * width, partials, width, column, ROWS)
     if second_ptr is not None:
-        _sum(second_ptr + start, second_sum_ptr + group * width, partials, width, column)
+        _sum(second_ptr + start, second_sum_ptr + group * width, partials, width, column, ROWS)
     if third_ptr is not None:
-        _sum(third_ptr + start, third_sum_ptr + group * width, partials, width, column)
+        _sum(third_ptr + start, third_sum_ptr + group * width, partials, width, column, ROWS)
 
 
 @triton.jit
-def _sum(partial_ptr, sum_ptr, partials, width, column):
-    total = tl.zeros(column.shape, tl.float32)
-    for _ in range(partials):
-        total += tl.load(partial_ptr + column, mask=column < width, other=0.0)
-        partial_ptr += width
-    tl.store(sum_ptr + column, total.to(sum_ptr.dtype.element_ty), mask=column < width)
+def _sum(partial_ptr, sum_ptr, partials, width, column, ROWS: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    pointers = partial_ptr + row.to(tl.int64) * width + column[None, :]
+    total = tl.zeros([ROWS, column.shape[0]], tl.float32)
+    for start in range(0, partials, ROWS):
+        total += tl.load(pointers, mask=(row < partials - start) & (column < width)[None, :], other=0.0)
+        pointers += ROWS * width
+    tl.store(sum_ptr + column, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=column < width)
 
 
 def sum_partials(tensors: Sequence[Tensor], groups: int, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -64,7 +68,8 @@ def sum_partials(tensors: Sequence[Tensor], groups: int, dtypes: Sequence[torch.
         len(tensors[0]) // max(groups, 1),
         width,
         blocks,
+        ROWS=ROWS,
         BLOCK=BLOCK,
-        num_warps=2,
+        num_warps=4,
     )
     return sums

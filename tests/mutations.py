@@ -99,8 +99,8 @@ MUTATIONS = (
     Mutation(
         "a lost row of dgate, dshift and dscale",
         "kernels/reduce.py",
-        "for _ in range(partials):",
-        "for _ in range(partials - 1):",
+        "row < partials - start",
+        "row < partials - 1 - start",
         f"{JOINT_TESTS}::test_kernel_gradients",
     ),
     Mutation(
