@@ -24,7 +24,7 @@ class NormTile(GemmTile):
 
 
 # A program covers all output columns of its rows: another one beside it would normalise them once more.
-FULL_PRECISION = (NormTile(32, 128, 32, num_warps=8, num_stages=2),)
+FULL_PRECISION = (NormTile(32, 128, 16, num_warps=8, num_stages=2),)
 FEW = (NormTile(16, 128, 64, num_warps=4, num_stages=3), NormTile(16, 128, 64, num_warps=4, num_stages=2))
 MANY = (
     NormTile(64, 128, 64, num_warps=8, num_stages=3),
