@@ -83,6 +83,21 @@ def dot_rows(a, b):
 
 
 @triton.jit
+def fold_scale(q, log2_scale):
+    """q and what its scores are still to be multiplied with.
+
+    In fp32 nothing: a score less the largest is then exact, where a multiply-add of the product would leave its rounding.
+    """
+    if q[0].dtype == tl.float32:
+        scaled = ()
+        for i in tl.static_range(len(q)):
+            scaled = scaled + (q[i] * log2_scale,)
+        return scaled, 1.0
+    else:
+        return q, log2_scale
+
+
+@triton.jit
 def add_weighted(total, weights, rows):
     """total + weights @ rows, block by block."""
     added = ()
@@ -135,6 +150,7 @@ def attention_kernel(
     kv_stride = tl.cast(kv_token_stride, tl.int64) * UNIT
     # Rows past the last query wrap around, and are dropped at the store.
     q = load_head(q_ptr, rows % T, q_stride, T, HEAD, MAIN, REST, True)
+    q, log2_scale = fold_scale(q, log2_scale)
     out = zeros_like_head(BLOCK_M, HEAD, MAIN, REST)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

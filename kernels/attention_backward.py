@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import LOG2_E, add_weighted, alignment, dot_rows, load_head, store_head, strided, zeros_like_head
+from .attention import LOG2_E, add_weighted, alignment, dot_rows, fold_scale, load_head, store_head, strided, zeros_like_head
 from .attention_tiles import attention_tile, head_blocks
 from .launch import launch
 
@@ -65,6 +65,7 @@ def query_gradient_kernel(
     # Rows past the last query wrap around, and are dropped at the store.
     wrapped = rows % T
     q = load_head(q_ptr, wrapped, tl.cast(q_token_stride, tl.int64) * UNIT, T, HEAD, MAIN, REST, True)
+    q, log2_scale = fold_scale(q, log2_scale)
     out_offset = (batch * T * H + head) * HEAD
     dout = load_head(dout_ptr + out_offset, wrapped, H * HEAD, T, HEAD, MAIN, REST, True)
     delta = tl.zeros([BLOCK_M], tl.float32)
@@ -148,7 +149,8 @@ def key_value_gradient_kernel(
         inside = query < T - start
         lse = tl.load(lse_ptr + query, mask=inside, other=float("inf"))  # whose weights are zeros
         delta = tl.load(delta_ptr + query, mask=inside, other=0.0)
-        weight = tl.exp2(dot_rows(k, q) * log2_scale - lse[None, :])
+        scored, factor = fold_scale(q, log2_scale)
+        weight = tl.exp2(dot_rows(k, scored) * factor - lse[None, :])
         dv = add_weighted(dv, weight.to(dout_ptr.dtype.element_ty), dout)
         dscore = weight * (dot_rows(v, dout) - delta[None, :])
         dk = add_weighted(dk, dscore.to(q_ptr.dtype.element_ty), q)
