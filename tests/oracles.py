@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MODULATIONS = ("chunk6", "per_token", "fp32", "none", "shift_only", "scale_only")
-WIDTHS = (128, 200, 384, 768, 1024, 1152)
-TOKENS = (1, 16, 17, 64, 256, 1024)
+WIDTHS = (200, 384, 768, 1024, 1152)
+TOKENS = (16, 17, 64, 256, 1024)
 GRIDS = {"1x4": (1, 4), "3x5": (3, 5), "8x8": (8, 8)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import WHERE
 
-CASES = "test_kernel and (D384-T17-bf16 or K384-T17 or D200-T1-fp32)"
+CASES = "test_kernel and (D384-T17-bf16 or K384-T17-bf16 or D200-T16-fp32)"
 
 
 def versions(package: str) -> tuple[int, ...]:
