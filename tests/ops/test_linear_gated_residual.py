@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import TOKENS, WIDTHS
+from oracles import GEMM_TOKENS, WIDTHS
 from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, leaves, pairwise, raises_naming
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def check(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch.dtype, ki
     assert_as_good_as(y, exact, eager)
 
 
-CASES = pairwise(N=WIDTHS, T=TOKENS, dtype=DTYPES, kind=KINDS)
+CASES = pairwise(N=WIDTHS, T=GEMM_TOKENS, dtype=DTYPES, kind=KINDS)
 
 
 @pytest.mark.parametrize(("N", "T", "dtype", "kind"), CASES)

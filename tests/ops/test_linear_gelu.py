@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import TOKENS, WIDTHS
+from oracles import GEMM_TOKENS, WIDTHS, output_width
 from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, leaves, pairwise, raises_naming
 from torch import Tensor
 
@@ -20,12 +20,12 @@ def check(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch.dtype) ->
     assert_as_good_as(y, exact, eager)
 
 
-CASES = pairwise(K=WIDTHS, T=TOKENS, dtype=DTYPES)
+CASES = pairwise(K=WIDTHS, T=GEMM_TOKENS, dtype=DTYPES)
 
 
 @pytest.mark.parametrize(("K", "T", "dtype"), CASES)
 def test_kernel(compiled: Runner, K: int, T: int, dtype: str) -> None:
-    check(compiled, 2, T, 2 * K, K, DTYPES[dtype])
+    check(compiled, 2, T, output_width(K, dtype), K, DTYPES[dtype])
 
 
 def check_gradients(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch.dtype) -> None:
@@ -45,7 +45,7 @@ def check_gradients(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch
 
 @pytest.mark.parametrize(("K", "T", "dtype"), CASES)
 def test_kernel_gradients(compiled: Runner, K: int, T: int, dtype: str) -> None:
-    check_gradients(compiled, 2, T, K, K, DTYPES[dtype])
+    check_gradients(compiled, 2, T, output_width(K, dtype), K, DTYPES[dtype])
 
 
 @pytest.mark.parametrize(("K", "T", "dtype"), CASES)
