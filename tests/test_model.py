@@ -58,7 +58,7 @@ def test_small(conditioning: str, flavour: str, dtype: str, either: Runner) -> N
     check(config, DTYPES[dtype], either, B=3)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_xl_width(conditioning: str, dtype: str, either: Runner) -> None:
     check(DiTConfig(depth=2, conditioning=conditioning), DTYPES[dtype], either, B=1)
