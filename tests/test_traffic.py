@@ -139,12 +139,13 @@ def test_a_whole_block_against_the_plan(target: str) -> None:
     block = blocks.Block(config.num_heads, 1e-6, weight[3 * D], weight[D], weight[H], fc2)
     modulation = blocks.Modulation(*torch.randn(1, 6 * D).bfloat16().chunk(6, dim=1))
     chain = blocks.sublayers(block, modulation, torch.empty(0))
+    norm = blocks.Norm(modulation.attn_shift, modulation.attn_scale)
     with (
         Runner.open(target, checks=False),
         ptxsim.set_options(stats=True, threads=1, strict_views=False),
         ptxsim.record() as recorded,
     ):
-        blocks.run(x, chain, blocks.Norm(modulation.attn_shift, modulation.attn_scale))
+        blocks.run(x, ops.layer_norm_modulate(x, *norm), chain, norm)
     stream, vector = x.nbytes, D * x.itemsize
     plan = {  # the activations in, out; weights, biases and vectors
         "layer_norm_modulate_kernel": (1, 1, 2 * vector),  # before the first block only
