@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from . import blocks, ops
 from .conditioning import LabelEmbedder, TimestepEmbedder, is_plain, pack_linears, packed_linear
 from .config import DiTConfig
+from .ops.checks import check_dtype
 
 ADALN_ORDER = ("attn_shift", "attn_scale", "mlp_shift", "mlp_scale")
 
@@ -204,6 +205,7 @@ class DiT(nn.Module):
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, self.config.input_shape))}]")
+        check_dtype("x", x)
         dtype = self.pos_embed.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x: got {x.dtype}, expected the model's {dtype}")

@@ -122,7 +122,7 @@ def frugal_kernel(x_ptr, SIZE: tl.constexpr):
 
 def launched(kernel: Any, size: int, **options: int) -> Case:
     x = tensor(size, dtype=torch.float32)
-    return Case("test", partial(launch, kernel, 1, x.device, x, SIZE=size, num_warps=1, **options))
+    return Case("test", partial(launch, kernel, 1, x, SIZE=size, num_warps=1, **options))
 
 
 @pytest.fixture
@@ -289,11 +289,11 @@ def test_launches_nothing_and_ends() -> None:
 def test_builds_what_a_launch_would(arch: str) -> None:
     """By Triton's hash of source, specialisation, target and options."""
     x = torch.zeros(2, 16, 384, dtype=torch.bfloat16)
-    weight = torch.zeros(48, 384, dtype=torch.bfloat16)
+    weight, bias = torch.zeros(48, 384, dtype=torch.bfloat16), torch.zeros(48, dtype=torch.bfloat16)
 
     def call(device: str) -> None:
         layer_norm_modulate(x.to(device))
-        kernels.linear(x.to(device), weight.to(device), None)
+        kernels.linear(x.to(device), weight.to(device), bias.to(device))
 
     with compiling_for(arch) as builds:
         call("meta")
