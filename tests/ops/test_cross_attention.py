@@ -43,7 +43,8 @@ def check(runner: Runner, B: int, T: int, S: int, H: int, d: int, dtype: torch.d
     names = ("out", "dq", "dkv")
     for name, value, exact, eager in zip(names, found, expected(torch.float64), expected(dtype), strict=True):
         if name == "dq" and S == 1:
-            assert value.abs().max() <= 10 * UNIT_ROUNDOFF[torch.float32]
+            cancelled = dout.abs().max() * given[1].abs().max() ** 2  # the size of the terms whose difference it is
+            assert value.abs().max() <= 10 * UNIT_ROUNDOFF[torch.float32] * cancelled
         else:
             assert_as_good_as(value, exact, eager)
 
