@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -53,3 +54,5 @@ def either(request: pytest.FixtureRequest) -> Iterator[Runner]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # functions compiled in one test must not count against another's limit of recompilations
