@@ -14,7 +14,7 @@ from .linear_gelu import linear_gelu
 
 
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
-    """``linear(linear_gelu(x, fc1), fc2)``; a backward keeps one tensor of the hidden layer instead of two.
+    """``linear(linear_gelu(x, fc1), fc2)``; in Triton the backward keeps one tensor of the hidden layer instead of two.
 
     Args:
         x: [B, T, K] fp32, fp16 or bf16, unit inner stride.
