@@ -1,4 +1,4 @@
-"""The Triton kernels, installed as ``ditfast.kernels``: one op, one file. Imports torch and triton (the command inspect: rich)."""
+"""The Triton kernels, installed as ``ditfast.kernels``: one op, one file. Imports torch and triton (and inspect: rich)."""
 
 if __name__ == "kernels":
     raise ImportError(
