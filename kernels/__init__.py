@@ -9,6 +9,7 @@ if __name__ == "kernels":
 from .attention import attention, cross_attention
 from .attention_backward import attention_backward, cross_attention_backward
 from .classifier_free_guidance import classifier_free_guidance, classifier_free_guidance_backward
+from .denoise_update import denoise_update
 from .final_layer import final_layer
 from .gated_residual import gated_residual
 from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
@@ -34,6 +35,7 @@ __all__ = [
     "cross_attention",
     "cross_attention_backward",
     "current_device",
+    "denoise_update",
     "final_layer",
     "gated_residual",
     "gated_residual_layer_norm_modulate",

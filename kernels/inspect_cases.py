@@ -15,6 +15,7 @@ from torch import Tensor
 from .attention import attention, cross_attention
 from .attention_backward import attention_backward, cross_attention_backward
 from .classifier_free_guidance import classifier_free_guidance, classifier_free_guidance_backward
+from .denoise_update import denoise_update
 from .final_layer import final_layer
 from .gated_residual import gated_residual
 from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
@@ -208,6 +209,9 @@ def other_cases() -> Iterator[Case]:
         yield Case(f"to tokens, {order}", partial(to_tokens, image, 2, channel_last=channel_last))
     yield Case("", partial(classifier_free_guidance, image, 4.0, 3))
     yield Case("backward", partial(classifier_free_guidance_backward, image, 4.0, 3))
+    state, update, scale = (tensor(*shape, dtype=torch.float32) for shape in ((32, 4, 32, 32), (6,), (32,)))
+    yield Case("guided", partial(denoise_update, state, image, state, update, scale, 3, clip=False))
+    yield Case("plain", partial(denoise_update, state, image[:32], None, update, None, 0, clip=True))
     t, frequencies, dy = (tensor(*shape, dtype=torch.float32) for shape in ((64,), (128,), (64, 256)))
     yield Case("", partial(timestep_embedding, t, frequencies))
     yield Case("", partial(timestep_embedding_backward, dy, t, frequencies))

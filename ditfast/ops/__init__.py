@@ -6,6 +6,7 @@ its public function and checks, its torch version (which CPU tensors take), its 
 from .attention import attention
 from .classifier_free_guidance import classifier_free_guidance
 from .cross_attention import cross_attention
+from .denoise_update import denoise_update
 from .final_layer import final_layer
 from .gated_residual import gated_residual
 from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "classifier_free_guidance",
     "cross_attention",
+    "denoise_update",
     "final_layer",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
