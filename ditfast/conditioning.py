@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .config import TIMESTEP_FEATURES, DiTConfig
 from .ops.dispatch import needs_gradient
 from .ops.timestep_embedding import timestep_embedding
+from .plain import is_plain
 
 
 class TimestepEmbedder(nn.Module):
@@ -65,27 +66,11 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     if plain and not torch.compiler.is_compiling() and not needs_gradient(x, *weights, *biases):
         weight, bias = _joined(weights), _joined(biases)
         if weight is not None and bias is not None:
-            return list(_wide_linear(x, weight, bias).split([len(part) for part in weights], dim=-1))
+            return list(wide_linear(x, weight, bias).split([len(part) for part in weights], dim=-1))
     return [linear(x) for linear in linears]
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling a Linear or Conv2d is nothing but the product with its weight and the sum with its bias.
-
-    Else somebody hooked, wrapped or replaced it (LoRA, weight norm, offloading), and expects it to be called.
-    """
-    return (
-        type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
-        and "forward" not in vars(module)
-        and not any(getattr(module, hooks) for hooks in HOOKS)
-        and module.bias is not None
-    )
-
-
-def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear`` of few rows with a very tall weight."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= 4:
         # MKL repacks its second operand: with the weight first, a few rows take a third of the time.

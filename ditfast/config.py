@@ -29,6 +29,7 @@ FLAVOURS = {
 }
 
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+HEADS_OF_WIDTH = {hidden_size: num_heads for _, hidden_size, num_heads in _SIZES.values()}
 _PATCHES = (2, 4, 8)
 MODEL_NAMES = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in _PATCHES)
 
@@ -49,7 +50,7 @@ class DiTConfig:
         mlp_ratio: MLP width over ``hidden_size``.
         class_dropout_prob: how often training replaces the label by the null class; 0 leaves the null class out.
         conditioning: one of ``in_context``, ``cross_attention``, ``adaln``, ``adaln_zero``.
-        flavour: ``official`` or ``diffusers``: whose arithmetic the weights were trained with (see ``Flavour``).
+        flavour: whose arithmetic the weights were trained with: ``official``, ``diffusers`` or any other ``Flavour``.
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and what is allowed.
@@ -66,7 +67,7 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     class_dropout_prob: float = 0.1
     conditioning: str = "adaln_zero"
-    flavour: str = "official"
+    flavour: str | Flavour = "official"
 
     @classmethod
     def from_name(
@@ -118,9 +119,9 @@ class DiTConfig:
         _real("class_dropout_prob", self.class_dropout_prob)
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob: got {self.class_dropout_prob}, expected 0 <= p < 1")
-        for field, allowed in (("conditioning", CONDITIONINGS), ("flavour", tuple(FLAVOURS))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}: got {getattr(self, field)!r}, expected one of {', '.join(allowed)}")
+        if self.conditioning not in CONDITIONINGS:
+            raise ValueError(f"conditioning: got {self.conditioning!r}, expected one of {', '.join(CONDITIONINGS)}")
+        object.__setattr__(self, "flavour", _flavour(self.flavour))
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -172,7 +173,7 @@ class DiTConfig:
 
     @property
     def arithmetic(self) -> Flavour:
-        return FLAVOURS[self.flavour]
+        return FLAVOURS[self.flavour] if isinstance(self.flavour, str) else self.flavour
 
     @property
     def guidance_channels(self) -> int:
@@ -189,6 +190,22 @@ def _positive_int(field: str, value: object) -> None:
 def _real(field: str, value: object) -> None:
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{field}: got {value!r}, expected a finite number")
+
+
+def _flavour(value: object) -> str | Flavour:
+    """By its name if it has one, so that equal flavours are equal configs; a list is how JSON brings it."""
+    if isinstance(value, str) and value in FLAVOURS:
+        return value
+    if not isinstance(value, (tuple, list)) or len(value) != len(Flavour._fields):
+        raise ValueError(f"flavour: got {value!r}, expected one of {', '.join(FLAVOURS)}, or a Flavour")
+    flavour = Flavour(*value)
+    _positive_int("flavour.timestep_frequency_divisor", flavour.timestep_frequency_divisor)
+    _real("flavour.mlp_norm_eps", flavour.mlp_norm_eps)
+    if flavour.mlp_norm_eps <= 0:
+        raise ValueError(f"flavour.mlp_norm_eps: got {flavour.mlp_norm_eps}, expected a positive number")
+    if flavour.guidance_channels is not None:
+        _positive_int("flavour.guidance_channels", flavour.guidance_channels)
+    return next((name for name, known in FLAVOURS.items() if known == flavour), flavour)
 
 
 def _pair(field: str, value: object) -> tuple[int, int]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from .config import DiTConfig
+from .checkpoints import load_checkpoint
 from .model import DiT
 
 
@@ -18,13 +16,8 @@ def load_digits() -> DiT:
 
     Trained by ``examples/train_digits.py`` on scikit-learn's 1,797 scans; the weights, an EMA, are stored as bf16.
     """
-    file = resources.files("ditfast.data") / "digits.safetensors"
-    with resources.as_file(file) as path, safe_open(path, framework="pt") as checkpoint:
-        config = DiTConfig(**json.loads(checkpoint.metadata()["config"]))
-        weights = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}  # noqa: SIM118 (not a dict)
-    model = DiT(config)
-    model.load_state_dict(weights)
-    return model.eval()
+    with resources.as_file(resources.files("ditfast.data") / "digits.safetensors") as path:
+        return load_checkpoint(path).float()
 
 
 def real_digits() -> tuple[Tensor, Tensor]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import blocks, ops
-from .conditioning import LabelEmbedder, TimestepEmbedder, is_plain, pack_linears, packed_linear
+from .blocks import view
+from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
 from .config import DiTConfig
 from .ops.checks import check_dtype
+from .plain import is_plain
+
+if TYPE_CHECKING:
+    from .checkpoints import CheckpointSource
 
 ADALN_ORDER = ("attn_shift", "attn_scale", "mlp_shift", "mlp_scale")
 
@@ -44,7 +49,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def views(self) -> blocks.CrossAttention:
-        return blocks.CrossAttention(_view(self.q), _view(self.kv), _view(self.proj))
+        return blocks.CrossAttention(view(self.q), view(self.kv), view(self.proj))
 
 
 class Mlp(nn.Module):
@@ -78,10 +83,10 @@ class Block(nn.Module):
         return blocks.Block(
             num_heads=self.num_heads,
             mlp_norm_eps=self.mlp_norm_eps,
-            qkv=_view(attn.qkv),
-            proj=_view(attn.proj),
-            fc1=_view(mlp.fc1),
-            fc2=_view(mlp.fc2),
+            qkv=view(attn.qkv),
+            proj=view(attn.proj),
+            fc1=view(mlp.fc1),
+            fc2=view(mlp.fc2),
             cross=None if cross_attn is None else cross_attn.views(),
         )
 
@@ -107,6 +112,8 @@ class DiT(nn.Module):
     ``config.class_dropout_prob``.
     """
 
+    source: CheckpointSource | None = None  # of a model that ``load_checkpoint`` made
+
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
@@ -117,7 +124,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialize()
-        self._pack()
+        self.pack()
         self.register_load_state_dict_post_hook(_pack_after_loading)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -135,10 +142,43 @@ class DiT(nn.Module):
             ValueError: a shape, dtype or label; the message names the argument.
         """
         self._check(x, t, y)
-        x = self.x_embedder(x, self.pos_embed)  # [B, T, D]
         t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # 2 x [B, D]
-        modulations, final = self._modulations(t_embedding + y_embedding)  # depth x up to 6 x [B, D], 2 x [B, D]
+        vectors = self._vectors(t_embedding + y_embedding)  # depth + 1 x [B, up to 6 * D]
         context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
+        return self._denoise(self.x_embedder(x, self.pos_embed), vectors, context)  # [B, C', H, W]
+
+    def modulation_vectors(self, t: Tensor, y: Tensor) -> Tensor:
+        """[B, V]: what adaLN makes of t [B] and y [B], every block's vectors and the final norm's side by side."""
+        vectors = self._vectors(self.t_embedder(t) + self.y_embedder(y))
+        return torch.cat(list(vectors), dim=1)
+
+    def forward_modulated(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """``forward`` for timesteps and labels whose ``modulation_vectors`` are known (adaLN and adaLN-Zero).
+
+        Args:
+            x: [B, C, H, W] noised latents, of the model's dtype.
+            vectors: [B, V], or [2B, V] where both halves denoise the same x, which is embedded once.
+
+        Returns:
+            [B or 2B, C', H, W].
+
+        Raises:
+            ValueError: x or the vectors' shape or dtype; the message names the argument.
+        """
+        self._check_latents(x)
+        sizes = [linear.out_features for linear in self.adaln_linears()]
+        if vectors.dim() != 2 or len(vectors) not in (len(x), 2 * len(x)) or vectors.shape[1] != sum(sizes):
+            raise ValueError(
+                f"vectors: got shape {tuple(vectors.shape)}, expected [{len(x)} or {2 * len(x)}, {sum(sizes)}] for x {len(x)}"
+            )
+        tokens = self.x_embedder(x, self.pos_embed)  # [B, T, D]
+        if len(vectors) != len(x):
+            tokens = tokens.repeat(2, 1, 1)  # [2B, T, D]
+        return self._denoise(tokens, vectors.split(sizes, dim=1), tokens)  # [B or 2B, C', H, W]
+
+    def _denoise(self, x: Tensor, vectors: Sequence[Tensor], context: Tensor) -> Tensor:
+        """From tokens [B, T, D]; the context [B, 2, D] is that of the designs without adaLN."""
+        modulations, final = self._modulations(vectors)  # depth x up to 6 x [B, D], 2 x [B, D]
         if self.config.conditioning == "in_context":
             x = torch.cat([x, context], dim=1)  # [B, T+2, D]
         first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
@@ -174,41 +214,48 @@ class DiT(nn.Module):
         out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
         return ops.classifier_free_guidance(out, cfg_scale, channels)  # [2B, C', H, W]
 
-    def _modulations(self, c: Tensor) -> tuple[list[blocks.Modulation], blocks.Norm]:
-        """All blocks' vectors and the final norm's from the conditioning vector [B, D], in one GEMM."""
-        if not self.config.modulation_vectors:
-            return [blocks.Modulation()] * self.config.depth, blocks.Norm()
-        *per_block, final = packed_linear(F.silu(c), self._adaln_linears())
-        vectors = [modulation.chunk(self.config.modulation_vectors, dim=1) for modulation in per_block]
-        order = ADALN_ORDER if self.config.conditioning == "adaln" else blocks.Modulation._fields
-        shift, scale = final.chunk(2, dim=1)
-        return [blocks.Modulation(**dict(zip(order, v, strict=True))) for v in vectors], blocks.Norm(shift, scale)
+    def _vectors(self, c: Tensor) -> Sequence[Tensor]:
+        """Each adaLN linear's output for the conditioning vector [B, D], in one GEMM; none in designs without."""
+        return packed_linear(F.silu(c), self.adaln_linears()) if self.config.modulation_vectors else []
 
-    def _adaln_linears(self) -> list[nn.Linear]:
+    def _modulations(self, vectors: Sequence[Tensor]) -> tuple[list[blocks.Modulation], blocks.Norm]:
+        if not vectors:
+            return [blocks.Modulation()] * self.config.depth, blocks.Norm()
+        order = ADALN_ORDER if self.config.conditioning == "adaln" else blocks.Modulation._fields
+        *per_block, final = vectors
+        named = [dict(zip(order, block.chunk(len(order), dim=1), strict=True)) for block in per_block]
+        shift, scale = final.chunk(2, dim=1)
+        return [blocks.Modulation(**vectors) for vectors in named], blocks.Norm(shift, scale)
+
+    def adaln_linears(self) -> list[nn.Linear]:
+        """Each block's, and the final layer's last."""
         return [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
 
-    def _pack(self) -> None:
+    def pack(self) -> None:
         if self.config.modulation_vectors:
-            pack_linears(self._adaln_linears())
+            pack_linears(self.adaln_linears())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DiT:
         """Called by ``to``, ``half``, ``cuda`` and the like, which give every parameter a storage of its own."""
         super()._apply(fn, recurse)
-        self._pack()
+        self.pack()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by deepcopy and unpickling, which do the same."""
         super().__setstate__(state)
-        self._pack()
+        self.pack()
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+    def _check_latents(self, x: Tensor) -> None:
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, self.config.input_shape))}]")
         check_dtype("x", x)
         dtype = self.pos_embed.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x: got {x.dtype}, expected the model's {dtype}")
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        self._check_latents(x)
         for name, value in (("t", t), ("y", y)):
             if value.shape != x.shape[:1]:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{len(x)}], one for each sample of x")
@@ -232,7 +279,7 @@ class DiT(nn.Module):
             nn.init.normal_(self.get_parameter(f"{name}.weight"), std=0.02)
         zeroed = [self.final_layer.linear]
         if self.config.modulation_vectors:
-            zeroed += self._adaln_linears() if self.config.conditioning == "adaln_zero" else self._adaln_linears()[-1:]
+            zeroed += self.adaln_linears() if self.config.conditioning == "adaln_zero" else self.adaln_linears()[-1:]
         for linear in zeroed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -254,8 +301,4 @@ def _modulation(config: DiTConfig, vectors: int) -> nn.Sequential:
 
 def _pack_after_loading(model: nn.Module, incompatible_keys: object) -> None:
     """Loading with ``assign=True`` gives every parameter a storage of its own."""
-    cast(DiT, model)._pack()
-
-
-def _view(linear: nn.Linear) -> blocks.Projection:
-    return blocks.Linear(linear.weight, linear.bias) if is_plain(linear) else linear
+    cast(DiT, model).pack()

@@ -56,3 +56,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # functions compiled in one test must not count against another's limit of recompilations
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models: on a busy machine threads wait for each other far longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

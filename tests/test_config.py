@@ -1,11 +1,12 @@
 import dataclasses
+import json
 import math
 
 import pytest
 from support import raises_naming
 
 from ditfast import DiTConfig
-from ditfast.config import CONDITIONINGS, MODEL_NAMES
+from ditfast.config import CONDITIONINGS, FLAVOURS, MODEL_NAMES, Flavour
 
 
 def test_the_twelve_models() -> None:
@@ -45,6 +46,37 @@ def test_guidance_channels() -> None:
     assert DiTConfig().guidance_channels == 3
     assert DiTConfig(in_channels=1).guidance_channels == 1
     assert DiTConfig(flavour="diffusers").guidance_channels == 4
+
+
+def test_a_flavour_of_ones_own() -> None:
+    own = Flavour(127, 1e-6, 2)
+    config = DiTConfig(flavour=own)
+    assert (config.flavour, config.arithmetic, config.guidance_channels) == (own, own, 2)
+    assert DiTConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert isinstance(DiTConfig(flavour=[127, 1e-6, 2]).flavour, Flavour)  # type: ignore[arg-type]
+    assert len({config, DiTConfig(flavour=own)}) == 1
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_a_known_flavour_goes_by_its_name(name: str) -> None:
+    assert DiTConfig(flavour=FLAVOURS[name]) == DiTConfig(flavour=name)
+    assert DiTConfig(flavour=FLAVOURS[name]).flavour == name
+
+
+@pytest.mark.parametrize(
+    ("field", "flavour", "expected"),
+    [
+        ("flavour", (128, 1e-6), "official, diffusers, or a Flavour"),
+        ("flavour", None, "official, diffusers, or a Flavour"),
+        ("flavour.timestep_frequency_divisor", (0, 1e-6, 3), "positive integer"),
+        ("flavour.timestep_frequency_divisor", (128.0, 1e-6, 3), "positive integer"),
+        ("flavour.mlp_norm_eps", (128, 0.0, 3), "positive number"),
+        ("flavour.mlp_norm_eps", (128, math.inf, 3), "finite number"),
+        ("flavour.guidance_channels", (128, 1e-6, 0), "positive integer"),
+    ],
+)
+def test_flavour_errors(field: str, flavour: object, expected: str) -> None:
+    assert expected in raises_naming(field, lambda: DiTConfig(flavour=flavour))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

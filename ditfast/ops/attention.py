@@ -1,4 +1,4 @@
-"""Self-attention from a packed qkv, on the engine that is expected to win: flash-attn, torch's SDPA or our Triton kernels."""
+"""Self-attention, packed or not, on the engine that is expected to win: flash-attn, torch's SDPA or our Triton kernels."""
 
 from __future__ import annotations
 
@@ -36,26 +36,41 @@ WHY_NO_FLASH = why_no_flash()
 HAS_TRITON = has_triton()
 
 
-def attention(qkv: Tensor) -> Tensor:
+def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = None) -> Tensor:
     """``softmax(q k.T / sqrt(d)) v`` for each head, without a mask (Vaswani et al. 2017).
 
     Args:
-        qkv: [B, T, 3, H, d] fp32, fp16 or bf16, contiguous in its last three dimensions: the output of the qkv linear.
+        qkv: [B, T, 3, H, d] fp32, fp16 or bf16, contiguous in its last three dimensions: the output of the qkv linear. Or
+            q, k and v apart, each [B, T, H, d]: SDPA reads them in place, the other engines have them packed first.
+        engine: one of ``"flash"``, ``"sdpa"``, ``"triton"``; None for the one that is expected to win.
 
     Returns:
         [B, T, H*d], contiguous, of the dtype of qkv, or autocast's.
 
     Raises:
-        ValueError: the shape, dtype or strides of qkv.
-        RuntimeError: a forced engine cannot run here; the message says why, and what to do.
+        ValueError: the shape, dtype or strides of qkv, or the name of the engine.
+        RuntimeError: an engine that was asked for cannot run here; the message says why, and what to do.
     """
+    if not isinstance(qkv, Tensor):
+        q, k, v = under_autocast(*qkv)
+        return _attention_apart(q, k, v, engine)
     (qkv,) = under_autocast(qkv)
     check_heads("qkv", qkv, "[B, T, 3, H, d]", packed=3)
     _, T, _, _, d = qkv.shape
-    engine, _ = choose_engine(qkv.device, qkv.dtype, d, T)
+    engine, _ = choose_engine(qkv.device, qkv.dtype, d, T, engine)
     if engine == "triton":
         return _op(qkv, needs_gradient(qkv))[0]
-    return _flash(qkv) if engine == "flash" else _sdpa(qkv)
+    return _flash(qkv) if engine == "flash" else _sdpa(*qkv.unbind(2))
+
+
+def _attention_apart(q: Tensor, k: Tensor, v: Tensor, engine: str | None) -> Tensor:
+    for name, heads in (("q", q), ("k", k), ("v", v)):
+        check_heads(name, heads, "[B, T, H, d]")
+        if (heads.shape, heads.dtype, heads.device) != (q.shape, q.dtype, q.device):
+            got = f"{tuple(heads.shape)} {heads.dtype} on {heads.device}"
+            raise ValueError(f"{name}: got {got}, expected {tuple(q.shape)} {q.dtype} on {q.device}, as q")
+    engine, _ = choose_engine(q.device, q.dtype, q.shape[3], q.shape[1], engine)
+    return _sdpa(q, k, v) if engine == "sdpa" else attention(torch.stack((q, k, v), dim=2), engine)
 
 
 def check_heads(name: str, tensor: Tensor, expected: str, packed: int = 0) -> None:
@@ -81,12 +96,20 @@ def attention_engine(name: str) -> contextlib.AbstractContextManager[None]:
     return force("attention", name, ENGINES)
 
 
-def choose_engine(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int) -> tuple[str, str]:
+def choose_engine(
+    device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int, wanted: str | None = None
+) -> tuple[str, str]:
     """The engine that ``attention`` takes, ``"flash"``, ``"sdpa"`` or ``"triton"``, and why.
 
     Raises:
-        RuntimeError: a forced engine cannot run; the message says why, and what to do.
+        ValueError: an engine is wanted that does not exist.
+        RuntimeError: a wanted or forced engine cannot run; the message says why, and what to do.
     """
+    if wanted is not None:
+        if wanted not in ENGINES:
+            raise ValueError(f"engine: got {wanted!r}, expected one of {', '.join(ENGINES)}")
+        _check_possible(wanted, device, dtype, head_dim)
+        return wanted, "asked for"
     choice = forced()
     if choice.attention is not None:
         _check_possible(choice.attention, device, dtype, head_dim)
@@ -137,8 +160,8 @@ def _flash(qkv: Tensor) -> Tensor:
     return flash_attn_qkvpacked_func(qkv, causal=False).flatten(2)
 
 
-def _sdpa(qkv: Tensor) -> Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()
 
 

@@ -77,7 +77,7 @@ def _check_device(name: str, tensor: Tensor, x: Tensor, of: str = "x") -> None:
 
 
 def _check_inner_stride(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel():
         raise ValueError(
             f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, expected a unit inner stride: "
             f"call {name}.contiguous()"

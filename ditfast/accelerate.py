@@ -1,0 +1,253 @@
+"""Swaps the fused ops into somebody else's live model, says what it did, and takes it back.
+
+Nothing of a model changes but the ``forward`` attribute of the modules that are swapped: parameters, names, hooks, classes and
+wrappers stay what and where they are. There is no global state: two models in one process never touch each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import FunctionType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from .homes import BLOCKS, MODELS, Home, Mismatch, Options, Swap, in_one_line, probe
+from .model import DiT
+from .ops.attention import ENGINES
+
+ATTENTION = {"auto": None, "native": "sdpa", **{name: name for name in ENGINES}}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
+SIMPLE = (bool, int, float, str, tuple, torch.dtype, FunctionType)
+
+T = TypeVar("T")
+
+
+class ReportRow(NamedTuple):
+    module: str
+    swapped: bool
+    family: str
+    engine: str  # what its ops take on the device it is on now; empty if it was not swapped
+    reason: str  # why it was not swapped; empty if it was
+
+
+class AccelerationReport(NamedTuple):
+    """What ``accelerate`` did, a row for each block and model it looked at; prints as a table."""
+
+    rows: tuple[ReportRow, ...]
+
+    def __str__(self) -> str:
+        lines = [("module", "", "family", "engine, or why not")]
+        for names, row in _runs(self.rows):
+            lines.append((names, "swapped" if row.swapped else "left", row.family, row.engine or row.reason))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+def accelerate(
+    model_or_pipeline: T,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+    cache_modulation: bool = False,
+    strict: bool = True,
+) -> T:
+    """Runs a live DiT on the fused ops: official, SiT and forks, timm-style blocks, diffusers' DiT and its pipeline.
+
+    Blocks with adaLN-Zero are swapped one by one; without gradients the model's forward fuses across them as well. Blocks of
+    PixArt and Stable Diffusion 3 (diffusers) have their norms and gated residuals swapped. A module is recognised by its
+    parts, then probed: one random input through its own forward and through the fast one; where they differ it is left
+    alone. Call it before wrapping blocks in FSDP (and for several GPUs take DDP: the replicas of nn.DataParallel would
+    call the original's weights). Calling it again replaces the options.
+
+    Args:
+        model_or_pipeline: a module, with the models anywhere inside, or a diffusers pipeline.
+        dtype: torch.bfloat16 or torch.float16 to compute a DiT in it, without gradients, while the parameters
+            stay as they are; copies of the weights are kept in it, and made again when a weight changes (writes through
+            ``.data`` are seen after the next forward with gradients). None for the parameters' own. The output has the
+            dtype it had.
+        attention: of a DiT: ``"auto"``, or ``"flash"``, ``"sdpa"`` (diffusers' name: ``"native"``) or ``"triton"`` for one
+            engine.
+        cache_modulation: keep a DiT's modulation vectors for each batch of conditioning vectors met, up to 512 MiB, for
+            when the same come again (a second run of a sampler); costs a host read of them in each forward.
+        strict: raise if nothing could be swapped; else the report says why.
+
+    Returns:
+        The same object. ``acceleration_report`` says what was done, ``restore`` takes it back.
+
+    Raises:
+        ValueError: an argument; or nothing could be swapped, with the reasons. The model is as it was.
+    """
+    options = Options(_compute_dtype(dtype), _attention_engine(attention), cache_modulation)
+    roots = _roots(model_or_pipeline)
+    for root in roots.values():
+        if isinstance(root, DiT):
+            raise ValueError("model_or_pipeline: got a ditfast.DiT, which runs on the fused ops as it is")
+    before = _take_off(model_or_pipeline)
+    try:
+        swaps, reasons = _plan(roots.values())
+        if not swaps and strict:
+            raise ValueError(f"model_or_pipeline: {_why_nothing(model_or_pipeline, reasons.values())}")
+    except BaseException:
+        _put_back(before)
+        raise
+    _put_back({**{module: Swap(module, home, options) for module, home in swaps.items()}, **reasons})
+    return model_or_pipeline
+
+
+@contextlib.contextmanager
+def accelerated(model_or_pipeline: T, **options: Any) -> Iterator[T]:
+    """``accelerate`` inside the ``with`` block, and back to what was before. Arguments and errors are ``accelerate``'s."""
+    before = {
+        module: vars(module)[NOTE]
+        for root in _roots(model_or_pipeline).values()
+        for module in root.modules()
+        if NOTE in vars(module)
+    }
+    try:
+        yield accelerate(model_or_pipeline, **options)
+    finally:
+        _take_off(model_or_pipeline)
+        _put_back(before)
+
+
+def restore(model_or_pipeline: T) -> T:
+    """Gives every swapped module its own forward back: the same code on the same parameters, so the same bits."""
+    _take_off(model_or_pipeline)
+    return model_or_pipeline
+
+
+def _take_off(model_or_pipeline: object) -> dict[nn.Module, Swap | str]:
+    notes: dict[nn.Module, Swap | str] = {}
+    for root in _roots(model_or_pipeline).values():
+        for module in root.modules():
+            note = vars(module).pop(NOTE, None)
+            if note is not None:
+                notes[module] = note
+            if isinstance(note, Swap):
+                note.on = False
+                if vars(module).get("forward") is note:
+                    del module.forward
+    return notes
+
+
+def _put_back(notes: Mapping[nn.Module, Swap | str]) -> None:
+    for module, note in notes.items():
+        vars(module)[NOTE] = note
+        if isinstance(note, Swap):
+            note.on = True
+            if _is_unwrapped(module):
+                module.forward = note
+
+
+def _is_unwrapped(module: nn.Module) -> bool:
+    """Whether its forward is its own or a swap; a swap that is off is somebody's memory of one."""
+    return isinstance(vars(module).get("forward"), (Swap, type(None)))
+
+
+def acceleration_report(model_or_pipeline: object) -> AccelerationReport:
+    """For each block and model inside: swapped, and on which engine, or not, and why."""
+    rows = []
+    for prefix, root in _roots(model_or_pipeline).items():
+        for name, module in root.named_modules(prefix=prefix):
+            note = vars(module).get(NOTE, "not accelerated")
+            looks = [home.name for home in (*BLOCKS, *MODELS) if home.looks_like(module)]
+            if isinstance(note, Swap):
+                engine = note.engine() if _is_unwrapped(module) else "its forward was wrapped or replaced since"
+                rows.append(ReportRow(name or "(model)", True, note.home.name, engine, ""))
+            elif looks:
+                rows.append(ReportRow(name or "(model)", False, looks[0], "", note))
+    return AccelerationReport(tuple(rows))
+
+
+def _roots(model_or_pipeline: object) -> dict[str, nn.Module]:
+    if isinstance(model_or_pipeline, nn.Module):
+        return {"": model_or_pipeline}
+    parts = getattr(model_or_pipeline, "components", None)
+    if not isinstance(parts, Mapping):
+        got = type(model_or_pipeline).__name__
+        raise ValueError(f"model_or_pipeline: got {got}, expected a torch.nn.Module or a diffusers pipeline")
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _compute_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
+    return dtype
+
+
+def _attention_engine(name: str) -> str | None:
+    if name not in ATTENTION:
+        raise ValueError(f"attention: got {name!r}, expected one of {', '.join(ATTENTION)}")
+    return ATTENTION[name]
+
+
+def _plan(roots: Iterable[nn.Module]) -> tuple[dict[nn.Module, Home], dict[nn.Module, str]]:
+    """Which modules to swap, and why not the others that look like it; changes nothing."""
+    swaps: dict[nn.Module, Home] = {}
+    reasons: dict[nn.Module, str] = {}
+    probed: dict[str, str] = {}
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    for homes in (BLOCKS, MODELS):  # a model is probed with its blocks swapped
+        for module, home in itertools.product(modules, homes):
+            if module in swaps or not home.looks_like(module):
+                continue
+            inner = {name: swaps[part] for name, part in module.named_modules() if part in swaps}
+            if homes is MODELS and not inner:
+                reason = "none of its blocks could be swapped"
+            else:
+                reason = _why_not(module, home, inner, probed)
+            if reason:
+                reasons.setdefault(module, reason)
+            else:
+                swaps[module] = home
+    return swaps, {module: reason for module, reason in reasons.items() if module not in swaps}
+
+
+def _why_not(module: nn.Module, home: Home, inner: Mapping[str, Home], probed: dict[str, str]) -> str:
+    """Empty if the module can be swapped. Modules built alike are probed once."""
+    if not _is_unwrapped(module):
+        return "its forward was replaced before"
+    try:
+        home.check(module)
+    except Mismatch as mismatch:
+        return str(mismatch)
+    except Exception as error:  # it may lack anything that its family has
+        return f"it is built otherwise: {in_one_line(error)}"
+    key = f"{home.name} {_build(module)}"
+    if key not in probed:
+        probed[key] = probe(module, home, inner)
+    return probed[key]
+
+
+def _build(module: nn.Module) -> str:
+    """What a module is built of, without its numbers."""
+    parts = []
+    for name, part in module.named_modules():
+        settings = {key: value if isinstance(value, SIMPLE) else type(value) for key, value in vars(part).items()}
+        shapes = {key: (p.shape, p.dtype, p.device) for key, p in part.named_parameters(recurse=False)}
+        parts.append((name, type(part), settings, shapes))
+    return repr(parts)
+
+
+def _why_nothing(model_or_pipeline: object, reasons: Collection[str]) -> str:
+    got = type(model_or_pipeline).__name__
+    if not reasons:
+        return f"got {got}, with nothing inside that looks like a DiT's block or model"
+    return f"got {got}, of which nothing could be swapped: {'; '.join(dict.fromkeys(reasons))}"
+
+
+def _runs(rows: tuple[ReportRow, ...]) -> Iterator[tuple[str, ReportRow]]:
+    """Rows with everything but the name in common, as one: ``blocks.0 .. blocks.27``."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end][1:] != rows[start][1:]:
+            first, last = rows[start].module, rows[end - 1].module
+            yield first if end - start == 1 else f"{first} .. {last}", rows[start]
+            start = end

@@ -1,0 +1,148 @@
+"""Reading a file or folder without believing anything about it: not its name, not its pickle, not its length."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError, listed, one_line
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILES = (
+    WEIGHTS_FILE,
+    f"{WEIGHTS_FILE}.index.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+)
+_ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80"
+_LONGEST_HEADER = 100_000_000  # of safetensors, by its specification
+_WHAT_FILES = "a file written by torch.save or safetensors"
+
+
+class Stored(NamedTuple):
+    """What was read: the tensors, memory-mapped where possible, a safetensors file's metadata, the config.json beside."""
+
+    content: object
+    metadata: Mapping[str, str]
+    config_file: Path | None
+
+
+def read(path: Path) -> Stored:
+    """A file, a diffusers model folder or the folder of a diffusers pipeline with a transformer.
+
+    Raises:
+        CheckpointError: it is none of these, cannot be read, is damaged, or holds code.
+    """
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.is_file():
+            raise CheckpointError("there is no such file or folder" if not path.exists() else f"expected {_WHAT_FILES}")
+        return Stored(*_read_file(path), config_file=path.parent / CONFIG_FILE)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or one_line(str(error))}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: cannot be read as JSON: {one_line(str(error))}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name}: got a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _read_folder(folder: Path) -> Stored:
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            read_weights = _read_shards if name.endswith(".index.json") else _read_member
+            return Stored(read_weights(folder / name), {}, folder / CONFIG_FILE)
+    if (folder / "transformer").is_dir():
+        return _read_folder(folder / "transformer")
+    held = listed(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+    raise CheckpointError(f"got a folder that holds {held}, expected {' or '.join(WEIGHTS_FILES)}, or transformer/ with one")
+
+
+def _read_shards(index: Path) -> dict[str, object]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
+        raise CheckpointError(f"{index.name}: expected a weight_map from tensors to files beside it")
+    content: dict[str, object] = {}
+    for file in sorted(set(files.values())):
+        shard = _read_member(index.parent / file)
+        if not isinstance(shard, dict):
+            raise CheckpointError(f"{file}: got a {type(shard).__name__}, expected a dict of tensors")
+        content |= shard
+    return content
+
+
+def _read_member(file: Path) -> object:
+    try:
+        return _read_file(file)[0]
+    except (CheckpointError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{file.name}: {reason}") from error
+
+
+def _read_file(path: Path) -> tuple[object, Mapping[str, str]]:
+    with path.open("rb") as file:
+        head = file.read(16)
+    if not head:
+        raise CheckpointError(f"got an empty file, expected {_WHAT_FILES}")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:  # first: a length can begin like a pickle
+        return _read_safetensors(path)
+    if head.startswith((_ZIP, _PICKLE)):
+        return _read_torch(path, zipped=head.startswith(_ZIP)), {}
+    raise CheckpointError(f"got a file that begins with {head!r}, expected {_WHAT_FILES}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, object], Mapping[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(f"truncated or damaged safetensors: {one_line(str(error))}") from error
+
+
+def _read_torch(path: Path, zipped: bool) -> object:
+    mapped = zipped and path.suffix != ".safetensors"  # torch.load believes that name, whatever the file holds
+    try:
+        with (
+            path.open("rb") as file,
+            torch.serialization.safe_globals([argparse.Namespace]),  # the official training script's arguments
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about formats that are refused in one line below
+            return torch.load(str(path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may fail in any way
+        raise CheckpointError(_why_refused(error)) from error
+
+
+def _why_refused(error: Exception) -> str:
+    message = str(error)
+    code = re.search(r"GLOBAL (\S+)", message)
+    if code:
+        return f"refused: it holds {code[1]}, expected tensors, plain values and argparse.Namespace only"
+    if "TorchScript" in message:
+        return "refused: it is a TorchScript archive, which holds code, expected a state dict written by torch.save"
+    verdict = "refused" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
+    return f"{verdict}: {one_line(message.rpartition('WeightsUnpickler error: ')[2])}"

@@ -1,0 +1,142 @@
+"""A config from the names and shapes of an official state dict, and from the values of its positions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..config import HEADS_OF_WIDTH, DiTConfig
+from ..model import sincos_positions
+from .errors import CheckpointError
+
+POSITIONS_TOLERANCE = 2.0**-7  # above the rounding of bf16, far below the distance to another grid's positions
+_DESIGN_OF_VECTORS = {6: "adaln_zero", 4: "adaln"}
+_WIDTHS = r"(t_embedder\.mlp\.[02]|blocks\.\d+\.(attn\.proj|mlp\.fc2))\.bias"
+_MLP_WIDTHS = r"blocks\.\d+\.mlp\.fc1\.bias"
+_ADALN_ROWS = r"blocks\.\d+\.adaLN_modulation\.1\.bias"
+
+
+def outline(names: Mapping[str, object]) -> DiTConfig:
+    """A config of the depth and the design that the names tell, its sizes as small as can be."""
+    indices = {int(found[1]) for name in names if (found := re.match(r"blocks\.(\d{1,4})\.", name))}
+    # A block may be missing; a lone high number is a stray name, not a depth.
+    depth = min(max(indices, default=0) + 1, 2 * len(indices) or 1)
+    return DiTConfig(depth=depth, hidden_size=4, num_heads=1, conditioning=_design_by_name(names))
+
+
+def infer_config(state: Mapping[str, Tensor]) -> DiTConfig:
+    """The config of an official state dict.
+
+    The label table's last row is taken for the null class and the number of heads for the paper's at that width.
+
+    Raises:
+        CheckpointError: the shapes contradict each other, or leave something open that only ``config=`` can tell.
+    """
+    try:
+        return _config(state)
+    except (ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def grid_of(positions: Tensor) -> tuple[int, int] | None:
+    """The grid whose sine-cosine positions these [1, T, D] are, up to the rounding of bf16; None if they are no grid's."""
+    _, tokens, width = positions.shape
+    heights = [h for h in range(1, tokens + 1) if tokens % h == 0]
+    for h in sorted(heights, key=lambda h: abs(math.log(h * h / tokens))):
+        grid = (h, tokens // h)
+        exact = sincos_positions(DiTConfig(hidden_size=width, num_heads=1, patch_size=1, input_size=grid))
+        if (positions.cpu().float() - exact.cpu()).abs().max() < POSITIONS_TOLERANCE:
+            return grid
+    return None
+
+
+def _config(state: Mapping[str, Tensor]) -> DiTConfig:
+    hidden_size = _most_common_length(state, _WIDTHS)
+    _, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "[D, C, p, p]")
+    rows, _ = _shape(state, "y_embedder.embedding_table.weight", "[classes + 1, D]")
+    out_features, _ = _shape(state, "final_layer.linear.weight", "[p*p*C', D]")
+    height, width = _grid(state)
+    fields: dict[str, Any] = {
+        "depth": outline(state).depth,
+        "hidden_size": hidden_size,
+        "patch_size": patch,
+        "input_size": (height * patch, width * patch),
+        "in_channels": channels,
+        "num_classes": rows - 1,
+        "learn_sigma": _learns_sigma(out_features, channels, patch),
+        "mlp_ratio": _ratio(_most_common_length(state, _MLP_WIDTHS), hidden_size),
+        "conditioning": _design(state, hidden_size),
+    }
+    if hidden_size not in HEADS_OF_WIDTH:
+        known = ", ".join(map(str, HEADS_OF_WIDTH))
+        found = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+        raise CheckpointError(
+            f"num_heads: unknown, as no shape tells it and the width {hidden_size} is none of the paper's ({known}); "
+            f"give config=DiTConfig(num_heads=..., {found})"
+        )
+    return DiTConfig(num_heads=HEADS_OF_WIDTH[hidden_size], **fields)
+
+
+def _shape(state: Mapping[str, Tensor], name: str, expected: str) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(f"missing {name}")
+    shape = tuple(state[name].shape)
+    if len(shape) != expected.count(",") + 1:
+        raise CheckpointError(f"{name}: got shape {shape}, expected {expected}")
+    return shape
+
+
+def _most_common_length(state: Mapping[str, Tensor], pattern: str) -> int:
+    """By vote, so that a single misshapen tensor is reported as one."""
+    lengths = Counter(value.numel() for name, value in state.items() if re.fullmatch(pattern, name))
+    if not lengths:
+        raise CheckpointError(f"missing every {pattern}")
+    return lengths.most_common(1)[0][0]
+
+
+def _grid(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    _, tokens, _ = _shape(state, "pos_embed", "[1, T, D]")
+    side = math.isqrt(tokens)
+    grid = grid_of(state["pos_embed"]) or ((side, side) if side * side == tokens else None)
+    if grid is None:
+        raise CheckpointError(
+            f"input_size: unknown, as pos_embed holds {tokens} positions, which are neither a square grid "
+            "nor the sine-cosine positions of any other; give config="
+        )
+    return grid
+
+
+def _learns_sigma(out_features: int, channels: int, patch: int) -> bool:
+    plain = patch * patch * channels
+    if out_features not in (plain, 2 * plain):
+        raise CheckpointError(
+            f"final_layer.linear.weight: got {out_features} rows, expected {plain}, or {2 * plain} with learned variances, "
+            f"for {channels} channels in patches of {patch} x {patch}"
+        )
+    return out_features == 2 * plain
+
+
+def _ratio(mlp_width: int, width: int) -> float:
+    """The ratio that ``DiTConfig`` truncates to exactly this MLP width."""
+    ratio = mlp_width / width
+    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
+
+
+def _design_by_name(names: Mapping[str, object]) -> str:
+    if any(re.fullmatch(_ADALN_ROWS, name) for name in names):
+        return "adaln_zero"
+    return "cross_attention" if any(".cross_attn." in name for name in names) else "in_context"
+
+
+def _design(state: Mapping[str, Tensor], width: int) -> str:
+    if _design_by_name(state) != "adaln_zero":
+        return _design_by_name(state)
+    rows = _most_common_length(state, _ADALN_ROWS)
+    if rows not in (4 * width, 6 * width):
+        raise CheckpointError(f"adaLN_modulation: got {rows} rows a block, expected 6 or 4 times the width {width}")
+    return _DESIGN_OF_VECTORS[rows // width]

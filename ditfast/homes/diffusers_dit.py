@@ -1,0 +1,215 @@
+"""diffusers' DiTTransformer2DModel, alone or in a DiTPipeline. Its blocks each hold an embedder of timesteps and labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import blocks, ops
+from ..ops.checks import DTYPES
+from .caches import Modulations
+from .home import BlockHome, Foreign, Home, Swap, require
+from .structure import check_children, check_features, check_idle, check_layer_norm, has_children
+
+VECTORS = 6
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+
+
+class DiffusersBlock(BlockHome):
+    """``BasicTransformerBlock`` with ``norm_type="ada_norm_zero"``"""
+
+    name = "ada_norm_zero block"
+
+    def looks_like(self, module: Foreign) -> bool:
+        return has_children(module, "norm1", "attn1", "ff") and getattr(module, "norm_type", None) == "ada_norm_zero"
+
+    def check(self, block: Foreign) -> None:
+        check_children(block, {"norm1", "attn1", "norm3", "ff"}, "the block")
+        require(has_children(block.norm1, "emb", "silu", "linear", "norm"), "norm1 is no AdaLayerNormZero with an embedder")
+        require(type(block.norm1.silu) is nn.SiLU, "norm1.silu is no SiLU")
+        check_layer_norm(block.norm1.norm, "norm1.norm")
+        check_layer_norm(block.norm3, "norm3")
+        hidden_size = block.norm1.norm.normalized_shape[0]
+        check_features(block.norm1.linear, VECTORS * hidden_size, "norm1.linear")
+        check_attention(block.attn1, "attn1")
+        check_children(block.attn1, {"to_q", "to_k", "to_v", "to_out"}, "attn1")
+        require(not block.only_cross_attention, "attn1 attends to something else")
+        check_mlp(block.ff, "ff")
+        require(self.as_found(block), "attn1 has a processor of its own, or ff is chunked")
+
+    def as_found(self, block: Foreign) -> bool:
+        processor = type(block.attn1.processor)
+        known = processor.__name__ in PROCESSORS and processor.__module__ == "diffusers.models.attention_processor"
+        return known and block._chunk_size is None
+
+    def called(self, block: Foreign) -> Sequence[nn.Module]:
+        attn, first, last = block.attn1, block.ff.net[0], block.ff.net[2]
+        return block.norm1.linear, attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], first.proj, last
+
+    def forward(
+        self,
+        swap: Swap,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if attention_mask is not None or cross_attention_kwargs or timestep is None or class_labels is None:
+            return NotImplemented
+        if hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES:
+            return NotImplemented
+        c = swap.module.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)  # [B, D]
+        x = swap.cast(hidden_states)
+        modulation = self.modulation(swap, F.silu(swap.cast(c).expand(len(x), -1)))
+        return blocks.run_alone(x, self.chain(swap, modulation)).to(hidden_states.dtype)
+
+    def modulation(self, swap: Swap, activated: Tensor) -> blocks.Modulation:
+        vectors = swap.vectors(swap.module.norm1.linear, activated)  # [B, 6 * D]
+        return blocks.Modulation(*vectors.chunk(VECTORS, dim=1))
+
+    def chain(self, swap: Swap, modulation: blocks.Modulation) -> list[blocks.Sublayer]:
+        block, attn, mlp = swap.module, swap.module.attn1, swap.module.ff.net
+        weights = blocks.Block(
+            num_heads=attn.heads,
+            attn_norm_eps=block.norm1.norm.eps,
+            mlp_norm_eps=block.norm3.eps,
+            qkv=blocks.SeparateQKV(*(swap.view(linear) for linear in (attn.to_q, attn.to_k, attn.to_v))),
+            proj=swap.view(attn.to_out[0]),
+            fc1=swap.view(mlp[0].proj),
+            fc2=swap.view(mlp[2]),
+            attention_engine=swap.options.engine,
+        )
+        return blocks.sublayers(weights, modulation)
+
+    def example(self, block: Foreign, generator: torch.Generator) -> tuple[Any, ...]:
+        x = torch.randn(2, 16, block.norm1.norm.normalized_shape[0], generator=generator)
+        return x, None, None, None, torch.tensor([10, 900]), None, torch.tensor([0, 1])
+
+    def zero_at_first(self, block: Foreign) -> Sequence[nn.Linear]:
+        return [block.norm1.linear]
+
+    def heads(self, block: Foreign) -> tuple[int, int]:
+        return block.norm1.norm.normalized_shape[0] // block.attn1.heads, 256
+
+
+class DiffusersModel(Home):
+    """``DiTTransformer2DModel``"""
+
+    name = "DiTTransformer2DModel"
+
+    def looks_like(self, module: Foreign) -> bool:
+        return has_children(module, "pos_embed", "transformer_blocks", "norm_out", "proj_out_1", "proj_out_2")
+
+    def check(self, model: Foreign) -> None:
+        check_layer_norm(model.norm_out, "norm_out")
+        require(all(has_children(block, "norm1") for block in model.transformer_blocks), "a block has no norm1")
+        check_features(model.proj_out_1, 2 * model.norm_out.normalized_shape[0], "proj_out_1")
+
+    def called(self, model: Foreign) -> Sequence[nn.Module]:
+        others = [child for name, child in model.named_children() if name not in ("transformer_blocks", "norm_out")]
+        return [*others, *model.transformer_blocks]
+
+    def forward(
+        self,
+        swap: Swap,
+        hidden_states: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        # With gradients the model's own forward runs, over swapped blocks: it may checkpoint them. In training each copy of
+        # the label embedder drops labels of its own.
+        model = swap.module
+        if torch.is_grad_enabled() or model.training or timestep is None or class_labels is None or cross_attention_kwargs:
+            return NotImplemented
+        grid = hidden_states.shape[2] // model.patch_size, hidden_states.shape[3] // model.patch_size
+        fused = [swap.fusible(block) for block in model.transformer_blocks]
+        if grid[0] != grid[1] or fused[0] is None or hidden_states.dtype not in DTYPES:  # the first block embeds for the model
+            return NotImplemented
+        x = model.pos_embed(hidden_states)  # [B, T, D]
+        per_block, final = self._modulations(swap, fused, x, timestep, class_labels)
+        given: dict[str, Any] = {
+            "attention_mask": None,
+            "encoder_hidden_states": None,
+            "encoder_attention_mask": None,
+            "timestep": timestep,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "class_labels": class_labels,
+        }
+        stops: list[blocks.Stop] = [
+            partial(swap.call, block, **given) if inner is None else inner.chain(modulation)
+            for block, inner, modulation in zip(model.transformer_blocks, fused, per_block, strict=True)
+        ]
+        u = blocks.run_through(swap.cast(x), stops, final)  # [B, T, D]
+        linear = swap.view(model.proj_out_2)
+        if isinstance(linear, blocks.Linear):
+            out = ops.linear_unpatchify(u, *linear, grid, model.patch_size)  # [B, C', H, W]
+        else:
+            out = ops.unpatchify(linear(u), grid, model.patch_size)  # [B, C', H, W]
+        out = out if swap.dtype is None else out.to(hidden_states.dtype)
+        if not return_dict:
+            return (out,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=out)
+
+    def _modulations(
+        self, swap: Swap, fused: Sequence[Swap | None], x: Tensor, timestep: Tensor, labels: Tensor
+    ) -> Modulations:
+        model = swap.module
+        ready = [inner for inner in fused if inner is not None]
+        embedders = [inner.module.norm1.emb for inner in ready]
+        agree = swap.caches.agree([inner.replaced_parameters() for inner in ready])  # only the embedder has any
+        embeddings = [
+            embedder(timestep, labels, hidden_dtype=x.dtype).expand(len(x), -1)  # [B, D]
+            for embedder in embedders[: 1 if agree else None]
+        ]
+
+        def compute() -> Modulations:
+            activated = [F.silu(swap.cast(c)) for c in embeddings]  # [B, D] each
+            shift, scale = swap.vectors(model.proj_out_1, activated[0]).chunk(2, dim=1)  # 2 x [B, D]
+            of_blocks = iter(activated * (len(ready) if agree else 1))
+            per_block = [None if inner is None else inner.modulation(next(of_blocks)) for inner in fused]
+            return per_block, blocks.Norm(shift, scale, model.norm_out.eps)
+
+        linears = [model.proj_out_1, *(inner.module.norm1.linear for inner in ready)]
+        return swap.cached_modulations(embeddings, linears, compute)
+
+    def example(self, model: Foreign, generator: torch.Generator) -> tuple[Tensor, ...]:
+        proj = model.pos_embed.proj
+        x = torch.randn(2, proj.in_channels, model.height, model.width, generator=generator)
+        return x, torch.tensor([10, 900]), torch.tensor([0, 1])
+
+    def zero_at_first(self, model: Foreign) -> Sequence[nn.Linear]:
+        return [model.proj_out_1, model.proj_out_2, *(block.norm1.linear for block in model.transformer_blocks)]
+
+
+def check_attention(attn: Foreign, name: str) -> None:
+    """diffusers' Attention, of itself, as nothing but three linears, softmax attention and an output linear."""
+    for part in ("norm_q", "norm_k", "spatial_norm", "group_norm", "norm_cross"):
+        require(getattr(attn, part, None) is None, f"{name}.{part} is there, expected none")
+    plain = not attn.residual_connection and attn.rescale_output_factor == 1
+    require(plain, f"{name} adds its input or rescales its output")
+    head_dim = attn.inner_dim // attn.heads
+    require(math.isclose(attn.scale, head_dim**-0.5), f"{name}.scale is {attn.scale}")
+    require(attn.inner_dim == attn.inner_kv_dim, f"{name} has fewer heads of keys than of queries")
+    check_idle(attn.to_out, "1")
+
+
+def check_mlp(ff: Foreign, name: str) -> None:
+    """diffusers' FeedForward with ``activation_fn="gelu-approximate"``."""
+    require(len(ff.net) == 3, f"{name}.net has {len(ff.net)} layers, expected 3")
+    tanh = has_children(ff.net[0], "proj") and getattr(ff.net[0], "approximate", None) == "tanh"
+    require(tanh and type(ff.net[0]).__name__ == "GELU", f"{name} is no MLP with GELU(approximate='tanh')")
+    check_idle(ff.net, "1")

@@ -1,0 +1,216 @@
+"""How a fast forward stands in for somebody else's, and steps aside when the module is no longer what it was."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import CodeType, MethodType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import blocks
+from ..conditioning import wide_linear
+from ..ops.attention import choose_engine
+from ..ops.dispatch import choose_backend
+from ..plain import is_plain, is_unhooked
+from .caches import Caches, Modulations
+
+Foreign: TypeAlias = Any  # an nn.Module of somebody else's, whose parts the type checker cannot know
+
+
+class Options(NamedTuple):
+    dtype: torch.dtype | None = None  # of forwards without gradients; None: the parameters'
+    engine: str | None = None  # of attention; None: the one expected to win
+    cache_modulation: bool = False
+
+
+class Mismatch(Exception):
+    """A module is not built as its family is; says where."""
+
+
+def require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Mismatch(reason)
+
+
+class Home(ABC):
+    """A family of modules that a fast forward can stand in for. One object a family, without state."""
+
+    name: str
+
+    @abstractmethod
+    def looks_like(self, module: Foreign) -> bool:
+        """Whether a module deserves a line in the report."""
+
+    @abstractmethod
+    def check(self, module: Foreign) -> None:
+        """Raises ``Mismatch`` if the module is not built as the fast forward takes for granted."""
+
+    @abstractmethod
+    def called(self, module: Foreign) -> Sequence[nn.Module]:
+        """Descendants that the fast forward calls, or reads if they are plain; all others it replaces."""
+
+    @abstractmethod
+    def forward(self, swap: Swap, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward returns, or NotImplemented to leave this call to it."""
+
+    @abstractmethod
+    def example(self, module: Foreign, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Arguments for the probe, on the CPU, in fp32 or integer."""
+
+    @abstractmethod
+    def zero_at_first(self, module: Foreign) -> Sequence[nn.Linear]:
+        """Linears that start at zero in the paper; the probe gives them other values, to see what they hide."""
+
+    def as_found(self, module: Foreign) -> bool:
+        """What else, apart from modules, has to be as it was."""
+        return True
+
+    def heads(self, module: Foreign) -> tuple[int, int] | None:
+        """(head dim, tokens) of the attention that is replaced; None if it is not."""
+        return None
+
+
+class BlockHome(Home):
+    """A family of adaLN-Zero blocks that a model's forward can fuse with each other."""
+
+    @abstractmethod
+    def modulation(self, swap: Swap, activated: Tensor) -> blocks.Modulation:
+        """The block's vectors from SiLU of the conditioning vector [B, D]."""
+
+    @abstractmethod
+    def chain(self, swap: Swap, modulation: blocks.Modulation) -> list[blocks.Sublayer]:
+        """The block's sublayers."""
+
+
+class Swap:
+    """Lies in a module's ``forward``. Copies and pickles with it; nothing else of the module has changed."""
+
+    def __init__(self, module: Foreign, home: Home, options: Options):
+        self.module = module
+        self.home = home
+        self.options = options
+        self.on = True  # off, it is the module's own forward: somebody may have wrapped it and keep it
+        self.caches = Caches()
+        self.replaced = list(_descendants(module, home.called(module)))
+        self.dropouts = [part for _, _, part in self.replaced if isinstance(part, nn.Dropout)]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.caches.clear()  # for whoever trains, and then writes through .data, as some EMAs do
+        fast = self.is_as_found() and (self.dtype is None or not _recomputed_later(args, kwargs))
+        result = self.home.forward(self, *args, **kwargs) if fast else NotImplemented
+        return type(self.module).forward(self.module, *args, **kwargs) if result is NotImplemented else result
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """For whoever inspects ``module.forward``."""
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """torch.export asks for it."""
+        return type(self.module).forward.__code__
+
+    def is_as_found(self) -> bool:
+        """Whether what the fast forward replaces is what it was, and nobody expects it to be called."""
+        return (
+            self.on
+            and not _has_any_global_hook()
+            and self.home.as_found(self.module)
+            and not any(dropout.p for dropout in self.dropouts)
+            and all(
+                parent._modules.get(name) is part and is_unhooked(part) and "forward" not in vars(part)
+                for parent, name, part in self.replaced
+            )
+        )
+
+    def replaced_parameters(self) -> list[nn.Parameter]:
+        return [p for _, _, part in self.replaced for p in part._parameters.values() if p is not None]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return None if torch.is_grad_enabled() else self.options.dtype
+
+    def cast(self, activation: Tensor) -> Tensor:
+        return activation if self.dtype is None else activation.to(self.dtype)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight if self.dtype is None else self.caches.cast(weight, self.dtype)
+
+    def view(self, linear: nn.Module) -> blocks.Projection:
+        projection = blocks.view(linear)
+        if self.dtype is None:
+            return projection
+        if isinstance(projection, blocks.Linear):
+            return blocks.Linear(*(self.stored(part) for part in projection))
+        return partial(self.call, linear)
+
+    def call(self, module: Foreign, x: Tensor, *others: Tensor, **kwargs: Any) -> Any:
+        """Calls a module on activations as its parameters want them, if those are not what is computed in."""
+        if self.dtype is None:
+            return module(x, *others, **kwargs)
+        dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), x.dtype)
+        return module(x.to(dtype), *(other.to(dtype) for other in others), **kwargs).to(x.dtype)
+
+    def vectors(self, linear: nn.Module, activated: Tensor) -> Tensor:
+        """[B, D] through a linear of the conditioning."""
+        projection = self.view(linear)
+        return wide_linear(activated, *projection) if isinstance(projection, blocks.Linear) else projection(activated)
+
+    def cached_modulations(
+        self, conditions: Sequence[Tensor], linears: Sequence[nn.Module], compute: Callable[[], Modulations]
+    ) -> Modulations:
+        """What linears make of conditioning vectors [B, D], from the cache if that is asked for and nobody wants a call."""
+        if not self.options.cache_modulation or not all(map(is_plain, linears)):
+            return compute()
+        weights = [parameter for linear in linears for parameter in linear.parameters()]
+        return self.caches.modulations(conditions, weights, compute)
+
+    def fusible(self, block: nn.Module) -> Swap | None:
+        """The swap of a block that may be fused with its neighbours: nobody expects the block to be called."""
+        swap = vars(block).get("forward")
+        if not isinstance(swap, Swap) or not isinstance(swap.home, BlockHome) or swap.dtype != self.dtype:
+            return None
+        return swap if is_unhooked(block) and swap.is_as_found() else None
+
+    def modulation(self, activated: Tensor) -> blocks.Modulation:
+        assert isinstance(self.home, BlockHome)
+        return self.home.modulation(self, activated)
+
+    def chain(self, modulation: blocks.Modulation | None) -> list[blocks.Sublayer]:
+        assert isinstance(self.home, BlockHome)
+        assert modulation is not None
+        return self.home.chain(self, modulation)
+
+    def engine(self) -> str:
+        """What the ops of the module take, in words."""
+        if not self.is_as_found():
+            return "changed since, or hooked inside: its own forward runs"
+        weight = next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
+        backend = choose_backend(weight.device, "layer_norm_modulate")[0]
+        heads = self.home.heads(self.module)
+        if heads is None:
+            return backend
+        try:
+            engine = choose_engine(weight.device, self.options.dtype or weight.dtype, *heads, self.options.engine)[0]
+        except RuntimeError as error:
+            return str(error)
+        return f"{backend}, attention {engine}"
+
+
+def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Reentrant checkpointing runs its forward without gradients, on inputs that need them; both runs have to be alike."""
+    return any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+
+
+def _descendants(module: Foreign, but: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for name, child in module.named_children():
+        if not any(child is one for one in but):
+            yield module, name, child
+            yield from _descendants(child, but)

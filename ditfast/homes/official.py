@@ -1,0 +1,197 @@
+"""The official DiT and what kept its module tree: SiT, REPA, fast-DiT; and any model of timm-style blocks with adaLN-Zero.
+
+Names of parameters: those of the official checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import blocks, ops
+from ..ops.checks import DTYPES
+from ..plain import is_plain
+from .caches import Modulations
+from .home import BlockHome, Foreign, Home, Swap, require
+from .structure import check_adaptive, check_children, check_features, check_gelu, check_idle, check_layer_norm, has_children
+
+VECTORS = 6
+
+
+class OfficialBlock(BlockHome):
+    """``forward(x [B, T, D], c [B, D])``"""
+
+    name = "adaLN-Zero block"
+
+    def looks_like(self, module: Foreign) -> bool:
+        return has_children(module, "attn", "mlp", "adaLN_modulation")
+
+    def check(self, block: Foreign) -> None:
+        attn, mlp = block.attn, block.mlp
+        check_children(block, {"norm1", "norm2", "attn", "mlp", "adaLN_modulation"}, "the block")
+        require(has_children(block, "norm1", "norm2"), "the block has no norm1 and norm2")
+        check_layer_norm(block.norm1, "norm1")
+        check_layer_norm(block.norm2, "norm2")
+        require(has_children(attn, "qkv", "proj"), "attn has no qkv and proj")
+        check_children(attn, {"qkv", "proj", "q_norm", "k_norm", "norm", "attn_drop", "proj_drop"}, "attn")
+        check_idle(attn, "q_norm", "k_norm", "norm", "attn_drop", "proj_drop")
+        hidden_size = block.norm1.normalized_shape[0]
+        require(isinstance(getattr(attn, "num_heads", None), int), "attn has no num_heads")
+        check_features(attn.qkv, 3 * hidden_size, "attn.qkv")
+        scale = (hidden_size / attn.num_heads) ** -0.5
+        require(math.isclose(getattr(attn, "scale", scale), scale), f"attn.scale is {getattr(attn, 'scale', scale)}")
+        require(has_children(mlp, "fc1", "fc2"), "mlp has no fc1 and fc2")
+        check_children(mlp, {"fc1", "act", "drop", "drop1", "norm", "fc2", "drop2"}, "mlp")
+        check_idle(mlp, "drop", "drop1", "norm", "drop2")
+        require(has_children(mlp, "act"), "mlp has no act")
+        check_gelu(mlp.act, "mlp.act")
+        check_adaptive(block.adaLN_modulation, VECTORS, hidden_size, "adaLN_modulation")
+
+    def called(self, block: Foreign) -> Sequence[nn.Module]:
+        return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.adaLN_modulation[1]
+
+    def forward(self, swap: Swap, x: Tensor | None = None, c: Tensor | None = None, *unknown: Any, **unknown_too: Any) -> Any:
+        if x is None or c is None or x.dim() != 3 or c.dim() != 2 or x.dtype not in DTYPES or unknown or unknown_too:
+            return NotImplemented
+        modulation = self.modulation(swap, F.silu(swap.cast(c).expand(len(x), -1)))
+        return blocks.run_alone(swap.cast(x), self.chain(swap, modulation)).to(x.dtype)
+
+    def modulation(self, swap: Swap, activated: Tensor) -> blocks.Modulation:
+        """From SiLU of the conditioning vector [B, D]."""
+        vectors = swap.vectors(swap.module.adaLN_modulation[1], activated)  # [B, 6 * D]
+        return blocks.Modulation(*vectors.chunk(VECTORS, dim=1))
+
+    def chain(self, swap: Swap, modulation: blocks.Modulation) -> list[blocks.Sublayer]:
+        block = swap.module
+        weights = blocks.Block(
+            num_heads=block.attn.num_heads,
+            attn_norm_eps=block.norm1.eps,
+            mlp_norm_eps=block.norm2.eps,
+            qkv=swap.view(block.attn.qkv),
+            proj=swap.view(block.attn.proj),
+            fc1=swap.view(block.mlp.fc1),
+            fc2=swap.view(block.mlp.fc2),
+            attention_engine=swap.options.engine,
+        )
+        return blocks.sublayers(weights, modulation)
+
+    def example(self, block: Foreign, generator: torch.Generator) -> tuple[Tensor, ...]:
+        hidden_size = block.norm1.normalized_shape[0]
+        return torch.randn(2, 16, hidden_size, generator=generator), torch.randn(2, hidden_size, generator=generator)
+
+    def zero_at_first(self, block: Foreign) -> Sequence[nn.Linear]:
+        return [block.adaLN_modulation[1]]
+
+    def heads(self, block: Foreign) -> tuple[int, int]:
+        return block.norm1.normalized_shape[0] // block.attn.num_heads, 256
+
+
+class OfficialModel(Home):
+    """``forward(x [B, C, H, W], t [B], y [B])``"""
+
+    def __init__(self, name: str, returns_variance: bool):
+        self.name = name
+        self.returns_variance = returns_variance  # SiT cuts it off
+
+    def looks_like(self, module: Foreign) -> bool:
+        return has_children(module, "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
+
+    def check(self, model: Foreign) -> None:
+        final = model.final_layer
+        positions: Foreign = getattr(model, "pos_embed", None)
+        require(isinstance(positions, Tensor) and positions.dim() == 3, "pos_embed is no [1, T, D] tensor")
+        require(isinstance(getattr(model.x_embedder, "proj", None), nn.Conv2d), "x_embedder.proj is no convolution")
+        check_children(model.x_embedder, {"proj", "norm"}, "x_embedder")
+        check_idle(model.x_embedder, "norm")
+        require(has_children(final, "norm_final", "linear", "adaLN_modulation"), "final_layer is built otherwise")
+        check_children(final, {"norm_final", "linear", "adaLN_modulation"}, "final_layer")
+        check_layer_norm(final.norm_final, "final_layer.norm_final")
+        check_adaptive(final.adaLN_modulation, 2, positions.shape[2], "final_layer.adaLN_modulation")
+
+    def called(self, model: Foreign) -> Sequence[nn.Module]:
+        ours = ("x_embedder", "final_layer", "blocks")
+        others = [child for name, child in model.named_children() if name not in ours]
+        return [*others, *model.blocks, model.x_embedder.proj, model.final_layer.linear, model.final_layer.adaLN_modulation[1]]
+
+    def forward(
+        self,
+        swap: Swap,
+        x: Tensor | None = None,
+        t: Tensor | None = None,
+        y: Tensor | None = None,
+        *unknown: Any,
+        **unknown_too: Any,
+    ) -> Any:
+        # With gradients the model's own forward runs, over swapped blocks: it may checkpoint them, or keep what they return.
+        if torch.is_grad_enabled() or x is None or t is None or y is None or unknown or unknown_too:
+            return NotImplemented
+        model = swap.module
+        patch_size = model.x_embedder.proj.kernel_size[0]
+        grid = x.shape[2] // patch_size, x.shape[3] // patch_size
+        # Forks may have a use for other inputs.
+        if grid != _grid(model) or t.dim() != 1 or y.dim() != 1 or x.dtype not in DTYPES:
+            return NotImplemented
+        stream = self._embed(swap, swap.cast(x), patch_size)  # [B, T, D]
+        c = (model.t_embedder(t) + model.y_embedder(y, model.training)).to(stream.dtype)  # [B, D]
+        fused = [swap.fusible(block) for block in model.blocks]
+        per_block, final = self._modulations(swap, fused, c.expand(len(x), -1))
+        stops: list[blocks.Stop] = [
+            partial(_call, swap, block, c) if inner is None else inner.chain(modulation)
+            for block, inner, modulation in zip(model.blocks, fused, per_block, strict=True)
+        ]
+        u = blocks.run_through(stream, stops, final)  # [B, T, D]
+        linear = swap.view(model.final_layer.linear)
+        if isinstance(linear, blocks.Linear):
+            out = ops.linear_unpatchify(u, *linear, grid, patch_size)  # [B, C', H, W]
+        else:
+            out = ops.unpatchify(linear(u), grid, patch_size)  # [B, C', H, W]
+        out = out if swap.dtype is None else out.to(x.dtype)
+        return out if self.returns_variance else out.chunk(2, dim=1)[0]
+
+    def _embed(self, swap: Swap, x: Tensor, patch_size: int) -> Tensor:
+        proj, positions = swap.module.x_embedder.proj, swap.stored(swap.module.pos_embed)
+        if is_plain(proj):
+            return ops.patch_embed(x, swap.stored(proj.weight), swap.stored(proj.bias), positions, patch_size)  # [B, T, D]
+        return swap.call(proj, x).flatten(2).transpose(1, 2).contiguous() + positions  # [B, T, D]
+
+    def _modulations(self, swap: Swap, fused: Sequence[Swap | None], c: Tensor) -> Modulations:
+        model = swap.module
+        final_linear = model.final_layer.adaLN_modulation[1]
+
+        def compute() -> Modulations:
+            activated = F.silu(c)  # [B, D]
+            shift, scale = swap.vectors(final_linear, activated).chunk(2, dim=1)  # 2 x [B, D]
+            per_block = [None if inner is None else inner.modulation(activated) for inner in fused]
+            return per_block, blocks.Norm(shift, scale, model.final_layer.norm_final.eps)
+
+        linears = [final_linear, *(inner.module.adaLN_modulation[1] for inner in fused if inner is not None)]
+        return swap.cached_modulations([c], linears, compute)
+
+    def example(self, model: Foreign, generator: torch.Generator) -> tuple[Tensor, ...]:
+        proj, (h, w) = model.x_embedder.proj, _grid(model)
+        patch_size = proj.kernel_size[0]
+        x = torch.randn(2, proj.in_channels, h * patch_size, w * patch_size, generator=generator)
+        return x, torch.tensor([10, 900]), torch.tensor([0, 0])  # there may be one class
+
+    def zero_at_first(self, model: Foreign) -> Sequence[nn.Linear]:
+        final = model.final_layer
+        adaptive = [module.adaLN_modulation for module in model.blocks if has_children(module, "adaLN_modulation")]
+        return [final.linear, final.adaLN_modulation[1], *(modulation[1] for modulation in adaptive)]
+
+
+def _grid(model: Foreign) -> tuple[int, int]:
+    """Of patches, (rows, columns)."""
+    tokens = model.pos_embed.shape[1]
+    side = math.isqrt(tokens)
+    h, w = getattr(model.x_embedder, "grid_size", None) or (side, tokens // side)
+    return h, w
+
+
+def _call(swap: Swap, block: nn.Module, c: Tensor, x: Tensor) -> Tensor:
+    return swap.call(block, x, c)

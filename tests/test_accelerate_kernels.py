@@ -1,0 +1,107 @@
+"""Accelerated models on the compiled kernels: the same numbers, and one kernel between any two sublayers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from foreign import (
+    KINDS,
+    assert_same_gradients,
+    assert_same_outputs,
+    diffusers_dit,
+    gradients,
+    in_dtype,
+    in_float64,
+    official,
+    pixart,
+    run,
+    sd3,
+)
+from support import DTYPES, TARGETS, WHERE, Runner
+from torch import nn
+
+import ditfast
+
+DEPTH = 2
+SHALLOW = {
+    "official": lambda: official(depth=DEPTH),
+    "diffusers": lambda: diffusers_dit(num_layers=DEPTH),
+    "diffusers, copies differ": lambda: diffusers_dit(agree=False, num_layers=DEPTH),
+    "PixArt": lambda: pixart(num_layers=1),
+    "SD3": lambda: sd3(num_layers=2),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", SHALLOW)
+def test_outputs(kind: str, dtype: str) -> None:
+    model, inputs = SHALLOW[kind]().to(DTYPES[dtype]), KINDS[kind].example(DTYPES[dtype])
+    with torch.no_grad():
+        eager, exact = run(model, inputs), run(in_float64(model), in_dtype(inputs, torch.float64))
+        ditfast.accelerate(model)
+        with Runner.open(TARGETS[-1]):
+            found = run(model, inputs)
+    assert_same_outputs(found, exact, eager)
+
+
+@pytest.mark.parametrize("kind", ["official", "diffusers", "PixArt", "SD3"])
+def test_gradients(kind: str) -> None:
+    model, inputs = SHALLOW[kind]().to(torch.bfloat16), KINDS[kind].example(torch.bfloat16)
+    upstream = [torch.randn(tensor.shape).bfloat16() for tensor in run(model, inputs)]
+    eager = gradients(model, inputs, upstream)
+    exact = gradients(in_float64(model), in_dtype(inputs, torch.float64), [gradient.double() for gradient in upstream])
+    ditfast.accelerate(model)
+    with Runner.open(TARGETS[-1]):
+        found = gradients(model, inputs, upstream)
+    assert_same_gradients(found, exact, eager)
+
+
+def launches(model: nn.Module, kind: str) -> dict[str, int]:
+    import ptxsim
+
+    inputs = KINDS[kind].example(torch.bfloat16)
+    with (
+        Runner.open(TARGETS[-1], checks=False),
+        torch.inference_mode(),
+        ptxsim.set_options(stats=True),
+        ptxsim.record() as found,
+    ):
+        run(model, inputs)
+    return {name.removesuffix("_kernel"): stats.launches for name, stats in found.items()}
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="counts launches on the simulator")
+@pytest.mark.parametrize("kind", ["official", "diffusers", "diffusers, copies differ"])
+def test_one_kernel_between_any_two_sublayers(kind: str) -> None:
+    model = ditfast.accelerate(SHALLOW[kind]().bfloat16())
+    found = launches(model, kind)
+    assert found == {
+        "layer_norm_modulate": 1,
+        "gated_residual_layer_norm_modulate": 2 * DEPTH,
+        "linear": (5 if kind.startswith("diffusers") else 3) * DEPTH,
+        "attention": DEPTH,
+        "linear_gelu": DEPTH,
+        "linear_unpatchify": 1,
+        **({} if kind.startswith("diffusers") else {"patch_embed": 1}),
+    }
+    blocks = getattr(model, "blocks", None) or model.transformer_blocks
+    blocks[-1].register_forward_hook(lambda *_: None)
+    hooked = launches(model, kind)
+    joints = {name: hooked[name] for name in ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "gated_residual")}
+    # In front of the called block, in it, and behind it: a norm each; each chain but the last ends in a residual.
+    assert joints == {"layer_norm_modulate": 3, "gated_residual_layer_norm_modulate": 2 * DEPTH - 2, "gated_residual": 2}
+    assert launches(ditfast.restore(model), kind) == {}
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="counts launches on the simulator")
+def test_sites_of_other_families() -> None:
+    assert launches(ditfast.accelerate(pixart(num_layers=2).bfloat16()), "PixArt") == {
+        "layer_norm_modulate": 2,
+        "gated_residual_layer_norm_modulate": 2,
+        "gated_residual": 4,
+    }
+    assert launches(ditfast.accelerate(sd3(num_layers=2).bfloat16()), "SD3") == {
+        "layer_norm_modulate": 4,
+        "gated_residual_layer_norm_modulate": 3,  # the last block has no use for its text
+        "gated_residual": 3,
+    }
