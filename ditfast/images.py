@@ -1,14 +1,18 @@
-"""Images as files: PNG, and a grid of samples with its classes beside it. Needs numpy only."""
+"""Images as files: PNG, a grid of samples with its classes beside it, many in one ``.npz``. Needs numpy only."""
 
 from __future__ import annotations
 
 import struct
+import zipfile
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .files import whole_file
 
 Pixels = NDArray[np.uint8]
 
@@ -67,9 +71,58 @@ def save_png(path: Path, pixels: Pixels) -> None:
     header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(scanlines.tobytes(), 9)), (b"IEND", b""))
     body = b"".join(struct.pack(">I", len(d)) + tag + d + struct.pack(">I", zlib.crc32(tag + d)) for tag, d in chunks)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def load_png(path: Path) -> Pixels:
+    """[height, width, C] 8-bit of a file that ``save_png`` wrote.
+
+    Raises:
+        ValueError: somebody else's PNG, or a damaged one.
+    """
+    content = path.read_bytes()
+    try:
+        width, height, depth, colour = struct.unpack(">IIBB", content[16:26])
+        length, tag = struct.unpack(">I4s", content[33:41])
+        lines = np.frombuffer(zlib.decompress(content[41 : 41 + length]), np.uint8).reshape(height, -1)
+        pixels = lines[:, 1:].reshape(height, width, {0: 1, 2: 3}[colour])
+    except (struct.error, zlib.error, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a PNG that save_png wrote, or a damaged one") from error
+    if depth != 8 or tag != b"IDAT" or lines[:, 0].any():
+        raise ValueError(f"{path}: not a PNG that save_png wrote")
+    return pixels
+
+
+def save_npz(path: Path, images: Iterable[Pixels], labels: Sequence[int]) -> None:
+    """Writes ``arr_0`` [N, height, width, 3] 8-bit and ``arr_1`` [N] int64, as ADM's evaluation reads them.
+
+    The images are taken one at a time, and the same ones make the same bytes; the file appears whole or not at all.
+
+    Args:
+        path: of the file.
+        images: N times [height, width, C] 8-bit, N >= 1, all of one size; grey (C = 1) becomes three equal channels.
+        labels: of each.
+
+    Raises:
+        ValueError: images of different sizes, none, or more or fewer than labels.
+    """
+    written, shape = 0, None
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            for pixels in images:
+                if shape is None:
+                    shape = (*pixels.shape[:2], 3)
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                if pixels.shape not in (shape, (*shape[:2], 1)) or pixels.dtype != np.uint8:
+                    raise ValueError(f"images: got {pixels.dtype} {pixels.shape}, expected uint8 {shape} as the first one")
+                stream.write(np.broadcast_to(pixels, shape).tobytes())
+                written += 1
+        if not written or written != len(labels):
+            raise ValueError(f"images: got {written}, expected {len(labels)}, one or more and one for each label")
+        with archive.open("arr_1.npy", "w") as stream:
+            np.lib.format.write_array(stream, np.asarray(labels, dtype=np.int64))
 
 
 def _number(value: int, scale: int) -> Pixels:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import randomize
 
-from ditfast import DiT
+import ditfast
+from ditfast import DiT, DiTConfig
 from ditfast.benchmarks import bench, rivals
 from ditfast.benchmarks.report import Row
 from ditfast.benchmarks.timing import bench_case, fill
@@ -40,6 +42,33 @@ def test_the_command_writes_table_json_and_plots(tmp_path: Path) -> None:
         assert row["tflops_per_s"] == pytest.approx(row["gflops"] * row["batch"] / row["ms_median"])
     for plot in ("throughput.png", "ratios.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_alone_and_swapped_into_diffusers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = randomize(DiT(DiTConfig(depth=2, hidden_size=64, num_heads=2, input_size=8, num_classes=10)))
+    arguments = ["--checkpoint", str(tmp_path / "tiny.safetensors"), "--dtype", "fp32", "--batch", "2", "--rounds", "5"]
+    ditfast.save_checkpoint(model, tmp_path / "tiny.safetensors")
+    rivals_wanted = ["--rivals", "eager", "ditfast", "diffusers", "ditfast-swapped"]
+    assert bench.main([*arguments, *rivals_wanted, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["model"], row["rival"]) for row in rows] == [
+        ("tiny.safetensors", "eager"),
+        ("tiny.safetensors", "ditfast"),
+        ("tiny.safetensors, in diffusers", "diffusers"),
+        ("tiny.safetensors, in diffusers", "ditfast-swapped"),
+    ]
+    assert all(row["parity"] for row in rows)
+    assert rows[3]["speedup_over"].keys() == {"diffusers"}
+    assert "over diffusers" in capsys.readouterr().out
+
+
+def test_a_bad_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("not weights")
+    assert bench.main(["--checkpoint", str(tmp_path / "notes.txt"), "--device", "cpu", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bench: ")
 
 
 def digits_rows() -> tuple[list[Row], list[str]]:
@@ -93,7 +122,7 @@ def test_cuda_adds_graphs_and_more_models() -> None:
 def test_on_a_gpu_with_every_rival(tmp_path: Path) -> None:
     assert bench.main(["--device", "cuda", "--models", "DiT-S/8", "--batch", "2", "--rounds", "5", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert len(report["rows"]) == 2 * 6
+    assert len(report["rows"]) == 2 * 6 + 4
     assert not report["notes"]
 
 
@@ -111,7 +140,8 @@ def test_a_graph_follows_its_arguments() -> None:
 def test_defaults_on_cpu() -> None:
     args = bench.parse_arguments(["--device", "cpu"])
     assert args.models == [f"DiT-{size}/{patch}" for size in "SB" for patch in (2, 4, 8)]
-    assert (args.batch, args.dtype, args.rivals) == ([1], ["bf16"], ["eager", "compile", "ditfast"])
+    assert (args.batch, args.dtype) == ([1], ["bf16"])
+    assert args.rivals == ["eager", "compile", "ditfast", "diffusers", "ditfast-swapped"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import raises_naming
 
-from ditfast.images import labelled_grid, save_png, to_pixels
+from ditfast.images import labelled_grid, save_npz, save_png, to_pixels
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -33,3 +33,31 @@ def test_grid_has_a_labelled_row_for_each_class() -> None:
     assert (grid[2 + height : 2 * height, -34:-2] == 0).all()
     margins = grid[:height, : -3 * 34], grid[height:, : -3 * 34]
     assert (margins[0] > 200).sum() < (margins[1] > 200).sum(), "17 takes more ink than 1"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_is_as_adms_evaluator_reads_it(tmp_path: Path, channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, channels)).astype(np.uint8)
+    save_npz(tmp_path / "a.npz", iter(pixels), [3, 1, 4, 1, 5])
+    save_npz(tmp_path / "b.npz", list(pixels), np.array([3, 1, 4, 1, 5]))
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert set(arrays) == {"arr_0", "arr_1"}
+        assert (arrays["arr_0"].dtype, arrays["arr_0"].shape) == (np.uint8, (5, 4, 6, 3))
+        assert (arrays["arr_0"] == pixels).all()
+        assert arrays["arr_1"].dtype == np.int64
+        assert arrays["arr_1"].tolist() == [3, 1, 4, 1, 5]
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_npz_of_images_that_do_not_fit_is_not_written(tmp_path: Path) -> None:
+    image = np.zeros((4, 6, 1), np.uint8)
+    for images, labels, fault in (
+        ([image, image[:3]], [0, 1], "got uint8 (3, 6, 1), expected uint8 (4, 6, 3)"),
+        ([image, image[..., 0]], [0, 1], "got uint8 (4, 6)"),
+        ([image, image.astype(float)], [0, 1], "got float64 (4, 6, 1)"),
+        ([image], [0, 1], "got 1, expected 2"),
+        ([image, image], [0], "got 2, expected 1"),
+        ([], [], "got 0"),
+    ):
+        assert fault in raises_naming("images", lambda: save_npz(tmp_path / "a.npz", images, labels))  # noqa: B023
+        assert not list(tmp_path.iterdir())

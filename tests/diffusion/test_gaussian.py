@@ -42,6 +42,65 @@ def test_posterior_by_hand(respacing: object, place: int) -> None:
     assert log_variance[1, 0, 2, 3].item() == pytest.approx((v + 1) / 2 * largest + (1 - v) / 2 * smallest)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("respacing", RESPACINGS)
+def test_rows_are_those_of_a_process_with_the_respaced_betas(respacing: object, schedule: str) -> None:
+    """Nichol & Dhariwal 2021, section 4: new betas from the kept products, then Ho et al.'s formulas in those betas alone."""
+    diffusion = GaussianDiffusion(respacing, schedule)  # type: ignore[arg-type]
+    original, product, products = betas(schedule).tolist(), 1.0, []
+    for beta in original:
+        product *= 1 - beta
+        products.append(product)
+    previous, respaced = 1.0, []
+    for t in diffusion.timesteps:
+        respaced.append(1 - products[t] / previous)
+        previous = products[t]
+    rows = diffusion.ddpm_steps()[::-1]
+    assert [row.t for row in rows] == diffusion.timesteps
+    bar = 1.0
+    for i, (beta, (_, row, _)) in enumerate(zip(respaced, rows, strict=True)):
+        before, bar = bar, bar * (1 - beta)
+        expected = (
+            math.sqrt(1 / bar),
+            -math.sqrt(1 / bar - 1),
+            math.sqrt(before) * beta / (1 - bar),
+            math.sqrt(1 - beta) * (1 - before) / (1 - bar),
+            math.log((1 - before) / (1 - bar) * beta) if i else -math.inf,
+            math.log(beta) if i else -math.inf,
+        )
+        assert tuple(row) == pytest.approx(expected, rel=1e-7, abs=1e-15)  # 1 - beta is as small as 1e-9
+
+
+def test_three_rows_to_the_last_digit() -> None:
+    """Computed from the 1000 linear betas with forty decimal digits."""
+    last, middle, first = (step.update for step in GaussianDiffusion([0, 500, 999]).ddpm_steps())
+    assert tuple(first) == pytest.approx(
+        (1.0000500037503125, -0.010000500037503125, 1, 0, -math.inf, -math.inf), rel=1e-12, abs=1e-15
+    )
+    assert tuple(middle) == pytest.approx(
+        (
+            3.5852506938754506,
+            -3.4429671125258226,
+            0.99994156237316708,
+            0.000030246525669932859,
+            -9.2103488088103936,
+            -0.080997972503380762,
+        ),
+        rel=1e-11,
+    )
+    assert tuple(last) == pytest.approx(
+        (
+            157.41045725150048,
+            -157.40728081040743,
+            0.27878708014168893,
+            0.021005361851219980,
+            -0.081468077630610834,
+            -0.00051890107351271664,
+        ),
+        rel=1e-11,
+    )
+
+
 def test_first_step_takes_the_second_ones_variance() -> None:
     diffusion = GaussianDiffusion("250")
     output, x, t = inputs(0)
@@ -57,6 +116,57 @@ def test_fixed_variance_without_learn_sigma() -> None:
     output, x, t = inputs(400)
     _, log_variance, _ = diffusion.mean_variance(output[:, :2], x, t)
     assert log_variance.unique().tolist() == pytest.approx([math.log(betas("linear")[400].item())])
+
+
+def test_fixed_variance_in_every_row() -> None:
+    for row in GaussianDiffusion("250", learn_sigma=False).ddpm_steps():
+        assert row.update.log_variance_min == row.update.log_variance_max
+
+
+def test_ddpm_draws_from_the_models_gaussian() -> None:
+    diffusion = GaussianDiffusion("250")
+    output, x, t = inputs(diffusion.timesteps[7])
+    mean, log_variance, _ = diffusion.mean_variance(output, x, t)
+    noise = torch.randn_like(x)
+    torch.testing.assert_close(diffusion.ddpm_step(output, x, t, noise=noise), mean + (log_variance / 2).exp() * noise)
+    torch.manual_seed(3)
+    drawn = diffusion.ddpm_step(output, x, t)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, diffusion.ddpm_step(output, x, t, noise=torch.randn_like(x)))
+
+
+def test_ddpm_ends_at_the_mean() -> None:
+    diffusion = GaussianDiffusion("250")
+    output, x, _ = inputs(0)
+    t = torch.tensor([0, diffusion.timesteps[1]])
+    mean, _, x0 = diffusion.mean_variance(output, x, t)
+    previous = diffusion.ddpm_step(output, x, t)
+    torch.testing.assert_close(previous[0], mean[0])
+    torch.testing.assert_close(previous[0], x0[0])
+    assert not torch.allclose(previous[1], mean[1])
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_x0_prediction_is_the_same_step(clip: bool) -> None:
+    output, x, t = inputs(500)
+    by_epsilon, by_x0 = (GaussianDiffusion("ddim50", prediction=prediction) for prediction in ("epsilon", "x0"))
+    _, _, x0 = by_epsilon.mean_variance(output, x, t)
+    direct, noise = torch.cat([x0, output[:, 2:]], dim=1), torch.randn_like(x)
+    for step in ("ddpm_step", "ddim_step"):
+        expected = getattr(by_epsilon, step)(output, x, t, clip=clip, noise=noise)
+        torch.testing.assert_close(getattr(by_x0, step)(direct, x, t, clip=clip, noise=noise), expected)
+
+
+def test_x0_prediction_is_trained_on_x0() -> None:
+    by_epsilon, by_x0 = (GaussianDiffusion(prediction=prediction) for prediction in ("epsilon", "x0"))
+    x0, noise = torch.rand(2, 3, 1, 4, 4).double() * 2 - 1
+    t, y = torch.tensor([0, 300, 999]), torch.zeros(3)
+    output = torch.randn(3, 2, 4, 4).double()
+    _, _, predicted = by_epsilon.mean_variance(output, by_epsilon.add_noise(x0, t, noise), t)
+    direct = torch.cat([predicted, output[:, 1:]], dim=1)
+    losses = by_x0.training_losses(lambda x, t, y: direct, x0, t, y, noise)
+    torch.testing.assert_close(losses["mse"], (x0 - predicted).square().flatten(1).mean(1))
+    torch.testing.assert_close(losses["vb"], by_epsilon.training_losses(lambda x, t, y: output, x0, t, y, noise)["vb"])
 
 
 def test_clip() -> None:
@@ -78,6 +188,15 @@ def test_ddim_by_hand() -> None:
     sigma = 0.7 * math.sqrt((1 - previous) / (1 - bar)) * math.sqrt(1 - bar / previous)
     noisy = diffusion.ddim_step(output, x, t, eta=0.7, noise=noise)[0, 1, 0, 0].item()
     assert noisy == pytest.approx(math.sqrt(previous) * clean + math.sqrt(1 - previous - sigma**2) * e + sigma * n)
+
+
+def test_deterministic_ddim_neither_draws_nor_reads_noise() -> None:
+    diffusion = GaussianDiffusion("ddim50")
+    output, x, t = inputs(500)
+    generator = torch.get_rng_state()
+    previous = diffusion.ddim_step(output, x, t)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(diffusion.ddim_step(output, x, t, noise=x * math.nan), previous)
 
 
 def test_ddim_ends_at_x0() -> None:
@@ -157,5 +276,11 @@ def test_errors_name_the_argument() -> None:
     assert "2 integers" in raises_naming("t", lambda: diffusion.ddim_step(output, x, t[:1]))
     assert "2 integers" in raises_naming("t", lambda: diffusion.ddim_step(output, x, t.float()))
     assert "(2, 4, 4, 4)" in raises_naming("model_output", lambda: diffusion.ddim_step(output[:, :2], x, t))
+    for step in (diffusion.mean_variance, diffusion.ddpm_step):
+        assert "(2, 4, 4, 4)" in raises_naming("model_output", lambda step=step: step(output[:, :2], x, t))
+        assert ".timesteps keeps: 0, 20" in raises_naming("t", lambda step=step: step(output, x, t + 1))
+    for eta in (-0.1, 1.1, math.nan):
+        raises_naming("eta", lambda eta=eta: diffusion.ddim_step(output, x, t, eta=eta))
+    assert "epsilon, x0" in raises_naming("prediction", lambda: GaussianDiffusion(prediction="v"))
     raises_naming("betas", lambda: GaussianDiffusion(betas="sqrt"))
     raises_naming("respacing", lambda: GaussianDiffusion("ddim51"))

@@ -1,0 +1,73 @@
+"""Classes by name, where a file tells the names."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class ClassNameError(ValueError):
+    """A file without names, or a name without a class; the message suggests close ones."""
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of classes 0, 1, 2 and so on.
+
+    Args:
+        path: one name a line; or JSON: a list of names, or an object from numbers to names or to lists that end in one
+            (``{"0": ["n01440764", "tench"], ...}``).
+
+    Raises:
+        ClassNameError: it cannot be read, or holds something else.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClassNameError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from error
+    if not text.lstrip().startswith(("[", "{")):
+        return [line.strip() for line in text.rstrip().splitlines()]
+    try:
+        content = json.loads(text)
+        listed = content if isinstance(content, list) else [content[str(k)] for k in range(len(content))]
+    except (ValueError, KeyError) as error:
+        raise ClassNameError(f"{path}: got JSON that is damaged or skips a number, expected names of 0, 1, 2, ...") from error
+    names = [name[-1] if isinstance(name, list) and name else name for name in listed]
+    if not all(isinstance(name, str) for name in names):
+        raise ClassNameError(f"{path}: got JSON of other things than names")
+    return names
+
+
+def find_class(text: str, num_classes: int, names: Sequence[str] | None = None) -> int:
+    """The class that a number, a name or one of a name's comma-separated synonyms stands for; case does not matter.
+
+    Args:
+        text: a number, or a name.
+        num_classes: the classes are 0..num_classes-1.
+        names: of each class; None where nobody knows them.
+
+    Raises:
+        ClassNameError: there is no such class, or several.
+    """
+    if text.isdecimal():
+        if int(text) >= num_classes:
+            raise ClassNameError(f"got {text}, expected 0..{num_classes - 1}")
+        return int(text)
+    if names is None:
+        raise ClassNameError(f"got {text!r}, expected a number 0..{num_classes - 1}, or --labels with names")
+    numbers: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        for synonym in dict.fromkeys([_plain(name), *map(_plain, name.split(","))]):
+            numbers.setdefault(synonym, []).append(number)
+    found = numbers.get(_plain(text), [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ClassNameError(f"got {text!r}, which is {' and '.join(f'{k} ({names[k]})' for k in found)}: give the number")
+    close = [f"{name!r} ({numbers[name][0]})" for name in difflib.get_close_matches(_plain(text), numbers, n=3)]
+    raise ClassNameError(f"got {text!r}, which no class is called" + (f"; close are {', '.join(close)}" if close else ""))
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").lower().split())

@@ -1,0 +1,89 @@
+"""Where the images of ``ditfast sample`` go: one grid, or a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..images import Pixels, labelled_grid, load_png, save_npz, save_png
+from ..sampling.folder import ImageFolder, RunStopped
+from ..sampling.painter import Painter
+from ..sampling.ranks import Ranks
+from .progress import sampling_progress
+
+GRID = "grid.png"
+NPZ = "samples.npz"
+MOST_IN_GRID = 400
+_CELL = 32  # smaller images are enlarged to this in a grid
+
+
+def draw_grid(path: Path, painter: Painter, classes: Sequence[int], per_class: int, batch: int) -> None:
+    """A row for each class, in one file."""
+    num = len(classes) * per_class
+    parts = []
+    with sampling_progress(num, Ranks()) as advance:
+        for start in range(0, num, batch):
+            block = range(start, min(start + batch, num))
+            parts.append(painter.paint(block, advance))
+    save_png(path, _grid(np.concatenate(parts), classes, per_class))
+
+
+def fill_folder(
+    path: Path,
+    painter: Painter,
+    num: int,
+    batch: int,
+    ranks: Ranks,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+    grid: tuple[Sequence[int], int] | None,
+    npz: bool,
+) -> None:
+    """This rank's images; when all ranks have theirs, the first adds what is made of all images.
+
+    Args:
+        settings: that decide the bytes.
+        about: for the reader.
+        grid: classes, and images of each; None where the images are in no such order.
+        npz: also all images in one file.
+    """
+    folder = ImageFolder(path, num, batch)
+    height, width, channels = painter.image_shape
+    npz_bytes = num * height * width * 3 if npz and not (path / NPZ).exists() else 0
+    folder.claim(settings, about, height * width * channels, npz_bytes)
+    missing = len(folder.missing())
+    if ranks.rank == 0 and 0 < missing < num:
+        print(f"{path}: {num - missing} of {num} images are there already", flush=True)
+    with ranks.joined() as barrier:
+        blocks = folder.unfinished(ranks)
+        with sampling_progress(sum(map(len, blocks)), ranks) as advance:
+            folder.fill(blocks, lambda block: painter.paint(block, advance))
+        barrier()
+        if ranks.rank == 0:
+            _finish(folder, painter, num, grid, npz)
+
+
+def _finish(folder: ImageFolder, painter: Painter, num: int, grid: tuple[Sequence[int], int] | None, npz: bool) -> None:
+    if missing := folder.missing():
+        raise RunStopped(f"{folder.path}: {len(missing)} images have gone meanwhile; the same command makes them again")
+
+    def images() -> Iterator[Pixels]:
+        return (load_png(folder.image(number)) for number in range(num))
+
+    if grid is not None and num <= MOST_IN_GRID:
+        folder.write_once(GRID, lambda path: save_png(path, _grid(np.stack(list(images())), *grid)))
+    if npz:
+        labels = [painter.label(number) for number in range(num)]
+        folder.write_once(NPZ, lambda path: save_npz(path, images(), labels))
+    folder.tidy()
+
+
+def _grid(pixels: Pixels, classes: Sequence[int], per_class: int) -> Pixels:
+    """[height, width, C] of [N, H, W, C], class after class."""
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1  # [N, C, H, W]
+    rows = dict(zip(classes, images.split(per_class), strict=True))
+    return labelled_grid(rows, scale=max(1, _CELL // pixels.shape[1]))

@@ -1,0 +1,117 @@
+"""Denoising steps as numbers: a solver is a list of rows, and one formula applies any of them.
+
+Sources: Ho et al. 2020 (ddpm), Song et al. 2021 (ddim), Lipman et al. 2023 (euler, heun), Ma et al. 2024 (sde).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+SOLVERS = ("ddpm", "ddim", "euler", "heun", "sde")
+
+
+class Update(NamedTuple):
+    """``x0 = clamp(x0_from_x * x + x0_from_output * output)``; the next x is ``from_x0 * x0 + from_x * x + sigma * noise``.
+
+    log sigma^2 lies between the two ends, at the place (v + 1) / 2 that the model's second half of channels v names (Nichol &
+    Dhariwal 2021); with equal ends v is not read, and -inf for both is no noise. The clamp to [-1, 1] is left out unless
+    clipping is asked for. Where the samples of a batch are at different steps, every field is a tensor [B, 1, 1, 1].
+    """
+
+    x0_from_x: float
+    x0_from_output: float
+    from_x0: float
+    from_x: float
+    log_variance_min: float
+    log_variance_max: float
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.log_variance_max > -math.inf
+
+
+class Step(NamedTuple):
+    """One call of the model, told ``t``, and what becomes of x.
+
+    With ``corrects`` (Heun's second half) the update takes the x from before the previous step, and the mean of that step's
+    output and this one's.
+    """
+
+    t: float
+    update: Update
+    corrects: bool = False
+
+
+class Process(Protocol):
+    """What ``steps`` takes: ``GaussianDiffusion`` or ``FlowMatching``."""
+
+    @property
+    def solvers(self) -> Mapping[str, Callable[..., list[Step]]]: ...
+
+
+def steps(process: Process, solver: str, **options: Any) -> list[Step]:
+    """The steps from noise to an image, in order.
+
+    Args:
+        process: says which times there are.
+        solver: one of ``SOLVERS`` that the process has.
+        options: of that solver, such as ``eta`` of ddim (``GaussianDiffusion.ddim_steps``).
+
+    Raises:
+        ValueError: a solver that the process lacks.
+    """
+    if solver not in process.solvers:
+        raise ValueError(f"solver: got {solver!r}, but {type(process).__name__} has {', '.join(process.solvers)}")
+    return process.solvers[solver](**options)
+
+
+def apply_update(x: Tensor, output: Tensor, noise: Tensor | None, update: Update, clip: bool = False) -> Tensor:
+    """The next x in plain torch, [B, C, H, W] in the dtype of x; arithmetic in fp32, in float64 for a float64 x.
+
+    Args:
+        x: [B, C, H, W].
+        output: [B, C, H, W] or [B, 2C, H, W], guided and averaged already.
+        noise: as x; not read, and None will do, where the update adds none.
+        update: numbers, one row for the batch.
+        clip: clamp x0 to [-1, 1] (pixel-space models).
+
+    Raises:
+        ValueError: output or noise does not fit x and the update.
+    """
+    single, double = tuple(x.shape), (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    learned = update.log_variance_min != update.log_variance_max
+    if output.shape != double and (learned or output.shape != single):
+        expected = double if learned else f"{single} or {double}"
+        raise ValueError(f"output: got shape {tuple(output.shape)}, expected {expected} for x {single}")
+    if update.adds_noise and (noise is None or noise.shape != x.shape):
+        raise ValueError(f"noise: got {'None' if noise is None else f'shape {tuple(noise.shape)}'}, expected {single}, as x")
+    mean, log_variance, _ = step_gaussian(x, output, update, clip)
+    return draw(mean, log_variance, noise if update.adds_noise else None).to(x.dtype)
+
+
+def step_gaussian(x: Tensor, output: Tensor, update: Update, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, log variance ([B, C, H, W] or broadcast to it) and x0 of a step, in the dtype of the arithmetic."""
+    dtype, channels = compute_dtype(x), x.shape[1]
+    x, output = x.to(dtype), output.to(dtype)
+    x0 = update.x0_from_x * x + update.x0_from_output * output[:, :channels]
+    x0 = x0.clamp(-1, 1) if clip else x0
+    mean = update.from_x0 * x0 + update.from_x * x
+    low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in update[4:])
+    if output.shape[1] == channels:
+        return mean, high, x0
+    place = (output[:, channels:] + 1) / 2
+    return mean, torch.where(low == high, high, low + place * (high - low)), x0
+
+
+def draw(mean: Tensor, log_variance: Tensor, noise: Tensor | None) -> Tensor:
+    return mean if noise is None else mean + torch.exp(log_variance / 2) * noise
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or float64 for a float64 x."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,76 @@
+"""``ditfast evaluate``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .compare import compare, compare_with_digits
+from .errors import EvaluationError
+from .image_set import open_images
+from .inception import Inception
+from .report import Report
+
+EXAMPLES = """examples:
+  ditfast evaluate samples --reference digits             8x8 digits against the real scans, on a classifier trained here
+  ditfast evaluate samples --reference VIRTUAL_imagenet256_labeled.npz
+  ditfast evaluate samples.npz --reference photographs --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``run`` takes."""
+    parser.add_argument("images", type=Path, metavar="DIR", help="a folder of PNG files, or an .npz file in ADM's layout")
+    parser.add_argument(
+        "--reference",
+        required=True,
+        metavar="REF",
+        help="digits: the real scans (a folder of that name is ./digits); else a folder, or an .npz file as of ADM's evaluator",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument(
+        "--inception", type=Path, metavar="FILE", help="its weights; never downloaded; default: where torch.hub keeps them"
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="images that Inception sees at once; default %(default)s"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a table or JSON; 0, or 2 after one line on stderr about what came and what was expected."""
+    try:
+        report = _evaluate(args)
+    except EvaluationError as error:
+        print(f"ditfast evaluate: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        print(report.heading())
+        Console(width=None if Console().is_terminal else 120).print(report.as_table())
+        print(*report.notes, sep="\n")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> Report:
+    images = open_images(args.images)
+    if args.reference == "digits":
+        return compare_with_digits(images)
+    reference = open_images(Path(args.reference))
+    inception = Inception(args.inception, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    columns = (TextColumn("Inception"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Inception", total=len(images) + len(reference))
+        return compare(images, reference, inception, args.batch_size, lambda count: progress.advance(task, count))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    return int(text)

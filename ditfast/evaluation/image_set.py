@@ -1,0 +1,197 @@
+"""Images to evaluate, read in batches: a folder of PNG files, or an ``.npz`` file in the layout of ADM's evaluator."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..images import Pixels
+from ..sampling.folder import RECORD
+from ..sampling.painter import drawn_label
+from .errors import EvaluationError, one_line
+
+MODES = {"L": 1, "RGB": 3}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N images of one size.
+
+    Attributes:
+        source: where they come from, for messages.
+        shape: (N, H, W, C), C = 1 or 3.
+        labels: [N] int64, where the source tells.
+        batches: batches of up to so many, [n, H, W, C] 8-bit, in order; raises EvaluationError where one cannot be read.
+    """
+
+    source: str
+    shape: tuple[int, int, int, int]
+    labels: NDArray[np.int64] | None
+    batches: Callable[[int], Iterator[Pixels]]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def open_images(path: Path) -> ImageSet:
+    """Images of a folder or an ``.npz`` file; sizes are checked here, pixels are read later.
+
+    A folder has 8-bit grey or RGB PNG files, all of one size, in the order of their names, or has folders of them: then
+    those that have a class's number for a name (``7/cat.png``) are the labels. A folder of ``ditfast sample`` has its labels
+    in ``run.json``, and other files are left out, such as the grid. An ``.npz`` file has ``arr_0`` [N, H, W, 3] of dtype
+    uint8 and may have ``arr_1`` [N], the labels; it is read as a stream.
+
+    Raises:
+        EvaluationError: nothing there, no images, an unreadable one, images of different sizes, or an unfinished run.
+    """
+    if path.is_dir():
+        try:
+            return _open_folder(path)
+        except OSError as error:
+            raise EvaluationError(f"{path}: cannot be read: {error.strerror}") from error
+    if path.is_file() and path.suffix == ".npz":
+        return _open_npz(path)
+    came = "a file" if path.is_file() else "nothing there"
+    raise EvaluationError(f"{path}: {came}, expected a folder of PNG files or an .npz file")
+
+
+# ------------------------------------------------------------------------------------------------ folders
+def _open_folder(folder: Path) -> ImageSet:
+    run = run_labels(folder)
+    files = _png_files(folder)
+    if run is not None:
+        files = [file for file in files if file.stem.isdecimal()]
+        if len(files) != len(run):
+            raise EvaluationError(f"{folder}: {len(files)} of the {len(run)} images of its {RECORD}; expected a finished run")
+    nested = [] if files else [file for inner in sorted(folder.iterdir()) if inner.is_dir() for file in _png_files(inner)]
+    labels = run if run is not None else _names_as_labels(nested)
+    files = files or nested
+    if not files:
+        raise EvaluationError(f"{folder}: no PNG files, expected some (or an .npz file's name)")
+    width, height, mode = first = _header(files[0])
+    for file in files:
+        if (other := _header(file)) != first:
+            raise EvaluationError(f"{file}: {_described(other)}, but {files[0]} is {_described(first)}; expected one size")
+
+    def batches(size: int) -> Iterator[Pixels]:
+        for start in range(0, len(files), size):
+            yield np.stack([_pixels(file) for file in files[start : start + size]])
+
+    return ImageSet(str(folder), (len(files), height, width, MODES[mode]), labels, batches)
+
+
+def _png_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".png" and file.is_file())
+
+
+def _names_as_labels(files: list[Path]) -> NDArray[np.int64] | None:
+    names = [file.parent.name for file in files]
+    numbered = all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names)
+    return np.array(names, dtype=np.int64) if names and numbered else None
+
+
+def run_labels(folder: Path) -> NDArray[np.int64] | None:
+    """[N]: the classes that a run of ``ditfast sample`` was asked for; None where the folder has no such run's record."""
+    try:
+        settings = json.loads((folder / RECORD).read_text("utf-8"))["settings"]
+        every, classes = settings["per_class"], settings["classes"]
+        if classes == "all":
+            classes = range(settings["model"]["num_classes"])
+        if every is None:
+            labels = [drawn_label(classes, image, settings["seed"]) for image in range(settings["num"])]
+        else:
+            labels = [label for label in classes for _ in range(every)]
+        return np.array(labels, dtype=np.int64)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _header(path: Path) -> tuple[int, int, str]:
+    """Width, height and mode, of which only the file's beginning is read."""
+    with _opened(path) as image:
+        if image.mode not in MODES:
+            raise EvaluationError(f"{path}: {image.mode} pixels, expected 8-bit grey (L) or RGB")
+        return image.width, image.height, image.mode
+
+
+def _pixels(path: Path) -> Pixels:
+    with _opened(path) as image:
+        pixels = np.asarray(image, dtype=np.uint8)
+        return pixels.reshape(*pixels.shape[:2], -1)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise EvaluationError("PNG files are read by Pillow, which is not installed: pip install 'ditfast[eval]'") from error
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            yield image
+    except EvaluationError:
+        raise
+    except Exception as error:  # a broken file makes Pillow raise OSError, SyntaxError, ValueError, zlib.error, ...
+        raise EvaluationError(f"{path}: not a readable PNG file: {one_line(error)}") from error
+
+
+def _described(header: tuple[int, int, str]) -> str:
+    width, height, mode = header
+    return f"{width}x{height} {'grey' if mode == 'L' else mode}"
+
+
+# ------------------------------------------------------------------------------------------------ npz
+def _open_npz(path: Path) -> ImageSet:
+    with _npz_errors(path), zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if "arr_0" not in names:
+            raise EvaluationError(f"{path}: got the arrays {', '.join(names) or '(none)'}, expected arr_0, uint8 [N, H, W, 3]")
+        with archive.open("arr_0.npy") as stream:
+            shape, fortran, dtype = _array_header(stream)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
+        order = ", Fortran order" if fortran else ""
+        raise EvaluationError(f"{path}: arr_0 is {dtype} {list(shape)}{order}, expected uint8 [N, H, W, 3]")
+    if not shape[0]:
+        raise EvaluationError(f"{path}: arr_0 has no images, expected some")
+
+    def batches(size: int) -> Iterator[Pixels]:
+        with _npz_errors(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+            _array_header(stream)
+            for start in range(0, shape[0], size):
+                count = min(size, shape[0] - start)
+                content = stream.read(count * int(np.prod(shape[1:])))
+                yield np.frombuffer(content, dtype=np.uint8).reshape(count, *shape[1:])
+
+    labels = npz_array(path, "arr_1") if "arr_1" in names else None
+    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
+        raise EvaluationError(f"{path}: arr_1 is {labels.dtype} {list(labels.shape)}, expected integer labels [{shape[0]}]")
+    return ImageSet(str(path), shape, None if labels is None else labels.astype(np.int64), batches)
+
+
+def npz_array(path: Path, name: str) -> NDArray[Any] | None:
+    """An array of an ``.npz`` file, None where it has none of that name."""
+    with _npz_errors(path), np.load(path, allow_pickle=False) as arrays:
+        return arrays.get(name)
+
+
+def _array_header(stream: Any) -> tuple[Any, bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
+
+
+@contextlib.contextmanager
+def _npz_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except EvaluationError:
+        raise
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"{path}: not a readable .npz file: {one_line(error)}") from error

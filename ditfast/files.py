@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all, however a process ends."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PART = ".part"
+
+
+@contextmanager
+def whole_file(path: Path, *, keep: bool = False) -> Iterator[Path]:
+    """A name beside ``path``; what is written there takes the path's place, or goes if an exception ends the block.
+
+    The name is hidden, ends in ``PART`` and is nobody else's, so that two processes may write the same file at once.
+
+    Args:
+        path: of the file.
+        keep: a file that is there already stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
+    try:
+        yield temporary
+        if keep:
+            _link(temporary, path)
+        else:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links: two processes may now replace each other's file
+        if not path.exists():
+            temporary.replace(path)

@@ -1,0 +1,57 @@
+"""Which part of a run this process does: one of several that torchrun started, or the only one."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+PATIENCE = datetime.timedelta(days=30)  # the first rank to be done waits for the last
+
+
+class RanksError(RuntimeError):
+    """The other ranks are not there, or no longer."""
+
+
+class Ranks(NamedTuple):
+    rank: int = 0
+    world: int = 1
+    local: int = 0  # of the rank on its own machine
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """As torchrun tells them."""
+        return cls(
+            *(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        )
+
+    @contextmanager
+    def joined(self) -> Iterator[Callable[[], None]]:
+        """Gives a barrier of all ranks, over gloo: no rank needs another's tensors.
+
+        Raises:
+            RanksError: the others are not there, or no longer.
+        """
+        if self.world == 1:
+            yield lambda: None
+            return
+        from torch import distributed
+
+        def barrier() -> None:
+            try:
+                distributed.monitored_barrier(timeout=PATIENCE)
+            except RuntimeError as error:
+                raise RanksError(
+                    "another rank ended before its images were there; the same command goes on from here"
+                ) from error
+
+        try:
+            distributed.init_process_group("gloo", rank=self.rank, world_size=self.world)
+        except (RuntimeError, ValueError) as error:
+            raise RanksError(f"rank {self.rank} of {self.world} does not find the others: {error}") from error
+        try:
+            yield barrier
+        finally:
+            distributed.destroy_process_group()
