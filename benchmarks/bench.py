@@ -3,9 +3,11 @@
     python benchmarks/bench.py                                     what fits this machine
     python benchmarks/bench.py --models DiT-S/2 DiT-B/4 --batch 1 8 --dtype bf16 fp32
     python benchmarks/bench.py --models DiT-XL/2@512 --batch 32 --rivals compile ditfast --rounds 15 --out results
+    python benchmarks/bench.py --checkpoint DiT-XL-2-256x256.pt --batch 8
 
 Writes bench.json, throughput.png and ratios.png into --out. Rivals run interleaved, round by round, so that a machine whose
-clock drifts slows all of them; ratios are medians of each round's ratio. The reference's attention is torch's SDPA, as in
+clock drifts slows all of them; ratios are medians of each round's ratio. The first model also runs in diffusers' own class,
+before and after ditfast.accelerate. The reference's attention is torch's SDPA, as in
 the official code with a current timm: eager is no unfused-attention baseline.
 """
 
@@ -14,16 +16,27 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from ditfast import DiTConfig
+from ditfast import CheckpointError, DiTConfig
 from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.report import print_tables, save_json, save_plots
-from ditfast.benchmarks.rivals import DTYPES, RIVALS, Case, available_rivals, digits_case, random_case
+from ditfast.benchmarks.rivals import (
+    DTYPES,
+    RIVALS,
+    SWAPPED,
+    Case,
+    available_rivals,
+    checkpoint_case,
+    digits_case,
+    random_case,
+    swapped_case,
+)
 from ditfast.benchmarks.timing import Row, bench_case, progress_bar
 from ditfast.config import MODEL_NAMES
 
@@ -35,13 +48,16 @@ FEWEST_ROUNDS = 5
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=_model, metavar="NAME", help="such as DiT-S/2, or DiT-XL/2@512 for 512px")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights to time instead of random ones; any layout")
     parser.add_argument("--batch", nargs="+", type=_positive, metavar="N", help="default: 1; on CUDA 1 8 32 128")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS + SWAPPED, default=[*RIVALS, *SWAPPED])
     parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
     parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--out", type=_folder, default="bench-results", metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
+    if args.checkpoint is not None and args.models:
+        parser.error("argument --checkpoint: not allowed with --models")
     on_cuda = args.device.type == "cuda"
     args.models = args.models or (CUDA_MODELS if on_cuda else CPU_MODELS)
     args.batch = args.batch or ([1, 8, 32, 128] if on_cuda else [1])
@@ -60,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = describe(args.device)
     console.print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), highlight=False)
     rivals, notes = available_rivals(args.rivals, args.device)
-    cases: list[Case] = [
-        random_case(model, _config(model), batch, args.device, dtype)
-        for model, dtype, batch in itertools.product(args.models, args.dtype, args.batch)
-    ]
-    cases += [digits_case(dtype, args.device) for dtype in args.dtype]
+    try:
+        cases = _cases(args)
+    except CheckpointError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     rows: list[Row] = []
     report = args.out / "bench.json"
     with progress_bar(console) as progress:
@@ -77,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress.update(task, phase=f"{case.title}: {phase}")
 
             try:
-                found, remarks = bench_case(case, rivals, args.rounds, show)
+                names = [name for name in rivals if name.partition("+")[0] in case.rivals]
+                found, remarks = bench_case(case, names, args.rounds, show)
                 rows += found
                 notes += remarks
             except torch.OutOfMemoryError:
@@ -91,6 +108,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     written = [report, *save_plots(args.out, rows)]
     console.print("wrote " + ", ".join(str(path) for path in written), highlight=False)
     return 0 if all(row.parity for row in rows) else 1
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    if args.checkpoint is not None:
+        cases = [checkpoint_case(args.checkpoint, n, args.device, dtype) for dtype in args.dtype for n in args.batch]
+        first = list(cases)
+    else:
+        cases = [
+            random_case(model, _config(model), batch, args.device, dtype)
+            for model, dtype, batch in itertools.product(args.models, args.dtype, args.batch)
+        ]
+        first = [case for case in cases if case.model == args.models[0]]
+        cases += [digits_case(dtype, args.device) for dtype in args.dtype]
+    if any(name in SWAPPED for name in args.rivals):
+        cases += [swapped_case(case) for case in first if case.config.conditioning == "adaln_zero"]
+    return cases
 
 
 def _config(model: str) -> DiTConfig:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,8 +22,10 @@ from ditfast.diffusion import GaussianDiffusion
 from ditfast.digits import real_digits
 
 RIVALS = ("eager", "compile", "ditfast")
+SWAPPED = ("diffusers", "ditfast-swapped")  # diffusers' own model, as it is and after ditfast.accelerate
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIGITS = "digits"
+IN_DIFFUSERS = ", in diffusers"
 DIGITS_BATCH = 64
 
 Run = Callable[..., Tensor]
@@ -37,6 +43,7 @@ class Case:
     device: torch.device
     weights: Callable[[], dict[str, Tensor]]
     inputs: Callable[[], tuple[Tensor, Tensor, Tensor]]
+    rivals: tuple[str, ...] = RIVALS
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,6 +61,8 @@ class Case:
         kind, _, graphed = name.partition("+")
         if graphed:
             return _under_cuda_graph(others[kind], self.inputs())
+        if kind in SWAPPED:
+            return self._in_diffusers(swapped=kind == "ditfast-swapped")
         if kind == "ditfast":
             return self._loaded(ditfast.DiT)
         model = self.reference()
@@ -61,6 +70,17 @@ class Case:
             torch._dynamo.reset()  # else the cases before this one count against torch.compile's recompilation limit
             model.compile(dynamic=False)
         return model
+
+    def _in_diffusers(self, swapped: bool) -> Run:
+        from diffusers import DiTTransformer2DModel
+
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "model"
+            ditfast.save_checkpoint(self._loaded(ditfast.DiT), folder, layout="diffusers")
+            model = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=self.dtype).eval().to(self.device)
+        if swapped:
+            ditfast.accelerate(model)
+        return lambda x, t, y: model(x, t, y, return_dict=False)[0]
 
     def _loaded(self, kind: Callable[[DiTConfig], Model], dtype: torch.dtype | None = None) -> Model:
         with torch.device("meta"):  # weights are about to come: initialising would only cost time
@@ -94,6 +114,19 @@ def _random_weights(config: DiTConfig) -> dict[str, Tensor]:
     return weights
 
 
+def checkpoint_case(path: Path, batch: int, device: torch.device, dtype_name: str) -> Case:
+    """Weights from a file or folder on random latents."""
+    model = ditfast.load_checkpoint(path)
+    random = random_case(path.name, model.config, batch, device, dtype_name)
+    return dataclasses.replace(random, weights=model.state_dict)
+
+
+def swapped_case(case: Case) -> Case:
+    """The same weights in diffusers' own model, with diffusers' arithmetic, before and after ``ditfast.accelerate``."""
+    config = dataclasses.replace(case.config, flavour="diffusers")
+    return dataclasses.replace(case, model=f"{case.model}{IN_DIFFUSERS}", config=config, rivals=SWAPPED)
+
+
 def digits_case(dtype_name: str, device: torch.device) -> Case:
     """The trained checkpoint on scans of real digits, at every depth of noise."""
     trained = ditfast.load_digits()
@@ -115,6 +148,9 @@ def available_rivals(wanted: Sequence[str], device: torch.device) -> tuple[list[
     if "compile" in names and device.type == "cpu" and not shutil.which(compiler):
         names.remove("compile")
         notes.append(f"compile: skipped, torch.compile needs a C++ compiler on CPU and {compiler!r} is not installed")
+    if any(name in SWAPPED for name in names) and importlib.util.find_spec("diffusers") is None:
+        names = [name for name in names if name not in SWAPPED]
+        notes.append("diffusers: skipped, it is not installed (pip install diffusers)")
     if device.type == "cuda":
         names += [f"{name}+graph" for name in names]
     return names, notes

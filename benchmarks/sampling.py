@@ -1,0 +1,278 @@
+"""How fast whole sampling runs are, and what each lever is worth: modulation table, shared half, fused update, graph, bf16.
+
+    python benchmarks/sampling.py                                        XL width, 8 blocks, patch 8: half a minute
+    python benchmarks/sampling.py --patch 2 --depth 4 --steps 50
+    python benchmarks/sampling.py --width S --patch 2 --depth 12 --batch 4 --rivals reference ditfast ditfast-bf16
+
+Every rival takes the same DDPM steps from the same noise with guidance (diffusers' pipeline: DDIM steps). They take turns step
+by step, so that a machine whose clock drifts slows all of them. A lever alone is one change to the reference's plain loop over
+ditfast's model. Latents are compared with the reference loop's before anything is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import ditfast
+from ditfast import DiTConfig, ops, reference
+from ditfast.benchmarks.environment import describe
+from ditfast.diffusion import GaussianDiffusion, apply_update, steps
+from ditfast.modulation_table import BUDGET_BYTES, ModulationTable
+from ditfast.sampling import image_noise
+from ditfast.sampling.run import Batch, Run
+
+WIDTHS = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
+ALLOWED_ERROR = {"fp32": 1e-4, "bf16": 0.3}  # over the whole run; bf16 follows a path of its own
+UNCOMPARED = ("diffusers",)  # other steps
+
+Loop = Iterator[Tensor]
+
+
+@dataclasses.dataclass
+class Row:
+    rival: str
+    ms_per_step: float  # median
+    ms_first_step: float  # with what is done once: the table, a capture
+    images_per_s: float  # of the whole run
+    over_reference: float  # the reference's whole run over this one
+    error: float | None
+
+
+class Setting:
+    """One model, one batch, and every way to run it."""
+
+    def __init__(self, config: DiTConfig, batch: int, num_steps: int, cfg_scale: float, device: torch.device):
+        self.config, self.batch, self.cfg_scale, self.device = config, batch, cfg_scale, device
+        self.steps = steps(GaussianDiffusion(str(num_steps)), "ddpm")
+        generator = torch.Generator().manual_seed(0)
+        self.oracle = reference.DiT(config).eval()
+        for parameter in self.oracle.parameters():
+            if parameter.requires_grad:
+                std = 0.5 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.02
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        self.oracle = self.oracle.to(device)
+        self.model, self.model_bf16 = self._fast(torch.float32), self._fast(torch.bfloat16)
+        self.labels = torch.arange(batch, device=device) % config.num_classes
+        self.both = torch.cat([self.labels, torch.full_like(self.labels, config.null_class)])
+
+    def rivals(self) -> dict[str, Callable[[], Loop]]:
+        compiled = torch.compile(self.oracle, dynamic=False)
+        table = self._tabulated
+        return {
+            "reference": lambda: self._plain(self.oracle),
+            "compile": lambda: self._plain(compiled),
+            "diffusers": self._pipeline,
+            "model": lambda: self._plain(self.model),
+            "model+table": lambda: self._plain(table()),
+            "model+shared": lambda: self._plain(self._shared),
+            "model+update": lambda: self._plain(self.model, fused_update=True),
+            "ditfast": lambda: self._ditfast(self.model),
+            "ditfast-bf16": lambda: self._ditfast(self.model_bf16),
+        }
+
+    def _fast(self, dtype: torch.dtype) -> ditfast.DiT:
+        model = ditfast.DiT(self.config).eval()
+        model.load_state_dict(self.oracle.state_dict())
+        return model.to(self.device, dtype)
+
+    def _plain(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], fused_update: bool = False) -> Loop:
+        """A sampling loop as one writes it: both halves through the model, then guidance, then the step, in torch."""
+        rows = torch.tensor([step.update for step in self.steps], device=self.device)
+        scale = torch.full((self.batch,), self.cfg_scale, device=self.device)
+        channels = self.config.guidance_channels
+        x = self._noise(0)
+        for i, step in enumerate(self.steps):
+            noise = self._noise(i + 1) if step.update.adds_noise else None
+            t = torch.full((2 * self.batch,), step.t, device=self.device)
+            output = model(torch.cat([x, x]), t, self.both)
+            if fused_update:
+                x = ops.denoise_update(x, output, noise, rows[i], scale, channels)
+            else:
+                conditional, unconditional = output.chunk(2)
+                guided = unconditional[:, :channels] + self.cfg_scale * (
+                    conditional[:, :channels] - unconditional[:, :channels]
+                )
+                x = apply_update(x, torch.cat([guided, conditional[:, channels:]], dim=1), noise, step.update)
+            yield x
+
+    def _tabulated(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        places = {step.t: i for i, step in enumerate(self.steps)}
+        tables: list[ModulationTable] = []
+
+        def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            if not tables:  # inside the first step, which pays for it
+                tables.append(ModulationTable(self.model, [step.t for step in self.steps], self.both))
+            return self.model.forward_modulated(x, tables[0].vectors(places[float(t[0])]))
+
+        return model
+
+    def _shared(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model.forward_modulated(x[: self.batch], self.model.modulation_vectors(t, y))
+
+    def _ditfast(self, model: ditfast.DiT) -> Loop:
+        run = Run(model, False, (-1.0, 1e9), self.config.guidance_channels, 0, BUDGET_BYTES)
+        scale = torch.full((self.batch,), self.cfg_scale, device=self.device)
+        return run.solved(self.steps, Batch(self.labels, range(self.batch), scale))
+
+    @functools.cached_property
+    def _in_diffusers(self) -> Any:
+        from diffusers import DiTTransformer2DModel
+
+        with tempfile.TemporaryDirectory() as parent:
+            ditfast.save_checkpoint(self.model, Path(parent) / "model", layout="diffusers")
+            return DiTTransformer2DModel.from_pretrained(Path(parent) / "model").eval().to(self.device)
+
+    def _pipeline(self) -> Loop:
+        """diffusers' model and scheduler as its DiTPipeline drives them, without the image decoder."""
+        from diffusers import DDIMScheduler
+
+        model = self._in_diffusers
+        scheduler: Any = DDIMScheduler(clip_sample=False)
+        scheduler.set_timesteps(len(self.steps))
+        x = self._noise(0)
+        for t in scheduler.timesteps:
+            times = t[None].expand(2 * self.batch).to(self.device)
+            output = model(torch.cat([x, x]), timestep=times, class_labels=self.both).sample[:, : x.shape[1]]
+            conditional, unconditional = output.chunk(2)
+            guided = unconditional + self.cfg_scale * (conditional - unconditional)
+            x = scheduler.step(guided, t, x).prev_sample
+            yield x
+
+    def _noise(self, step: int) -> Tensor:
+        return image_noise(self.config.input_shape, range(self.batch), 0, step).to(self.device)
+
+
+@torch.inference_mode()
+def measure(setting: Setting, names: list[str], rounds: int, tick: Callable[[], None]) -> list[Row]:
+    """Rows of whole runs that took turns, step by step."""
+    rivals = setting.rivals()
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
+    latents: dict[str, Tensor] = {}
+    for name in names:  # compiling, and first touches of memory
+        next(rivals[name]())
+    for _ in range(rounds):
+        loops = {name: rivals[name]() for name in names}
+        for name in names:
+            times[name].append([])
+        for i in range(len(setting.steps)):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                _synchronize(setting.device)
+                start = time.perf_counter()
+                latents[name] = next(loops[name])
+                _synchronize(setting.device)
+                times[name][-1].append(time.perf_counter() - start)
+            tick()
+    exact = latents["reference"]
+    rows = []
+    for name in names:
+        error = ((latents[name] - exact).norm() / exact.norm()).item()
+        ratios = [_whole(theirs) / _whole(own) for theirs, own in zip(times["reference"], times[name], strict=True)]
+        rows.append(
+            Row(
+                rival=name,
+                ms_per_step=1e3 * statistics.median(t for run in times[name] for t in run[1:]),
+                ms_first_step=1e3 * statistics.median(run[0] for run in times[name]),
+                images_per_s=setting.batch / statistics.median(map(_whole, times[name])),
+                over_reference=statistics.median(ratios),
+                error=None if name in UNCOMPARED else error,
+            )
+        )
+    return rows
+
+
+def _whole(run: list[float]) -> float:
+    """Seconds of a run whose steps after the first all take their median: what else ran on the machine is not counted."""
+    return run[0] + (len(run) - 1) * statistics.median(run[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _table(rows: Sequence[Row], title: str) -> Table:
+    table = Table(title=title, title_justify="left", caption="Error: of the final latents, against the reference loop's.")
+    for column in ("rival", "ms a step", "first step", "images/s", "over reference", "error"):
+        table.add_column(column, justify="left" if column == "rival" else "right", no_wrap=True)
+    for row in rows:
+        error = "other steps" if row.error is None else f"{row.error:.1e}"
+        speed = (f"{row.ms_per_step:.1f}", f"{row.ms_first_step:.1f}", f"{row.images_per_s:.3g}", f"{row.over_reference:.2f}")
+        table.add_row(row.rival, *speed, error)
+    return table
+
+
+def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
+    colours = ["tab:blue" if row.rival.startswith("ditfast") else "tab:gray" for row in rows]
+    bars = axes.barh([row.rival for row in rows], [row.over_reference for row in rows], color=colours)
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="times as fast as the reference's plain loop, a whole run")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", choices=WIDTHS, default="XL")
+    parser.add_argument("--patch", type=int, choices=(2, 4, 8), default=8)
+    parser.add_argument("--depth", type=int, default=8, help="blocks; default %(default)s")
+    parser.add_argument("--batch", type=int, default=1, help="images; default %(default)s")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=3, help="whole runs of each rival; default %(default)s")
+    parser.add_argument("--rivals", nargs="+", help="default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="writes sampling.json and sampling.png there")
+    args = parser.parse_args(argv)
+    hidden_size, num_heads = WIDTHS[args.width]
+    config = DiTConfig(depth=args.depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch)
+    setting = Setting(config, args.batch, args.steps, args.cfg, torch.device(args.device))
+    known = list(setting.rivals())
+    names = args.rivals or known
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"argument --rivals: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+    names = ["reference", *(name for name in names if name != "reference")]
+    console = Console(width=max(100, Console().width))
+    environment = describe(setting.device)
+    title = (
+        f"{args.width} width, {args.depth} blocks, patch {args.patch}, {args.steps} steps, CFG {args.cfg:g}, batch {args.batch}"
+    )
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("sampling", total=args.rounds * args.steps)
+        rows = measure(setting, names, args.rounds, lambda: progress.advance(task))
+    console.print(_table(rows, title))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        report = {"environment": environment, "setting": title, "rows": [dataclasses.asdict(row) for row in rows]}
+        (args.out / "sampling.json").write_text(json.dumps(report, indent=2) + "\n")
+        _plot(args.out / "sampling.png", rows, title)
+    wrong = [r for r in rows if r.error is not None and not r.error <= ALLOWED_ERROR["bf16" if "bf16" in r.rival else "fp32"]]
+    for row in wrong:
+        console.print(f"[red]{row.rival}: latents are off by {row.error:.1e}[/red]")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
