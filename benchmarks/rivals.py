@@ -77,7 +77,11 @@ class Case:
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             ditfast.save_checkpoint(self._loaded(ditfast.DiT), folder, layout="diffusers")
-            model = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=self.dtype).eval().to(self.device)
+            model = (
+                DiTTransformer2DModel.from_pretrained(folder, torch_dtype=self.dtype, low_cpu_mem_usage=False)
+                .eval()
+                .to(self.device)
+            )
         if swapped:
             ditfast.accelerate(model)
         return lambda x, t, y: model(x, t, y, return_dict=False)[0]

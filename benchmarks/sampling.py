@@ -136,7 +136,7 @@ class Setting:
 
         with tempfile.TemporaryDirectory() as parent:
             ditfast.save_checkpoint(self.model, Path(parent) / "model", layout="diffusers")
-            return DiTTransformer2DModel.from_pretrained(Path(parent) / "model").eval().to(self.device)
+            return DiTTransformer2DModel.from_pretrained(Path(parent) / "model", low_cpu_mem_usage=False).eval().to(self.device)
 
     def _pipeline(self) -> Loop:
         """diffusers' model and scheduler as its DiTPipeline drives them, without the image decoder."""

@@ -19,16 +19,16 @@ def graphs(backend: str = "eager") -> CompileCounterWithBackend:
 
 
 SHALLOW = {
-    "official": lambda: official(depth=2),
-    "diffusers": lambda: diffusers_dit(num_layers=2),
-    "PixArt": lambda: pixart(num_layers=1),
-    "SD3": lambda: sd3(num_layers=2),
+    "official": lambda depth: official(depth=depth),
+    "diffusers": lambda depth: diffusers_dit(num_layers=depth),
+    "PixArt": lambda depth: pixart(num_layers=1),
+    "SD3": lambda depth: sd3(num_layers=2),
 }
 
 
 @pytest.mark.parametrize("kind", SHALLOW)
 def test_compiles_without_graph_breaks(kind: str) -> None:
-    model, inputs = SHALLOW[kind](), KINDS[kind].example(torch.float32)
+    model, inputs = SHALLOW[kind](2), KINDS[kind].example(torch.float32)
     expected = run(model, inputs)[0]
     upstream = [torch.randn_like(expected)]
     gradient = joined(gradients(model, inputs, upstream))
@@ -43,27 +43,26 @@ def test_compiles_without_graph_breaks(kind: str) -> None:
     assert counter.frame_count == 2, "and once with gradients"
 
 
-@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"cache_modulation": True}, {"attention": "native"}], ids=str)
 @pytest.mark.parametrize("kind", DITS)
-def test_options_compile(kind: str, options: dict[str, object]) -> None:
-    model, inputs = SHALLOW[kind](), KINDS[kind].example(torch.float32)
+def test_options_compile(kind: str) -> None:
+    model, inputs = SHALLOW[kind](1), KINDS[kind].example(torch.float32)
     with torch.no_grad():
         before = run(model, inputs)[0]
-        expected = run(ditfast.accelerate(model, **options), inputs)[0]
+        ditfast.accelerate(model, dtype=torch.bfloat16, cache_modulation=True, attention="native")
+        expected = run(model, inputs)[0]
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert error(run(compiled, inputs)[0], expected) <= (1e-2 if "dtype" in options else 1e-5)
+        assert error(run(compiled, inputs)[0], expected) <= 1e-2
         for parameter in model.parameters():
             parameter.data.mul_(1.1)
         found = run(compiled, inputs)[0]
-        assert error(found, before) > 1e-2
-        assert error(found, run(ditfast.restore(model), inputs)[0]) <= (3e-2 if "dtype" in options else 1e-5)
+        assert error(found, before) > 1e-1
+        assert error(found, run(ditfast.restore(model), inputs)[0]) <= 3e-2
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "model.compile"])
-@pytest.mark.parametrize("kind", DITS)
+@pytest.mark.parametrize(("kind", "in_place"), [("official", False), ("official", True), ("diffusers", True)])
 def test_accelerated_after_compiling(kind: str, in_place: bool) -> None:
     """What was compiled before notices accelerate, and restore."""
-    model, inputs = SHALLOW[kind](), KINDS[kind].example(torch.float32)
+    model, inputs = SHALLOW[kind](1), KINDS[kind].example(torch.float32)
     counter = graphs()
     if in_place:
         model.compile(backend=counter, fullgraph=True)
@@ -99,7 +98,7 @@ def test_compiled_blocks() -> None:
 def test_hooks_inside_a_compiled_model() -> None:
     model, inputs, calls = official(), official_inputs(), []
     ditfast.accelerate(model)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         before = run(compiled, inputs)[0]
         model.blocks[1].mlp.register_forward_hook(lambda _, args, out: calls.append(1) or 2 * out)

@@ -166,6 +166,17 @@ def test_a_full_disk_is_a_clean_stop(
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
+def test_a_grid_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path, pixels: Pixels) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ditfast.commands.sample_out.save_png", fail)
+    assert draw(tmp_path / "a.png", "--per-class", "1") == 1
+    assert capsys.readouterr().err == f"ditfast sample: {tmp_path / 'a.png'}: No space left on device\n"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -257,6 +258,9 @@ def _out(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() in OTHER_FILES:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder or a name that ends in .png")
-    if path.suffix.lower() == GRID_SUFFIX and not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"got {text!r}, but the folder {path.parent} does not exist")
+    if path.suffix.lower() == GRID_SUFFIX:
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"got {text!r}, but the folder {path.parent} does not exist")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"got {text!r}, where no file can be written")
     return path

@@ -22,14 +22,21 @@ _CELL = 32  # smaller images are enlarged to this in a grid
 
 
 def draw_grid(path: Path, painter: Painter, classes: Sequence[int], per_class: int, batch: int) -> None:
-    """A row for each class, in one file."""
+    """A row for each class, in one file.
+
+    Raises:
+        RunStopped: the file cannot be written.
+    """
     num = len(classes) * per_class
     parts = []
     with sampling_progress(num, Ranks()) as advance:
         for start in range(0, num, batch):
             block = range(start, min(start + batch, num))
             parts.append(painter.paint(block, advance))
-    save_png(path, _grid(np.concatenate(parts), classes, per_class))
+    try:
+        save_png(path, _grid(np.concatenate(parts), classes, per_class))
+    except OSError as error:
+        raise RunStopped(f"{path}: {error.strerror or error}") from error
 
 
 def fill_folder(

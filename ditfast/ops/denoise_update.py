@@ -72,9 +72,7 @@ def torch_denoise_update(
     return result + (0.5 * (lowest + place * (highest - lowest))).exp() * noise
 
 
-def _check(
-    x: Tensor, output: Tensor, noise: Tensor | None, update: Tensor, scale: Tensor | None, guided_channels: int
-) -> None:
+def _check(x: Tensor, output: Tensor, noise: Tensor | None, update: Tensor, scale: Tensor | None, guided_channels: int) -> None:
     if x.dim() != 4 or x.dtype != torch.float32:
         raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected [B, C, H, W] torch.float32")
     batch, channels, height, width = x.shape
