@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_
 from .config import DiTConfig
 from .ops.checks import check_dtype
 from .plain import is_plain
-
-if TYPE_CHECKING:
-    from .checkpoints import CheckpointSource
 
 ADALN_ORDER = ("attn_shift", "attn_scale", "mlp_shift", "mlp_scale")
 
@@ -112,7 +109,7 @@ class DiT(nn.Module):
     ``config.class_dropout_prob``.
     """
 
-    source: CheckpointSource | None = None  # of a model that ``load_checkpoint`` made
+    source: object = None  # a CheckpointSource, of a model that ``load_checkpoint`` made
 
     def __init__(self, config: DiTConfig):
         super().__init__()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ EXAMPLES = """examples:
   ditfast sample --checkpoint DiT-XL-2-256x256.pt --classes 207 360 --per-class 4 --out animals
   ditfast sample --checkpoint dit-xl --labels imagenet.txt --classes otter "golden retriever" --steps ddim50 --out pets
   ditfast sample --checkpoint SiT-XL-2-256.pt --solver heun --steps 125 --cfg-interval 0.1 0.7 --classes 88 --out macaws
-  torchrun --nproc-per-node 8 -m ditfast sample --checkpoint DiT-XL-2-256x256.pt --num 50000 --cfg 1.5 --npz --out fid
+  torchrun --nproc-per-node 8 -m ditfast sample --checkpoint DiT-XL-2-256x256.pt --num-images 50000 --cfg 1.5 --npz --out fid
 """
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOW_SOLVERS = ("euler", "heun", "sde")
@@ -261,6 +261,10 @@ def _out(text: str) -> Path:
     if path.suffix.lower() == GRID_SUFFIX:
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"got {text!r}, but the folder {path.parent} does not exist")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"got {text!r}, where no file can be written")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"got {text!r}, which is a folder")
+        try:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"got {text!r}, but no file can be written there: {error.strerror}") from error
     return path
