@@ -25,7 +25,10 @@ from torch import Tensor, nn
 import ditfast
 from ditfast.homes import Swap
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+]
 WHOLE = {name: not name.startswith(("REPA", "PixArt", "SD3")) for name in KINDS}  # the model's forward is swapped as well
 
 

@@ -16,7 +16,10 @@ from torch.nn.utils import parametrizations
 
 import ditfast
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated"),
+]
 
 
 # ------------------------------------------------------------------------------------------------ adapters
@@ -387,6 +390,8 @@ def test_a_fork_with_names_and_arguments_of_its_own() -> None:
         assert error(model(latents=x, sigma=t, label=y), expected) <= 1e-5
         for one, other in zip(model(x, t, y, features=True), features, strict=True):
             assert error(one, other) <= 1e-5
+        with pytest.raises(TypeError):
+            ditfast.accelerate(official())(t=t, y=y)
 
 
 def test_a_block_that_attends_elsewhere() -> None:

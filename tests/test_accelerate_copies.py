@@ -19,7 +19,10 @@ from torch import Tensor, nn
 import ditfast
 from ditfast.homes import Swap, caches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+]
 
 
 def through(save: Callable[[Any, Any], None], load: Callable[[Any], Any]) -> Callable[[nn.Module], nn.Module]:
@@ -142,6 +145,10 @@ def test_blocks_compute_in_another_dtype_by_themselves() -> None:
         found = ditfast.accelerate(block, dtype=torch.bfloat16)(x, c)
     assert found.dtype == torch.float32
     assert 1e-5 < error(found, expected) < 3e-2
+    with_gradients = block(x, c)  # of its parameters alone
+    assert error(with_gradients, expected) <= 1e-5
+    with_gradients.sum().backward()
+    assert block.attn.qkv.weight.grad is not None
 
 
 # ------------------------------------------------------------------------------------------------ caches
@@ -276,6 +283,19 @@ def test_cached_modulation_has_the_same_bits(kind: str, monkeypatch: pytest.Monk
         assert len(linears) == 20
     model.train()
     run(model, batches[0])
+
+
+def test_autocast_has_cached_modulation_of_its_own() -> None:
+    """Also where the conditioning vectors are the same to the bit."""
+    model, inputs = official(), official_inputs()
+    model.t_embedder = randomize(nn.Embedding(1000, 64))
+    inputs["t"] = inputs["t"].long()
+    with torch.no_grad():
+        expected = run(ditfast.accelerate(model), inputs)[0]
+        ditfast.accelerate(model, cache_modulation=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            run(model, inputs)
+        assert torch.equal(run(model, inputs)[0], expected)
 
 
 def test_cached_modulation_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm_style
 import torch
 from foreign import DITS, KINDS, official, official_inputs, run
 from support import error
@@ -16,7 +17,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import ditfast
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:For backward hooks to be called"),
+]
 
 PARTS = {
     "official": (
@@ -185,8 +190,13 @@ def test_the_probe_leaves_no_trace(kind: str) -> None:
     assert not ditfast.acceleration_report(model).rows[0].reason
 
 
-def test_the_probe_is_not_disturbed() -> None:
-    """By autocast, a default device or dtype, inference mode, a user's deterministic mode."""
+def test_the_probe_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By autocast, a default device or dtype, or inference mode."""
+    under_autocast = []
+    plain = timm_style.modulate
+    monkeypatch.setattr(
+        timm_style, "modulate", lambda *args: (under_autocast.append(torch.is_autocast_enabled("cpu")), plain(*args))[1]
+    )
     ways: list[Callable[[], Any]] = [
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: torch.device("meta"),
@@ -198,6 +208,8 @@ def test_the_probe_is_not_disturbed() -> None:
         with way():
             ditfast.accelerate(model)
         assert all(row.swapped for row in ditfast.acceleration_report(model).rows)
+    assert under_autocast
+    assert not any(under_autocast)
     torch.set_default_dtype(torch.float64)
     try:
         assert all(row.swapped for row in ditfast.acceleration_report(ditfast.accelerate(official().float())).rows)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import os
 import socket
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import ranks_of_models
+import timm_style
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,16 +28,18 @@ from foreign import (
     run,
 )
 from support import error
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 import ditfast
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated"),
+]
 
 
 @pytest.mark.parametrize("kind", DITS)
@@ -151,6 +153,41 @@ def test_a_block_used_twice() -> None:
         assert error(run(ditfast.accelerate(model), inputs)[0], expected) <= 1e-5
 
 
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*DITS, "PixArt", "SD3"])
+def test_streams_under_autocast_have_the_same_dtype(kind: str, stream: torch.dtype) -> None:
+    model = KINDS[kind].build()
+    block = (getattr(model, "blocks", None) or model.transformer_blocks)[0]
+    x, context, c = torch.randn(2, 16, 64).to(stream), torch.randn(2, 6, 64).to(stream), torch.randn(2, 64).bfloat16()
+    labels = {"timestep": torch.tensor([1, 2]), "class_labels": torch.tensor([3, 4])}
+    inputs: dict[str, Any] = {
+        "official": {"x": x, "c": c},
+        "diffusers": {"hidden_states": x, **labels},
+        "PixArt": {"hidden_states": x, "encoder_hidden_states": context, "timestep": c.repeat(1, 6)},
+        "SD3": {"hidden_states": x, "encoder_hidden_states": context, "temb": c},
+    }[kind]
+    for with_gradients in (False, True):
+        with torch.set_grad_enabled(with_gradients), torch.autocast("cpu", torch.bfloat16):
+            expected = run(block, inputs)
+            with ditfast.accelerated(block):
+                found = run(block, inputs)
+        assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+        assert all(error(one, other) <= 2e-2 for one, other in zip(found, expected, strict=True))
+
+
+def test_a_model_that_checkpoints_its_blocks_still_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    plain = timm_style.checkpoint
+    monkeypatch.setattr(timm_style, "checkpoint", lambda *args, **kwargs: (calls.append(1), plain(*args, **kwargs))[1])
+    model = ditfast.accelerate(KINDS["fast-DiT"].build())
+    calls.clear()
+    run(model, official_inputs())
+    assert len(calls) == 3
+    with torch.no_grad():
+        run(model, official_inputs())
+    assert len(calls) == 3, "which without gradients has no use"
+
+
 def test_inference_mode_between_others() -> None:
     model, inputs = official(), official_inputs()
     before = run(model, inputs)[0]
@@ -227,64 +264,9 @@ def test_accelerate_and_restore_while_another_thread_runs_another_model() -> Non
 
 
 # ------------------------------------------------------------------------------------------------ several processes
-class Wrapped:
-    """What one rank holds: the model as it was, its inputs, and the gradient of the mean over both ranks."""
-
-    def __init__(self, kind: str, rank: int):
-        torch.manual_seed(0)
-        self.model = KINDS[kind].build()
-        inputs = KINDS[kind].example(torch.float32)
-        self.inputs = {name: value[rank : rank + 1] for name, value in inputs.items()}
-        self.upstream = [torch.randn(2, 8, 8, 8)[rank : rank + 1]]
-        self.latents = next(iter(inputs))
-        self.before = run(self.model, self.inputs)[0].detach()
-        self.expected = gradients(self.model, self.inputs, self.upstream)
-        for name, gradient in self.expected.items():
-            if name != self.latents:
-                dist.all_reduce(gradient)
-                gradient.div_(2)
-
-    def check(self, wrapped: nn.Module, prefix: str = "") -> None:
-        found = gradients(wrapped, self.inputs, self.upstream)
-        found = {name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in found.items()}
-        assert set(found) == set(self.expected)
-        assert error(joined(found), joined(self.expected)) <= 1e-5
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode():
-                assert error(run(wrapped, self.inputs)[0], self.before) <= 1e-5
-
-
-def ddp(kind: str, rank: int) -> None:
-    case = Wrapped(kind, rank)
-    case.check(DistributedDataParallel(ditfast.accelerate(copy.deepcopy(case.model))))
-    case.check(ditfast.accelerate(DistributedDataParallel(case.model)))
-
-
-def fsdp2(kind: str, rank: int) -> None:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    case = Wrapped(kind, rank)
-    for reshard in (True, False) if kind == "official" else (False,):  # diffusers' own forward reads block 0 at the end
-        model = ditfast.accelerate(copy.deepcopy(case.model))
-        for block in getattr(model, "blocks", None) or model.transformer_blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
-        case.check(model)
-        assert all(row.swapped for row in ditfast.acceleration_report(model).rows)
-
-
-def work(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    for kind in DITS:
-        ddp(kind, rank)
-        fsdp2(kind, rank)
-    dist.destroy_process_group()
-
-
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_of_ddp_and_fsdp() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, args=(port,), nprocs=2, join=True)
+    mp.spawn(ranks_of_models.work, args=(port,), nprocs=2, join=True)

@@ -18,7 +18,7 @@ from ditfast.cli import main
     [
         (["--out", "digits.jpg"], "expected a folder or a name that ends in .png"),
         (["--out", "missing/digits.png"], "the folder missing does not exist"),
-        (["--out", "/proc/digits.png"], "argument --out: got '/proc/digits.png', where no file can be written"),
+        (["--out", "/proc/digits.png"], "argument --out: got '/proc/digits.png', but no file can be written there: "),
         (["--out", "a.png", "--per-class", "0"], "expected a positive integer"),
         (["--out", "a.png", "--seed", "-1"], "expected an integer 0..2^64-1"),
         (["--out", "a.png", "--cfg", "nan"], "expected a number"),
