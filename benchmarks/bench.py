@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), highlight=False)
     rivals, notes = available_rivals(args.rivals, args.device)
     try:
-        cases = _cases(args)
+        cases = _cases(args, rivals)
     except CheckpointError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(row.parity for row in rows) else 1
 
 
-def _cases(args: argparse.Namespace) -> list[Case]:
+def _cases(args: argparse.Namespace, rivals: Sequence[str]) -> list[Case]:
     if args.checkpoint is not None:
         cases = [checkpoint_case(args.checkpoint, n, args.device, dtype) for dtype in args.dtype for n in args.batch]
         first = list(cases)
@@ -121,7 +121,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         ]
         first = [case for case in cases if case.model == args.models[0]]
         cases += [digits_case(dtype, args.device) for dtype in args.dtype]
-    if any(name in SWAPPED for name in args.rivals):
+    if any(name in SWAPPED for name in rivals):
         cases += [swapped_case(case) for case in first if case.config.conditioning == "adaln_zero"]
     return cases
 
