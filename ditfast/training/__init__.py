@@ -1,0 +1,1 @@
+"""Training: the paper's recipe, the same numbers on one rank or many, exact to resume."""
