@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import blocks, ops
+from .activation_checkpointing import checkpointed
 from .blocks import view
 from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
 from .config import DiTConfig
@@ -110,6 +111,7 @@ class DiT(nn.Module):
     """
 
     source: object = None  # a CheckpointSource, of a model that ``load_checkpoint`` made
+    checkpoint_activations = False  # of blocks, in a forward whose gradients are wanted: less memory, a little more time
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -181,7 +183,8 @@ class DiT(nn.Module):
         first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
         u = ops.layer_norm_modulate(x, *first)  # [B, T, D]
         for block, modulation, following in zip(self.blocks, modulations, [*others, final], strict=True):
-            x, u = block(x, u, modulation, following, context)  # 2 x [B, T, D]
+            run = checkpointed(block) if self.checkpoint_activations and torch.is_grad_enabled() else block
+            x, u = run(x, u, modulation, following, context)  # 2 x [B, T, D]
         u = u[:, : self.config.num_tokens]  # [B, T, D]
         return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
 

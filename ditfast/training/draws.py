@@ -1,0 +1,45 @@
+"""What chance decides in a step.
+
+Numbers are drawn for the whole batch, by generators keyed by the seed, the step and what they are for; a rank takes its rows.
+So they do not depend on how many ranks there are, no state of a generator has to be saved, and a resumed run draws what an
+uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PURPOSES = ("flips", "moments", "times", "noise", "labels")
+
+
+class Draws:
+    """Of one step.
+
+    Args:
+        seed: of the run.
+        step: its number.
+        batch: samples of the step, over all ranks.
+        device: where tensors are wanted; CPU and CUDA draw different numbers.
+    """
+
+    def __init__(self, seed: int, step: int, batch: int, device: torch.device):
+        self.key = (seed, step)
+        self.batch = batch
+        self.device = device
+
+    def uniform(self, purpose: str) -> Tensor:
+        """[batch] fp32 in [0, 1)."""
+        return torch.rand(self.batch, generator=self._generator(purpose), device=self.device)
+
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """[batch, *shape] fp32."""
+        return torch.randn(self.batch, *shape, generator=self._generator(purpose), device=self.device)
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        key = [*self.key, PURPOSES.index(purpose)]
+        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+        return torch.Generator(self.device).manual_seed(int(seed) >> 1)

@@ -1,0 +1,94 @@
+"""What a run's average is looked at by: samples, its loss on numbers that stay the same, and on digits a Frechet distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..diffusion import FlowMatching, GaussianDiffusion, Step, steps
+from ..evaluation.digits_classifier import digits_classifier, scans_as_images
+from ..evaluation.metrics import frechet_distance, gaussian
+from ..images import labelled_grid, save_png
+from ..model import DiT
+from ..sampling import sample
+from .data import Data, Digits
+from .draws import Draws
+from .objective import Objective
+from .settings import TrainSettings
+
+CLASSES = 10
+PER_CLASS = 4
+STEPS = 50
+RECORDS = 256
+DIGITS = 500
+GUIDANCE = 2.0
+NO_STEP = 2**62  # whose draws no step of training sees
+
+
+def preview(path: Path, model: DiT, settings: TrainSettings, decode: Callable[[Tensor], Tensor] | None) -> None:
+    """A labelled grid of the first ten classes, drawn from the run's seed.
+
+    Args:
+        path: of the PNG file, in a folder that exists.
+        model: the average, in eval mode.
+        settings: of the run.
+        decode: latents to images in [-1, 1]; None where they are images.
+    """
+    classes = list(range(min(CLASSES, model.config.num_classes)))
+    labels = torch.tensor(classes).repeat_interleave(PER_CLASS)
+    latents = _samples(model, settings, labels, clip=decode is None)  # [N, C, H, W]
+    images = latents if decode is None else decode(latents)
+    save_png(
+        path,
+        labelled_grid(dict(zip(classes, images.cpu().split(PER_CLASS), strict=True)), scale=max(1, 32 // images.shape[-1])),
+    )
+
+
+def evaluate(model: DiT, data: Data, settings: TrainSettings) -> dict[str, float]:
+    """``loss`` on the same records, timesteps and noise every time; of digits also ``frechet_distance`` and ``accuracy``.
+
+    Args:
+        model: the average, in eval mode.
+        data: of the run; its first records are looked at.
+        settings: of the run.
+    """
+    found = {"loss": _fixed_loss(model, data, settings)}
+    if isinstance(data, Digits):
+        classifier = digits_classifier()
+        labels = torch.arange(DIGITS) % model.config.num_classes
+        features = classifier.features(_samples(model, settings, labels, clip=True).cpu())
+        scans, _ = scans_as_images()
+        read = classifier.probabilities(features).argmax(dim=1)
+        found["frechet_distance"] = frechet_distance(*gaussian(features), *gaussian(classifier.features(scans)))
+        found["accuracy"] = (read == labels).double().mean().item()
+    return found
+
+
+@torch.no_grad()
+def _fixed_loss(model: DiT, data: Data, settings: TrainSettings) -> float:
+    device, count = model.pos_embed.device, min(RECORDS, len(data))
+    records = [data[index] for index in range(count)]
+    draws = Draws(settings.seed, NO_STEP, count, device)
+    noise = draws.normal("noise", model.config.input_shape)  # [N, C, H, W]
+    values = torch.stack([record.values for record in records]).to(device)
+    unflipped = torch.zeros(count, dtype=torch.bool, device=device)
+    x0 = data.clean(values, unflipped, draws.normal("moments", model.config.input_shape))  # [N, C, H, W]
+    objective = Objective(settings, model.config)
+    t, _ = objective.sampler.draw(draws.uniform("times"))  # [N]
+    y = torch.tensor([record.label for record in records], device=device)
+    parts = [tensor.split(32) for tensor in (x0, t, y, noise)]
+    return torch.cat([objective.losses(model, *part)["loss"] for part in zip(*parts, strict=True)]).double().mean().item()
+
+
+def _samples(model: DiT, settings: TrainSettings, labels: Tensor, clip: bool) -> Tensor:
+    guided = model.config.class_dropout_prob > 0
+    return sample(model, _steps(model, settings), labels, cfg_scale=GUIDANCE if guided else 1.0, seed=settings.seed, clip=clip)
+
+
+def _steps(model: DiT, settings: TrainSettings) -> list[Step]:
+    if settings.loss == "flow":
+        return steps(FlowMatching(settings.path, STEPS), "euler")
+    return steps(GaussianDiffusion(f"ddim{STEPS}", learn_sigma=model.config.learn_sigma), "ddim")

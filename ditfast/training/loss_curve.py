@@ -1,0 +1,43 @@
+"""The loss over the noise levels: which timesteps are learnt, and which are not yet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BUCKETS = 10
+
+
+class LossCurve:
+    """Means of the losses since the curve was last taken, a bucket for each tenth of the timesteps.
+
+    Args:
+        last_time: the largest timestep: 1 of flow matching, else the number of steps.
+    """
+
+    def __init__(self, last_time: float):
+        self.last_time = last_time
+        self.sums = torch.zeros(BUCKETS, dtype=torch.float64)
+        self.counts = torch.zeros(BUCKETS, dtype=torch.float64)
+
+    def add(self, t: Tensor, loss: Tensor) -> None:
+        """Timesteps and losses [B]; those that are infinite or NaN are left out."""
+        t, loss = t.double().cpu(), loss.double().cpu()
+        bucket = (t * (BUCKETS / self.last_time)).long().clamp(0, BUCKETS - 1)
+        finite = loss.isfinite()
+        self.sums.index_add_(0, bucket[finite], loss[finite])
+        self.counts.index_add_(0, bucket[finite], torch.ones_like(loss[finite]))
+
+    def take(self) -> list[float | None]:
+        """The mean of each bucket, None of an empty one; starts anew."""
+        means = [total / count if count else None for total, count in zip(*self._lists(), strict=True)]
+        self.sums.zero_()
+        self.counts.zero_()
+        return means
+
+    def _lists(self) -> tuple[list[float], list[float]]:
+        return self.sums.tolist(), self.counts.tolist()
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that change in place."""
+        return {"sums": self.sums, "counts": self.counts}

@@ -1,0 +1,264 @@
+"""A run: from data to weights, killed at any moment and resumed to the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from ..checkpoints import save_checkpoint
+from ..config import DiTConfig
+from ..diffusion import NUM_TRAIN_STEPS
+from ..model import DiT
+from ..sampling.ranks import Ranks
+from .averages import Averages
+from .checkpoints import Checkpoints
+from .data import Data, Stream
+from .errors import RunError, TrainingStopped
+from .evaluation import evaluate, preview
+from .folder import claim
+from .log import RunLog
+from .loss_curve import LossCurve
+from .objective import Objective
+from .order import batch_indices, rows
+from .parallel import distribute, full_tensors
+from .settings import RunOptions, TrainSettings
+from .step import Stepper, StepReport, freeze_label_dropout
+from .stopping import asked_to_stop
+
+WEIGHTS = "model.safetensors"
+CURVE_EVERY = 500  # steps
+
+
+class Trainer:
+    """Trains a model by a recipe.
+
+    A run's folder gets ``run.json``, ``log.jsonl`` (a line a step), ``timesteps.jsonl`` (losses by timestep),
+    ``evaluation.jsonl``, ``samples/``, ``tensorboard/``, ``checkpoints/`` and at the end ``model.safetensors``, the first
+    average in the official layout. The optimizer is AdamW, betas 0.9 and 0.999.
+
+    Args:
+        model: fp32, on its device: a ``ditfast.DiT``, or ``ditfast.reference.DiT``, whose ``config`` it reads.
+        data: latents and labels that fit the model.
+        settings: the recipe.
+        out: the run's folder, made if it does not exist.
+        options: what the run does beside its steps.
+        ranks: which process of how many this is, ``parallel.joined`` already.
+        parallel: ``"ddp"`` or ``"fsdp"``, of several ranks.
+        decode: latents [N, C, H, W] to images [N, 1 or 3, H', W'] in [-1, 1], for samples; None where they are images.
+        on_step: called after each step with its report and the number of steps done (progress).
+
+    Raises:
+        RunError: data, model, ranks and settings do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: TrainSettings,
+        out: str | os.PathLike[str],
+        options: RunOptions | None = None,
+        *,
+        ranks: Ranks | None = None,
+        parallel: str = "ddp",
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        on_step: Callable[[StepReport, int], None] = lambda report, done: None,
+    ):
+        self.data, self.settings, self.out = data, settings, Path(out)
+        self.options = options or RunOptions()
+        self.ranks = ranks or Ranks()
+        self.decode, self.on_step = decode, on_step
+        self.config: DiTConfig = model.config  # type: ignore[assignment]
+        _check(self.config, data, settings, self.ranks)
+        self.device = next(model.parameters()).device
+        model.train()
+        freeze_label_dropout(model)
+        if isinstance(model, DiT):
+            model.checkpoint_activations = settings.checkpoint_activations
+        if settings.compile:
+            model.compile()
+        self.model = distribute(model, parallel, self.ranks)
+        self._plain = model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=settings.weight_decay, fused=True)
+        self.averages = Averages(trained, settings.ema)
+        self.objective = Objective(settings, self.config)
+        self.curve = LossCurve(1 if settings.loss == "flow" else NUM_TRAIN_STEPS)
+        share = rows(settings.batch, self.ranks.rank, self.ranks.world)
+        self.stepper = Stepper(
+            self.model, self.config, data, self.objective, self.optimizer, self.averages, settings, share, self.device
+        )
+        self.checkpoints = Checkpoints(self.out / "checkpoints", self.options.keep, self.ranks)
+        self.done = 0  # steps
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    # ------------------------------------------------------------------------------------------------ the loop
+    def run(self, resume: bool = False) -> Path:
+        """The rest of the steps; the exported weights' path.
+
+        Args:
+            resume: go on from the newest whole checkpoint in the folder, if there is one; else the folder has to be empty.
+
+        Raises:
+            RunError: the folder holds another run, or one while ``resume`` is False.
+            TrainingStopped: too many steps in a row were skipped, or the run was asked to stop (SIGTERM, Ctrl-C).
+            DataError: too many records were unreadable.
+            CheckpointFault: a checkpoint cannot be written.
+        """
+        claim(self.out, self._record(), resume)
+        if resume:
+            self._resume()
+        log = RunLog(self.out, self.done, writes=self.ranks.rank == 0)
+        try:
+            with asked_to_stop() as stop_asked:
+                for batch in self._stream():
+                    report = self.stepper.take(self.done, batch, stop_asked)
+                    self._after_step(report, log)
+                    if report.stop:
+                        self._save(log)
+                        raise TrainingStopped(f"stopped at step {self.done}; --resume auto goes on from there")
+        finally:
+            log.close()
+        return self._export()
+
+    def _stream(self) -> Iterator[Any]:
+        left = self.settings.steps - self.done
+        stream = Stream(
+            self.data,
+            self.settings.seed,
+            self.settings.batch,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            start_step=self.done,
+            workers=self.options.workers,
+            max_bad_records=self.options.max_bad_records,
+        )
+        return (batch for _, batch in zip(range(left), stream, strict=False))
+
+    def _after_step(self, report: StepReport, log: RunLog) -> None:
+        self.done += 1
+        self.skipped += not report.taken
+        self.skipped_in_a_row = 0 if report.taken else self.skipped_in_a_row + 1
+        self.curve.add(report.t, report.losses)
+        log.write("log", self.done, _line(report, self.skipped))
+        if self.skipped_in_a_row > self.settings.max_skipped:
+            raise TrainingStopped(self._why_skipped(report))
+        last = self.done == self.settings.steps
+        if last or self.done % CURVE_EVERY == 0:
+            log.write("timesteps", self.done, {"loss": self.curve.take()})
+        if _due(self.options.sample_every, self.done, last) or _due(self.options.evaluate_every, self.done, last):
+            self._look(log)
+        if last or self.done % self.options.save_every == 0:
+            self._save(log)
+        self.on_step(report, self.done)
+
+    def _why_skipped(self, report: StepReport) -> str:
+        indices = batch_indices(self.settings.seed, len(self.data), self.settings.batch, self.done - 1)
+        bad = [index for index, loss in zip(indices, report.losses.tolist(), strict=True) if not math.isfinite(loss)]
+        what = f"of the records {bad[:16]}" if bad else "of the gradient only, "
+        return (
+            f"step {self.done}: the loss or gradient was infinite or NaN for {self.skipped_in_a_row} steps in a row, "
+            f"{what} of the batch {indices[:16]}{'...' if len(indices) > 16 else ''}"
+        )
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def _save(self, log: RunLog) -> None:
+        log.sync()
+        about = {
+            "settings": self._record(),
+            "samples": self.done * self.settings.batch,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scale": self.stepper.scale.scale,
+            "finite_steps": self.stepper.scale.finite_steps,
+        }
+        self.checkpoints.save(self.done, self._state(), about)
+
+    def _resume(self) -> None:
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return
+        path, about = newest
+        state = self._state()
+        self.checkpoints.load(path, state)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.done, self.skipped, self.skipped_in_a_row = about["step"], about["skipped"], about["skipped_in_a_row"]
+        self.stepper.scale.scale, self.stepper.scale.finite_steps = about["scale"], about["finite_steps"]
+
+    def _state(self) -> dict[str, Any]:
+        """Tensors that change in place, but for the optimizer's, by names that do not depend on the number of ranks."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "averages": {str(decay): average for decay, average in self.averages.by_decay.items()},
+            "timesteps": self.objective.sampler.state(),
+            "curve": self.curve.state(),
+        }
+
+    def _record(self) -> dict[str, Any]:
+        """What decides the weights; neither the number of ranks nor how they share the model."""
+        return {
+            "model": dataclasses.asdict(self.config),
+            "data": self.data.fingerprint,
+            **self.settings.decisive(),
+        }
+
+    # ------------------------------------------------------------------------------------------------ the average
+    def average(self) -> DiT | None:
+        """The first average as a model of its own, in eval mode on the run's device; on other ranks than the first None."""
+        weights = full_tensors(self.averages.by_decay[self.settings.ema[0]])
+        if self.ranks.rank:
+            return None
+        model = DiT(self.config).to(self.device)
+        model.load_state_dict({**model.state_dict(), **weights})
+        return model.eval()
+
+    def _look(self, log: RunLog) -> None:
+        model = self.average()
+        if model is None:
+            return
+        last = self.done == self.settings.steps
+        if _due(self.options.sample_every, self.done, last):
+            folder = self.out / "samples"
+            folder.mkdir(exist_ok=True)
+            preview(folder / f"step-{self.done:08d}.png", model, self.settings, self.decode)
+        if _due(self.options.evaluate_every, self.done, last):
+            log.write("evaluation", self.done, evaluate(model, self.data, self.settings))
+
+    def _export(self) -> Path:
+        model = self.average()
+        if model is not None:
+            save_checkpoint(model, self.out / WEIGHTS)
+        return self.out / WEIGHTS
+
+
+def _due(every: int, done: int, last: bool) -> bool:
+    return every > 0 and (last or done % every == 0)
+
+
+def _line(report: StepReport, skipped: int) -> Mapping[str, Any]:
+    """Of log.jsonl; null is what was infinite or NaN."""
+    numbers = {**report.parts, "norm": report.norm, "rate": report.rate}
+    line: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return line if report.taken else {**line, "skipped": skipped}
+
+
+def _check(config: DiTConfig, data: Data, settings: TrainSettings, ranks: Ranks) -> None:
+    if data.input_shape != config.input_shape:
+        raise RunError(f"data: got latents {data.input_shape}, but the model takes {config.input_shape}")
+    if data.num_classes > config.num_classes:
+        raise RunError(f"data: got {data.num_classes} classes, but the model has {config.num_classes}")
+    parts = ranks.world * settings.accumulate
+    if settings.batch % parts:
+        why = f"{ranks.world} ranks, accumulate {settings.accumulate}"
+        raise RunError(f"batch: got {settings.batch}, expected a multiple of {parts}: {why}")
