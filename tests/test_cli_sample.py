@@ -196,7 +196,7 @@ def test_a_stop_is_one_line(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("ditfast.sampling.painter.sample", fail)
+    monkeypatch.setattr("ditfast.sampling.Sampler.__call__", fail)
     assert draw(tmp_path / "run", "--num", "10") == status
     found = capsys.readouterr().err
     assert found.startswith(f"ditfast sample: {line}")

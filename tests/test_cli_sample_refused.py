@@ -116,7 +116,7 @@ def test_ranks_need_a_folder_and_each_other(
 def test_a_folder_that_cannot_be_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ditfast.sampling.painter.sample", lambda *arguments, **options: pytest.fail("a step was taken"))
+    monkeypatch.setattr("ditfast.sampling.Sampler.__call__", lambda *arguments, **options: pytest.fail("a step was taken"))
     (tmp_path / "file").touch()
     assert draw(tmp_path / "file", "--num", "3") == 2
     assert capsys.readouterr().err == f"ditfast sample: {tmp_path / 'file'}: a file is in the way\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +15,6 @@ from ditfast import DiT, DiTConfig, load_digits, reference
 from ditfast.diffusion import FlowMatching, GaussianDiffusion, Step, apply_update, steps
 from ditfast.digits import real_digits
 from ditfast.sampling import image_noise, sample
-from ditfast.sampling.graph import Graphed
-from ditfast.sampling.run import Run
 
 CONFIG = DiTConfig(depth=2, hidden_size=64, num_heads=2, input_size=8, num_classes=5)
 LABELS = torch.tensor([0, 3, 4])
@@ -241,57 +239,6 @@ def test_modulation_vectors_stand_for_times_and_labels() -> None:
             model.forward_modulated(x, vectors[:2])
         with pytest.raises(ValueError, match=r"x: got shape \(3, 4, 8\)"):
             model.forward_modulated(x[..., 0], vectors)
-
-
-# ------------------------------------------------------------------------------------------------ graphs
-class FakeGraphs:
-    """Captures as a CUDA graph does: the function runs on fixed buffers, and its results land in fixed ones."""
-
-    def __init__(self) -> None:
-        self.captures = self.replays = 0
-
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        self.captures += 1
-        output = run().clone().fill_(math.nan)
-
-        def replay() -> None:
-            self.replays += 1
-            output.copy_(run())
-
-        return output, replay
-
-
-def test_a_graphed_loop_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = pair()
-    expected = sample(model, DDPM, LABELS, cfg_scale=4.0, cfg_interval=(150.0, 850.0))
-    graphs, plain_init = FakeGraphs(), Run.__init__
-
-    def init(self: Run, *arguments: Any) -> None:
-        plain_init(self, *arguments)
-        self.advance = Graphed(self._advance, graphs.capture)
-
-    monkeypatch.setattr(Run, "__init__", init)
-    found = sample(model, DDPM, LABELS, cfg_scale=4.0, cfg_interval=(150.0, 850.0))
-    assert torch.equal(found, expected)
-    assert (graphs.captures, graphs.replays) == (3, 6)  # unguided with noise, guided, and the last step has no noise
-
-
-def test_a_failed_capture_goes_on_without() -> None:
-    def fail(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        raise RuntimeError("operation not permitted when stream is capturing\nin 40 lines")
-
-    graphed = Graphed(lambda x: x + 1, fail)
-    with pytest.warns(UserWarning, match="without a CUDA graph, whose capture failed: operation not permitted"):
-        assert graphed(torch.zeros(2)).tolist() == [1, 1]
-    assert graphed(torch.ones(2)).tolist() == [2, 2]
-
-
-@pytest.mark.gpu
-def test_graph_and_offload_on_a_gpu() -> None:
-    model, _ = pair()
-    expected = sample(model, DDPM, LABELS, cfg_scale=4.0)
-    found = sample(model.cuda(), DDPM, LABELS, cfg_scale=4.0, offload_conditioning=True)
-    assert error(found.cpu(), expected) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ the digits

@@ -12,7 +12,8 @@ from support import randomize
 from ditfast import DiT
 from ditfast.diffusion import GaussianDiffusion, steps
 from ditfast.images import to_pixels
-from ditfast.sampling import painter, sample
+from ditfast.sampling import Sampler, sample
+from ditfast.sampling.painter import Painter
 from ditfast.vae import VAEError, decode, image_size, load_vae
 
 diffusers = pytest.importorskip("diffusers")
@@ -72,7 +73,7 @@ def test_no_latents_no_images() -> None:
 def test_a_painter_decodes() -> None:
     model = randomize(DiT(small())).eval()
     vae, schedule = tiny().eval(), steps(GaussianDiffusion("3"), "ddpm")
-    paint = painter.Painter(model, schedule, lambda image: image % 10, seed=1, vae=vae, options={"cfg_scale": 2.0})
+    paint = Painter(Sampler(model, schedule, seed=1), lambda image: image % 10, cfg_scale=2.0, vae=vae)
     done: list[float] = []
     pixels = paint.paint(range(3, 6), done.append)
     latents = sample(model, schedule, torch.tensor([3, 4, 5]), cfg_scale=2.0, seed=1, images=[3, 4, 5])
@@ -84,8 +85,8 @@ def test_a_painter_decodes() -> None:
 def test_what_is_not_finite_is_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.zeros(3, 1, 8, 8)
     images[1, 0, 2, 3] = torch.inf
-    monkeypatch.setattr(painter, "sample", lambda *arguments, **options: images)
-    paint = painter.Painter(DiT(small(in_channels=1)), steps(GaussianDiffusion("3"), "ddpm"), lambda image: 0)
+    monkeypatch.setattr(Sampler, "__call__", lambda *arguments, **options: images)
+    paint = Painter(Sampler(DiT(small(in_channels=1)), steps(GaussianDiffusion("3"), "ddpm")), lambda image: 0)
     with pytest.raises(FloatingPointError, match="image 11 came out infinite or NaN"):
         paint.paint(range(10, 13))
 

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from ..class_names import ClassNameError, find_class, read_names
 from ..config import DiTConfig
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, Step, steps
 from ..digits import load_digits
+from ..sampling import Sampler
 from ..sampling.folder import FolderError, RunStopped
-from ..sampling.painter import Painter, drawn_label
+from ..sampling.painter import Painter, label_of
 from ..sampling.ranks import Ranks, RanksError
 from ..sampling.settings import device_kind, digest, versions
 from .arguments import finite, positive, seed
@@ -111,15 +113,10 @@ def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
     schedule = _steps(args, model.config)
     vae = _vae(args.vae, model.config)
     num = args.num or len(classes) * args.per_class
-
-    def label(image: int) -> int:
-        return drawn_label(classes, image, args.seed) if args.num else classes[image // args.per_class]
-
-    options: dict[str, Any] = {"cfg_scale": args.cfg, "clip": vae is None}
-    if args.cfg_interval:
-        options["cfg_interval"] = tuple(args.cfg_interval)
-    model = model.to(device, DTYPES[args.dtype])
-    painter = Painter(model, schedule, label, args.seed, None if vae is None else vae.to(device), options)
+    label = partial(label_of, classes=classes, per_class=args.per_class, seed=args.seed)
+    options: dict[str, Any] = {"cfg_interval": tuple(args.cfg_interval)} if args.cfg_interval else {}
+    sampler = Sampler(model.to(device, DTYPES[args.dtype]), schedule, seed=args.seed, clip=vae is None, **options)
+    painter = Painter(sampler, label, args.cfg, None if vae is None else vae.to(device))
     if args.out.suffix.lower() == GRID_SUFFIX:
         draw_grid(args.out, painter, classes, args.per_class, args.batch)
     else:
@@ -142,10 +139,10 @@ def _settings(
     args: argparse.Namespace, painter: Painter, classes: Sequence[int], num: int, device: torch.device
 ) -> dict[str, Any]:
     """What decides the bytes of the images."""
-    vae = painter.vae
+    vae, model = painter.vae, painter.sampler.model
     return {
-        "weights": digest(painter.model.state_dict()),
-        "model": dataclasses.asdict(painter.model.config),
+        "weights": digest(model.state_dict()),
+        "model": dataclasses.asdict(model.config),
         "vae": None if vae is None else {"weights": digest(vae.state_dict()), **autoencoder.scaling(vae)},
         "classes": list(classes) if args.classes else "all",
         "per_class": args.per_class,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..images import Pixels
 from ..sampling.folder import RECORD
-from ..sampling.painter import drawn_label
+from ..sampling.painter import label_of
 from .errors import EvaluationError, one_line
 
 MODES = {"L": 1, "RGB": 3}
@@ -102,13 +102,10 @@ def run_labels(folder: Path) -> NDArray[np.int64] | None:
     """[N]: the classes that a run of ``ditfast sample`` was asked for; None where the folder has no such run's record."""
     try:
         settings = json.loads((folder / RECORD).read_text("utf-8"))["settings"]
-        every, classes = settings["per_class"], settings["classes"]
+        classes = settings["classes"]
         if classes == "all":
             classes = range(settings["model"]["num_classes"])
-        if every is None:
-            labels = [drawn_label(classes, image, settings["seed"]) for image in range(settings["num"])]
-        else:
-            labels = [label for label in classes for _ in range(every)]
+        labels = [label_of(k, classes, settings["per_class"], settings["seed"]) for k in range(settings["num"])]
         return np.array(labels, dtype=np.int64)
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -1,6 +1,6 @@
 """From labels to images."""
 
-from .loop import sample
+from .loop import Sampler, sample
 from .noise import image_noise
 
-__all__ = ["image_noise", "sample"]
+__all__ = ["Sampler", "image_noise", "sample"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from ..modulation_table import BUDGET_BYTES, offloaded_conditioning
 from .run import Batch, Run
 
 
-@torch.inference_mode()
 def sample(
     model: DiT,
     steps: Sequence[Step],
@@ -63,28 +64,85 @@ def sample(
     Raises:
         ValueError: an argument; the message names it.
     """
-    numbers = list(range(len(labels))) if images is None else list(images)
-    channels = model.config.guidance_channels if guidance_channels is None else guidance_channels
-    scales = _scales(cfg_scale, len(labels))
-    _check(model, labels, numbers, scales, channels)
-    if offload_conditioning and not (table_bytes and model.config.modulation_vectors):
-        raise ValueError("offload_conditioning: got True, but without a table, or without adaLN, the steps need all weights")
-    if scheduler is None and not steps:
-        raise ValueError("steps: got none, expected those of a solver, such as ditfast.diffusion.steps(process, 'ddpm')")
-    run = Run(model, clip, cfg_interval, channels, seed, table_bytes)
-    size = 1 if batch_invariant else max(1, len(labels))
-    parts = []
-    with offloaded_conditioning(model) if offload_conditioning else contextlib.nullcontext():
-        for start in range(0, max(1, len(labels)), size):
-            place = slice(start, start + size)
-            scale = None if scales is None else scales[place].to(run.device)
-            batch = Batch(labels[place].to(run.device), numbers[place], scale)
-            states = run.solved(steps, batch) if scheduler is None else run.scheduled(scheduler, batch)
-            for x in states:
-                latest = x
-                on_step()
-            parts.append(latest.clone())
-    return torch.cat(parts)
+    sampler = Sampler(
+        model,
+        steps,
+        cfg_interval=cfg_interval,
+        guidance_channels=guidance_channels,
+        seed=seed,
+        clip=clip,
+        table_bytes=table_bytes,
+        offload_conditioning=offload_conditioning,
+        batch_invariant=batch_invariant,
+        scheduler=scheduler,
+    )
+    return sampler(labels, cfg_scale=cfg_scale, images=images, on_step=on_step)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """``sample`` of one batch after another: what one batch had captured as a CUDA graph, the next of its size replays.
+
+    Fields are ``sample``'s arguments. A graph reads the weights where they were: a model that is moved, cast or changed in its
+    layers needs another sampler.
+    """
+
+    model: DiT
+    steps: Sequence[Step]
+    cfg_interval: tuple[float, float] = (-math.inf, math.inf)
+    guidance_channels: int | None = None
+    seed: int = 0
+    clip: bool = False
+    table_bytes: int = BUDGET_BYTES
+    offload_conditioning: bool = False
+    batch_invariant: bool = False
+    scheduler: Any = None
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        if not 0 <= self._channels <= config.in_channels:
+            raise ValueError(f"guidance_channels: got {self._channels}, expected 0..{config.in_channels}")
+        if self.offload_conditioning and not (self.table_bytes and config.modulation_vectors):
+            raise ValueError(
+                "offload_conditioning: got True, but without a table, or without adaLN, the steps need all weights"
+            )
+        if self.scheduler is None and not self.steps:
+            raise ValueError("steps: got none, expected those of a solver, such as ditfast.diffusion.steps(process, 'ddpm')")
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        labels: Tensor,
+        *,
+        cfg_scale: float | Sequence[float] = 1.0,
+        images: Sequence[int] | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """A batch: [B, C, H, W] fp32 on the model's device."""
+        numbers = list(range(len(labels))) if images is None else list(images)
+        scales = _scales(cfg_scale, len(labels))
+        _check(self.model, labels, numbers, scales)
+        run, size = self._run, 1 if self.batch_invariant else max(1, len(labels))
+        parts = []
+        with offloaded_conditioning(self.model) if self.offload_conditioning else contextlib.nullcontext():
+            for start in range(0, max(1, len(labels)), size):
+                place = slice(start, start + size)
+                scale = None if scales is None else scales[place].to(run.device)
+                batch = Batch(labels[place].to(run.device), numbers[place], scale)
+                states = run.solved(self.steps, batch) if self.scheduler is None else run.scheduled(self.scheduler, batch)
+                for x in states:
+                    latest = x
+                    on_step()
+                parts.append(latest.clone())
+        return torch.cat(parts)
+
+    @cached_property
+    def _run(self) -> Run:
+        return Run(self.model, self.clip, self.cfg_interval, self._channels, self.seed, self.table_bytes)
+
+    @property
+    def _channels(self) -> int:
+        return self.model.config.guidance_channels if self.guidance_channels is None else self.guidance_channels
 
 
 def _scales(cfg_scale: float | Sequence[float], count: int) -> Tensor | None:
@@ -95,7 +153,7 @@ def _scales(cfg_scale: float | Sequence[float], count: int) -> Tensor | None:
     return None if bool((scales == 1).all()) else scales.expand(count).contiguous()
 
 
-def _check(model: DiT, labels: Tensor, images: Sequence[int], scales: Tensor | None, channels: int) -> None:
+def _check(model: DiT, labels: Tensor, images: Sequence[int], scales: Tensor | None) -> None:
     config = model.config
     if model.training:
         raise ValueError("model: got a model in training mode, expected model.eval()")
@@ -107,5 +165,3 @@ def _check(model: DiT, labels: Tensor, images: Sequence[int], scales: Tensor | N
         raise ValueError(f"images: got {len(images)} numbers, expected {len(labels)}, one for each label")
     if scales is not None and config.label_rows == config.num_classes:
         raise ValueError("cfg_scale: this model has no null class to guide away from, expected 1")
-    if not 0 <= channels <= config.in_channels:
-        raise ValueError(f"guidance_channels: got {channels}, expected 0..{config.in_channels}")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .. import vae as autoencoder
-from ..diffusion.solvers import Step
 from ..images import Pixels, to_pixels
-from ..model import DiT
-from .loop import sample
+from .loop import Sampler
 
 
 @dataclass(frozen=True)
@@ -21,25 +18,21 @@ class Painter:
     """Numbers to pixels; the same numbers give the same bytes, and the same number in another batch nearly the same.
 
     Args:
-        model: in eval mode.
-        steps: of a solver.
+        sampler: labels and numbers to latents, or to pixels in [-1, 1].
         label: the class of an image.
-        seed: with an image's number it decides its noise.
-        vae: decodes; None where the model makes pixels.
-        options: more of ``sample``'s.
+        cfg_scale: strength of guidance.
+        vae: decodes latents; None where the model makes pixels.
     """
 
-    model: DiT
-    steps: Sequence[Step]
+    sampler: Sampler
     label: Callable[[int], int]
-    seed: int = 0
+    cfg_scale: float = 1.0
     vae: autoencoder.VAE | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
-        channels, *size = self.model.config.input_shape
+        channels, *size = self.sampler.model.config.input_shape
         if self.vae is None:
             return size[0], size[1], channels
         return autoencoder.image_size(self.vae, size[0]), autoencoder.image_size(self.vae, size[1]), 3
@@ -55,15 +48,19 @@ class Painter:
             FloatingPointError: an image holds infinities or NaN, which have no pixels.
         """
         labels = torch.tensor([self.label(number) for number in numbers])
-        done = len(numbers) / len(self.steps)
-        given = {"seed": self.seed, "images": numbers, "on_step": lambda: advance(done), **self.options}
-        images = sample(self.model, self.steps, labels, **given)  # [n, C, H, W]
+        done = len(numbers) / len(self.sampler.steps)
+        images = self.sampler(labels, cfg_scale=self.cfg_scale, images=numbers, on_step=lambda: advance(done))  # [n, C, H, W]
         if self.vae is not None:
             images = autoencoder.decode(self.vae, images)  # [n, 3, H, W]
         finite = images.isfinite().flatten(1).all(1)
         if not finite.all():
             raise FloatingPointError(f"image {numbers[int((~finite).nonzero()[0])]} came out infinite or NaN")
         return to_pixels(images)
+
+
+def label_of(image: int, classes: Sequence[int], per_class: int | None, seed: int) -> int:
+    """The class of a run's image: so many of each class in turn, or, without ``per_class``, drawn."""
+    return drawn_label(classes, image, seed) if per_class is None else classes[image // per_class]
 
 
 def drawn_label(classes: Sequence[int], image: int, seed: int) -> int:
