@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from .checkpoints import load_checkpoint
+from .config import DiTConfig
 from .model import DiT
+
+DIGITS_CONFIG = DiTConfig(
+    depth=6, hidden_size=128, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=10, class_dropout_prob=0.1
+)
 
 
 def load_digits() -> DiT:

@@ -1,9 +1,18 @@
-"""Types of arguments, each of which says in its error what came and what was expected."""
+"""Types of arguments, each of which says in its error what came and what was expected; and what commands do with them."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
+
+import torch
+
+from ..sampling.ranks import Ranks
+
+
+class BadArgument(ValueError):
+    """An argument that only the model, the machine or another argument makes wrong."""
 
 
 def finite(text: str) -> float:
@@ -26,3 +35,40 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
     return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer, 0 or more")
+    return int(text)
+
+
+def device_name(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"got {text!r}, but torch sees no such device here")
+    return device
+
+
+def choose_device(given: torch.device | None, ranks: Ranks) -> torch.device:
+    """The one given, else CUDA where there is one: of several, the rank's own."""
+    device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda":
+        return device
+    index = ranks.local if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise BadArgument(f"--device: got {device}, but there are {torch.cuda.device_count()} of them for rank {ranks.local}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def ended(command: str, ranks: Ranks, message: str, status: int) -> int:
+    """The exit status, after one line on stderr."""
+    rank = f" (rank {ranks.rank})" if ranks.world > 1 else ""
+    print(f"ditfast {command}{rank}: {message}", file=sys.stderr)
+    return status

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from ..sampling.folder import FolderError, RunStopped
 from ..sampling.painter import Painter, label_of
 from ..sampling.ranks import Ranks, RanksError
 from ..sampling.settings import device_kind, digest, versions
-from .arguments import finite, positive, seed
+from .arguments import BadArgument, choose_device, device_name, ended, finite, positive, seed
 from .sample_out import draw_grid, fill_folder
 
 HELP = "images from a checkpoint, or from the digits model that ships with ditfast"
@@ -44,10 +43,6 @@ PIXEL_CHANNELS = (1, 3)
 NO_VAE = "none"
 GRID_SUFFIX = ".png"
 OTHER_FILES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npz"}
-
-
-class BadArgument(ValueError):
-    """An argument that only the model, the machine or another argument makes wrong."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--batch", type=positive, metavar="N", help="images computed together; default: 16, digits 100")
     how.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model; default %(default)s")
-    how.add_argument("--device", type=_device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
+    how.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
     how.add_argument("--npz", action="store_true", help="also samples.npz, as ADM's evaluation reads it")
 
 
@@ -86,27 +81,21 @@ def run(args: argparse.Namespace) -> int:
     try:
         _sample(args, ranks)
     except (BadArgument, CheckpointError, ClassNameError, FolderError, autoencoder.VAEError) as error:
-        return _ended(ranks, str(error), 2)
+        return ended("sample", ranks, str(error), 2)
     except (RunStopped, RanksError) as error:
-        return _ended(ranks, str(error), 1)
+        return ended("sample", ranks, str(error), 1)
     except FloatingPointError as error:
-        return _ended(ranks, f"{error}; --dtype fp32 has the widest range", 1)
+        return ended("sample", ranks, f"{error}; --dtype fp32 has the widest range", 1)
     except torch.OutOfMemoryError:
-        return _ended(ranks, f"--batch: got {args.batch}, for which the device has too little memory", 1)
+        return ended("sample", ranks, f"--batch: got {args.batch}, for which the device has too little memory", 1)
     except KeyboardInterrupt:
-        return _ended(ranks, "interrupted", 130)
+        return ended("sample", ranks, "interrupted", 130)
     return 0
-
-
-def _ended(ranks: Ranks, message: str, status: int) -> int:
-    rank = f" (rank {ranks.rank})" if ranks.world > 1 else ""
-    print(f"ditfast sample{rank}: {message}", file=sys.stderr)
-    return status
 
 
 def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
     _check_together(args, ranks)
-    device = _device(args.device, ranks)
+    device = choose_device(args.device, ranks)
     model = load_digits() if args.checkpoint is None else load_checkpoint(args.checkpoint, weights=args.weights)
     _fill_in(args, model.config)
     classes = _classes(args, model.config)
@@ -226,29 +215,6 @@ def _vae(source: str, config: DiTConfig) -> autoencoder.VAE | None:
     vae = autoencoder.load_vae(source)
     autoencoder.check_channels(vae, config.in_channels)
     return vae
-
-
-def _device(given: torch.device | None, ranks: Ranks) -> torch.device:
-    device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda":
-        return device
-    index = ranks.local if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise BadArgument(f"--device: got {device}, but there are {torch.cuda.device_count()} of them for rank {ranks.local}")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def _device_name(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"got {text!r}, but torch sees no such device here")
-    return device
 
 
 def _out(text: str) -> Path:

@@ -1,1 +1,20 @@
 """Training: the paper's recipe, the same numbers on one rank or many, exact to resume."""
+
+from .checkpoints import CheckpointFault
+from .data import Data, DataError, Digits, open_data
+from .errors import RunError, TrainingStopped
+from .settings import RunOptions, TrainSettings
+from .trainer import Trainer
+
+__all__ = [
+    "CheckpointFault",
+    "Data",
+    "DataError",
+    "Digits",
+    "RunError",
+    "RunOptions",
+    "TrainSettings",
+    "Trainer",
+    "TrainingStopped",
+    "open_data",
+]

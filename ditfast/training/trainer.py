@@ -29,7 +29,8 @@ from .loss_curve import LossCurve
 from .objective import Objective
 from .order import batch_indices, rows
 from .parallel import distribute, full_tensors
-from .settings import RunOptions, TrainSettings
+from .settings import DTYPES, RunOptions, TrainSettings
+from .speed import Speed, Speedometer
 from .step import Stepper, StepReport, freeze_label_dropout
 from .stopping import asked_to_stop
 
@@ -53,7 +54,7 @@ class Trainer:
         ranks: which process of how many this is, ``parallel.joined`` already.
         parallel: ``"ddp"`` or ``"fsdp"``, of several ranks.
         decode: latents [N, C, H, W] to images [N, 1 or 3, H', W'] in [-1, 1], for samples; None where they are images.
-        on_step: called after each step with its report and the number of steps done (progress).
+        on_step: called after each step with its report, the number of steps done, and the speed (progress).
 
     Raises:
         RunError: data, model, ranks and settings do not fit each other.
@@ -70,7 +71,7 @@ class Trainer:
         ranks: Ranks | None = None,
         parallel: str = "ddp",
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        on_step: Callable[[StepReport, int], None] = lambda report, done: None,
+        on_step: Callable[[StepReport, int, Speed], None] = lambda report, done, speed: None,
     ):
         self.data, self.settings, self.out = data, settings, Path(out)
         self.options = options or RunOptions()
@@ -118,11 +119,16 @@ class Trainer:
         if resume:
             self._resume()
         log = RunLog(self.out, self.done, writes=self.ranks.rank == 0)
+        dtype = DTYPES[self.settings.dtype]
+        speedometer = Speedometer(self.config, self.settings.batch, self.ranks.world, self.device, dtype)
         try:
             with asked_to_stop() as stop_asked:
                 for batch in self._stream():
                     report = self.stepper.take(self.done, batch, stop_asked)
                     self._after_step(report, log)
+                    speed = speedometer.step()
+                    log.scalars("speed", self.done, speed._asdict())
+                    self.on_step(report, self.done, speed)
                     if report.stop:
                         self._save(log)
                         raise TrainingStopped(f"stopped at step {self.done}; --resume auto goes on from there")
@@ -159,7 +165,6 @@ class Trainer:
             self._look(log)
         if last or self.done % self.options.save_every == 0:
             self._save(log)
-        self.on_step(report, self.done)
 
     def _why_skipped(self, report: StepReport) -> str:
         indices = batch_indices(self.settings.seed, len(self.data), self.settings.batch, self.done - 1)

@@ -1,0 +1,181 @@
+"""``ditfast train``: a DiT by the paper's recipe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import vae as autoencoder
+from ..checkpoints import CheckpointError, load_checkpoint
+from ..config import CONDITIONINGS, MODEL_NAMES, DiTConfig
+from ..diffusion.flow import PATHS
+from ..digits import DIGITS_CONFIG
+from ..model import DiT
+from ..sampling.ranks import Ranks, RanksError
+from ..training import CheckpointFault, DataError, RunError, RunOptions, Trainer, TrainingStopped, TrainSettings, open_data
+from ..training.data import Data
+from ..training.parallel import PARALLEL, joined
+from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
+from .arguments import BadArgument, choose_device, device_name, ended, finite, natural, positive, seed
+from .train_progress import training_progress
+
+HELP = "a model by the paper's recipe, on one device or many; killed and resumed to the same bits"
+DESCRIPTION = """Trains a DiT. DIR gets checkpoints, log.jsonl (a line a step), samples, TensorBoard's scalars and at the end
+model.safetensors, the average of the weights as official code reads it. The same command with --resume auto goes on with a run
+that was killed, on any number of processes."""
+EXAMPLES = """examples:
+  ditfast train --data digits --steps 5000 --out run
+  ditfast train --data digits --steps 5000 --out run --resume auto
+  ditfast train --model DiT-S/2 --data photographs --vae stabilityai/sd-vae-ft-ema --image-size 256 --steps 400000 --out run
+  ditfast extract-latents imagenet/train latents --vae stabilityai/sd-vae-ft-ema --image-size 256
+  torchrun --nproc-per-node 8 -m ditfast train --model DiT-XL/2 --data latents --dtype bf16 --steps 400000 --out xl --resume auto
+"""
+DIGITS = "digits"
+DIGITS_RECIPE = {"batch": 128, "rate": 1e-3, "schedule": "cosine", "warm_up": 200, "ema": [0.999], "flip": False}
+PAPERS_RECIPE = {"batch": 256, "rate": 1e-4, "schedule": "constant", "warm_up": 0, "ema": [0.9999], "flip": True}
+NOT_LATENTS = (1, 3)  # channels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, metavar="PATH|digits", help="a folder of images or of latents; digits: 8x8 scans"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument(
+        "--resume", choices=("auto", "no"), default="no", help="auto: go on with the run in DIR if there is one"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", choices=MODEL_NAMES, metavar="NAME", help="as DiT-XL/2; default: DiT-S/2, of digits the one that ships"
+    )
+    model.add_argument("--conditioning", choices=CONDITIONINGS, default="adaln_zero", help="default %(default)s")
+    model.add_argument("--init", metavar="PATH", help="begin with a checkpoint's weights, not with the paper's random ones")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--image-size", type=positive, default=256, metavar="N", help="of a folder of images; default %(default)s"
+    )
+    data.add_argument(
+        "--vae", metavar="NAME|DIR", help="encodes images, and decodes samples; images without one are trained as pixels"
+    )
+    data.add_argument("--no-flip", dest="flip", action="store_false", default=None, help="do not mirror every other image")
+    data.add_argument(
+        "--workers", type=natural, default=0, metavar="N", help="processes that read, beside each rank; default %(default)s"
+    )
+    data.add_argument("--max-bad-records", type=natural, default=100, metavar="N", help="unreadable ones; default %(default)s")
+    recipe = parser.add_argument_group("recipe", "the defaults are the paper's, of digits those of the model that ships")
+    recipe.add_argument("--steps", type=positive, required=True, metavar="N")
+    recipe.add_argument(
+        "--batch", type=positive, metavar="N", help="images in a step, over all ranks; default: 256, digits 128"
+    )
+    recipe.add_argument(
+        "--accumulate", type=positive, default=1, metavar="N", help="parts a rank cuts its share of a batch into"
+    )
+    recipe.add_argument("--loss", choices=LOSSES, default="hybrid", help="flow: SiT's; default %(default)s")
+    recipe.add_argument("--path", choices=PATHS, default="linear", help="of flow matching; default %(default)s")
+    recipe.add_argument("--timesteps", choices=TIMESTEPS, default="uniform", help="how they are drawn; default %(default)s")
+    recipe.add_argument("--rate", type=finite, help="learning rate; default: 1e-4, digits 1e-3")
+    recipe.add_argument("--schedule", choices=SCHEDULES, help="of the rate; default: constant, digits cosine")
+    recipe.add_argument("--warm-up", type=natural, metavar="N", help="steps in which the rate rises; default: 0, digits 200")
+    recipe.add_argument("--weight-decay", type=finite, default=0.0, help="default %(default)s")
+    recipe.add_argument("--max-norm", type=finite, help="clip gradients to this norm; default: no clipping")
+    recipe.add_argument(
+        "--ema", type=finite, nargs="+", metavar="DECAY", help="the first is exported; default: 0.9999, digits 0.999"
+    )
+    recipe.add_argument("--seed", type=seed, default=0, help="default %(default)s")
+    recipe.add_argument(
+        "--max-skipped", type=natural, default=25, metavar="N", help="steps in a row that may be infinite or NaN"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="bf16, fp16: autocast over fp32 weights; default %(default)s"
+    )
+    how.add_argument("--checkpoint-activations", action="store_true", help="less memory: keep the outputs of products only")
+    how.add_argument("--compile", action="store_true", help="the model with torch.compile")
+    how.add_argument("--parallel", choices=PARALLEL, default=PARALLEL[0], help="of several ranks; default %(default)s")
+    how.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
+    how.add_argument("--save-every", type=positive, default=5000, metavar="N", help="steps; default %(default)s")
+    how.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints; default %(default)s")
+    how.add_argument("--sample-every", type=natural, default=0, metavar="N", help="steps between grids of samples; 0: none")
+    how.add_argument("--evaluate-every", type=natural, default=0, metavar="N", help="steps between evaluations; 0: none")
+
+
+def run(args: argparse.Namespace) -> int:
+    ranks = Ranks.from_environment()
+    try:
+        return _train(args, ranks)
+    except (BadArgument, CheckpointError, DataError, RunError, autoencoder.VAEError) as error:
+        return ended("train", ranks, str(error), 2)
+    except (TrainingStopped, CheckpointFault, RanksError) as error:
+        return ended("train", ranks, str(error), 1)
+    except torch.OutOfMemoryError:
+        return ended(
+            "train", ranks, f"--batch: got {args.batch}, for which the device has too little memory; --accumulate cuts it", 1
+        )
+    except KeyboardInterrupt:
+        return ended("train", ranks, "interrupted", 130)
+
+
+def _train(args: argparse.Namespace, ranks: Ranks) -> int:
+    for name, value in (DIGITS_RECIPE if args.data == DIGITS else PAPERS_RECIPE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    settings, options = _settings(args)
+    device = choose_device(args.device, ranks)
+    vae = None if args.vae is None else autoencoder.load_vae(args.vae).to(device)
+    data = open_data(args.data, image_size=args.image_size, vae=vae)
+    decode = _decoder(args, data, vae)
+    model = _model(args, data).to(device)
+    with joined(ranks, device), training_progress(settings.steps, ranks.rank) as on_step:
+        trainer = Trainer(
+            model, data, settings, args.out, options, ranks=ranks, parallel=args.parallel, decode=decode, on_step=on_step
+        )
+        weights = trainer.run(resume=args.resume == "auto")
+    if ranks.rank == 0:
+        print(f"{weights}: {settings.steps} steps of {settings.batch}, average {settings.ema[0]:g}, {trainer.skipped} skipped")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> tuple[TrainSettings, RunOptions]:
+    names = (
+        "steps batch accumulate seed loss path timesteps rate schedule warm_up weight_decay max_norm dtype ema flip"
+        " checkpoint_activations compile max_skipped"
+    )
+    try:
+        settings = TrainSettings(**{name: getattr(args, name) for name in names.split()})
+    except ValueError as error:
+        raise BadArgument(f"--{str(error).replace('_', '-', 1)}") from error
+    options = ("save_every", "keep", "sample_every", "evaluate_every", "workers", "max_bad_records")
+    return settings, RunOptions(**{name: getattr(args, name) for name in options})
+
+
+def _model(args: argparse.Namespace, data: Data) -> DiT:
+    channels, *size = data.input_shape
+    if args.init is not None:
+        if args.model is not None:
+            raise BadArgument(f"--model: got {args.model}, but --init brings its own")
+        return load_checkpoint(args.init).float()
+    shape = {"input_size": tuple(size), "in_channels": channels, "num_classes": data.num_classes}
+    if args.model is None and args.data == DIGITS:
+        config = DIGITS_CONFIG
+    else:
+        try:
+            config = DiTConfig.from_name(args.model or "DiT-S/2", conditioning=args.conditioning, **shape)
+        except ValueError as error:
+            raise BadArgument(f"--model: got {args.model}, which does not fit the data: {error}") from error
+    torch.manual_seed(args.seed % 2**63)
+    return DiT(config)
+
+
+def _decoder(args: argparse.Namespace, data: Data, vae: autoencoder.VAE | None) -> Callable[[Tensor], Tensor] | None:
+    """Of latents; None where the model makes pixels."""
+    channels = data.input_shape[0]
+    if vae is None:
+        if args.sample_every and channels not in NOT_LATENTS:
+            raise BadArgument(f"--sample-every: got {args.sample_every}, but latents need --vae to be seen")
+        return None
+    autoencoder.check_channels(vae, channels)
+    return lambda latents: autoencoder.decode(vae, latents)
