@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, however a process ends."""
+"""Files and folders that appear whole or not at all, however a process ends."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,12 @@ PART = ".part"
 
 @contextmanager
 def whole_file(path: Path, *, keep: bool = False) -> Iterator[Path]:
-    """A name beside ``path``; what is written there takes the path's place, or goes if an exception ends the block.
+    """A name beside ``path``; the file or folder made there takes the path's place, or goes if an exception ends the block.
 
     The name is hidden, ends in ``PART`` and is nobody else's, so that two processes may write the same file at once.
 
     Args:
-        path: of the file.
+        path: of the file, which may be there already, or of the folder, which may not, unless it is empty.
         keep: a file that is there already stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
@@ -29,7 +30,10 @@ def whole_file(path: Path, *, keep: bool = False) -> Iterator[Path]:
         else:
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -260,6 +260,24 @@ def test_whole_files(tmp_path: Path) -> None:
     assert content(tmp_path) == {"file": b"one"}
 
 
+def test_whole_folders(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with contextlib.suppress(KeyboardInterrupt), whole_file(path) as half:
+        half.mkdir()
+        (half / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with whole_file(path) as whole:
+        whole.mkdir()
+        (whole / "a").write_text("whole")
+        assert not path.exists()
+    with contextlib.suppress(OSError), whole_file(path) as late:
+        late.mkdir()
+        (late / "b").write_text("late")
+    assert content(path) == {"a": b"whole"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_keeping_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*arguments: object) -> None:
         raise PermissionError(errno.EPERM, "not here")

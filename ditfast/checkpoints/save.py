@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import DiTConfig
+from ..files import whole_file
 from ..model import DiT
 from .check import POSITIONS, checked
 from .configs import to_diffusers_config, to_metadata
@@ -52,7 +51,7 @@ def save_checkpoint(model: DiT, path: str | os.PathLike[str], *, layout: str = "
         checked(state, "official", model.config)
         if layout == "diffusers":
             _check_expressible(state, model.config)
-        with _replacing(path) as temporary:
+        with whole_file(path) as temporary:
             write(temporary, state, model.config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -95,22 +94,15 @@ def _check_expressible(state: dict[str, Tensor], config: DiTConfig) -> None:
         )
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name in a temporary folder beside ``path``; what is written there takes the path's place if all goes well."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        os.replace(temporary, path)
-
-
 def _write_safetensors(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:
     save_file(state, path, metadata=to_metadata(config))
 
 
 def _write_torch(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:
     # Views of packed storage would drag all of it along wherever one of them is saved again.
-    torch.save({name: value.clone() for name, value in state.items()}, path)
+    cloned = {name: value.clone() for name, value in state.items()}
+    with path.open("wb") as stream:  # not by its name, which would be part of the bytes
+        torch.save(cloned, stream)
 
 
 def _write_folder(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:

@@ -1,5 +1,6 @@
 """What ``save_checkpoint`` leaves on the disk, and what it leaves alone; positions as official files store them."""
 
+import io
 import os
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def test_a_save_that_fails_leaves_what_was_there(
         for argument in arguments:
             if isinstance(argument, Path):
                 argument.write_bytes(b"half of it")
+            elif isinstance(argument, io.IOBase):
+                argument.write(b"half of it")
         raise failure
 
     with monkeypatch.context() as patched:
@@ -113,6 +116,15 @@ def test_a_save_that_fails_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == ([path] if path.suffix else [])
     save_checkpoint(fresh, path, layout="official" if path.suffix else "diffusers")
     assert same_weights(load_checkpoint(path, config=small()).state_dict(), fresh.state_dict())
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_the_same_weights_are_the_same_bytes(name: str, tmp_path: Path) -> None:
+    model = loaded(small())
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        save_checkpoint(model, tmp_path / folder / name)
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
