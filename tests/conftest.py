@@ -9,6 +9,8 @@ import pytest
 import torch
 from support import TARGETS, WHERE, Runner
 
+from ditfast import threads
+
 
 def pytest_report_header() -> str:
     return {
@@ -60,8 +62,6 @@ def _seeded() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For tiny models: on a busy machine threads wait for each other far longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """For tests of tiny models."""
+    with threads.one_thread():
+        yield

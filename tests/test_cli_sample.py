@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import small, weights_of
-from sampling_cli import checkpoint, content, draw, one_thread, words
+from sampling_cli import checkpoint, content, draw, words
 from test_vae import saved as saved_vae
 
 from ditfast import load_checkpoint, load_digits, save_checkpoint
@@ -21,6 +21,7 @@ from ditfast.images import Pixels, load_png, save_png, to_pixels
 from ditfast.sampling import folder as folder_module
 from ditfast.sampling import sample
 from ditfast.sampling.painter import drawn_label
+from ditfast.threads import one_thread
 
 
 def settings(path: Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sampling_cli import content, one_thread
+from sampling_cli import content
 
 from ditfast.cli import main
 from ditfast.images import load_png
+from ditfast.threads import one_thread
 
 NUM = 96
 RUN = ["sample", "--num-images", str(NUM), "--batch", "4", "--steps", "ddim40", "--cfg", "3", "--seed", "5", "--npz"]

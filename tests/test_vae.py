@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import small
-from sampling_cli import one_thread
 from support import randomize
 
 from ditfast import DiT
@@ -14,6 +13,7 @@ from ditfast.diffusion import GaussianDiffusion, steps
 from ditfast.images import to_pixels
 from ditfast.sampling import Sampler, sample
 from ditfast.sampling.painter import Painter
+from ditfast.threads import one_thread
 from ditfast.vae import VAEError, decode, image_size, load_vae
 
 diffusers = pytest.importorskip("diffusers")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from ..digits import real_digits
 from ..images import to_pixels
+from ..threads import one_thread
 
 FEATURES = 32
 STEPS = 500
@@ -54,7 +53,7 @@ def digits_classifier() -> DigitsClassifier:
     Seeded and in float64, so that machines whose sums round differently come to the same features in all but the last digits.
     """
     generator = torch.Generator().manual_seed(0)
-    with _one_thread(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+    with one_thread(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         scans, labels = scans_as_images()
         held_out, taught = torch.randperm(len(scans), generator=generator).split([HELD_OUT, len(scans) - HELD_OUT])
@@ -82,14 +81,3 @@ def scans_as_images() -> tuple[Tensor, Tensor]:
     """The real scans [1797, 1, 8, 8] in [-1, 1], rounded to 8 bits as an image file's pixels are, and labels [1797]."""
     scans, labels = real_digits()
     return torch.from_numpy(to_pixels(scans)).permute(0, 3, 1, 2) / 127.5 - 1, labels
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Steps this small spend more time on handing work to a second thread than that thread saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
