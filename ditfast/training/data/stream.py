@@ -1,0 +1,145 @@
+"""A rank's batches, from any step on."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..order import batch_indices, rows
+from .records import BadRecord, Data, DataError, Record
+
+_WORKER_ENDED = "DataLoader worker"  # how torch begins to say so
+
+
+class Batch(NamedTuple):
+    """A rank's share of a step.
+
+    Attributes:
+        step: its number, from 0.
+        indices: of the records, b of them.
+        values: [b, ...] on the CPU, for ``Data.clean``; pinned where there is a CUDA device.
+        labels: [b] int64.
+    """
+
+    step: int
+    indices: list[int]
+    values: Tensor
+    labels: Tensor
+
+
+class Stream:
+    """Batches of one step after the other, without end: the same ones whatever the number of workers.
+
+    The place of an unreadable record is taken by the next readable one.
+
+    Args:
+        data: with a batch of records or more.
+        seed: of the order.
+        batch: records of a step, over all ranks.
+        rank: which of ``world`` gets these batches.
+        world: number of ranks; divides ``batch``.
+        start_step: the first.
+        workers: processes that read ahead; with 0 this one reads when it is asked.
+        max_bad_records: different ones that this rank may meet.
+
+    Attributes:
+        bad: what is wrong with each unreadable record met so far, by its index.
+
+    Raises:
+        DataError: fewer records than a batch; while iterating: too many unreadable records, or a worker was killed.
+        ValueError: ``batch`` cannot be shared evenly.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        seed: int,
+        batch: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        workers: int = 0,
+        max_bad_records: int = 0,
+    ):
+        if len(data) < batch:
+            raise DataError(f"data: {len(data)} records, expected at least a batch, {batch}")
+        self.bad: dict[int, str] = {}
+        self.max_bad_records = max_bad_records
+        self.start_step = start_step
+        self.workers = workers
+        self._shares = _Shares(data, seed, batch, rows(batch, rank, world), max_bad_records)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self._shares,
+            batch_size=None,  # a share is read by one worker
+            sampler=range(self.start_step, sys.maxsize),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        try:
+            for share in loader:
+                self._note(share.bad)
+                if share.batch is None:
+                    raise DataError("data: none of the records can be read")
+                yield share.batch
+        except RuntimeError as error:
+            if not str(error).startswith(_WORKER_ENDED):
+                raise
+            raise DataError(f"data: a process that reads records ended: {str(error).splitlines()[0]}") from error
+
+    def _note(self, found: dict[int, str]) -> None:
+        for index, reason in found.items():
+            if index in self.bad:
+                continue
+            self.bad[index] = reason
+            if len(self.bad) > self.max_bad_records:
+                raise DataError(
+                    f"data: {len(self.bad)} unreadable records, of {self.max_bad_records} allowed; the last: {reason}"
+                )
+            warnings.warn(f"unreadable record, its neighbour takes its place: {reason}", stacklevel=3)
+
+
+class _Share(NamedTuple):
+    batch: Batch | None  # None where too many records are unreadable, or all
+    bad: dict[int, str]
+
+
+class _Shares(Dataset[_Share]):
+    """A rank's share of each step; says what is unreadable in its result, as errors of other processes lose their form."""
+
+    def __init__(self, data: Data, seed: int, batch: int, share: slice, max_bad_records: int):
+        self.data, self.seed, self.batch, self.share = data, seed, batch, share
+        self.max_bad_records = max_bad_records
+
+    def __getitem__(self, step: int) -> _Share:
+        indices = batch_indices(self.seed, len(self.data), self.batch, step)[self.share]
+        bad: dict[int, str] = {}
+        records: list[Record] = []
+        for place, wanted in enumerate(indices):
+            found = self._first_readable(wanted, bad)
+            if found is None:
+                return _Share(None, bad)
+            indices[place], record = found
+            records.append(record)
+        values, labels = torch.stack([record.values for record in records]), torch.tensor([record.label for record in records])
+        return _Share(Batch(step, indices, values, labels), bad)
+
+    def _first_readable(self, index: int, bad: dict[int, str]) -> tuple[int, Record] | None:
+        """From ``index`` on; None where there is none, or ``bad`` has become too long to look further."""
+        for later in range(len(self.data)):
+            candidate = (index + later) % len(self.data)
+            try:
+                return candidate, self.data[candidate]
+            except BadRecord as error:
+                bad[candidate] = str(error)
+            if len(bad) > self.max_bad_records:
+                return None
+        return None
