@@ -1,8 +1,9 @@
-"""From latents to images, by the decoder of diffusers' AutoencoderKL."""
+"""Between latents and images, by diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -62,11 +63,36 @@ def decode(vae: VAE, latents: Tensor, slice_size: int = 1) -> Tensor:
     check_channels(vae, latents.shape[1])
     scale, shift = scaling(vae).values()
     latents = latents.to(vae.device, vae.dtype) / scale + shift
-    images = []
-    for part in latents.split(slice_size):
-        filled = torch.cat([part, part.new_zeros(slice_size - len(part), *part.shape[1:])])
-        images.append(vae.decode(filled, return_dict=False)[0][: len(part)].float().clamp(-1, 1))
-    return torch.cat(images)
+    return _in_slices(lambda part: vae.decode(part, return_dict=False)[0].float().clamp(-1, 1), latents, slice_size)
+
+
+@torch.no_grad()  # a tensor of inference mode could not be trained on
+def encode_moments(vae: VAE, images: Tensor, slice_size: int = 1) -> Tensor:
+    """[N, 2C, h, w] fp32 on the VAE's device: mean and standard deviation of the latents, as the encoder has them.
+
+    Args:
+        vae: what ``load_vae`` returned.
+        images: [N, 3, H, W] in [-1, 1].
+        slice_size: how many are encoded at once, always exactly: memory, and the bits, depend on it and on no N.
+    """
+
+    def moments(part: Tensor) -> Tensor:
+        latents = vae.encode(part, return_dict=False)[0]
+        return torch.cat([latents.mean, latents.std], 1).float()
+
+    return _in_slices(moments, images.to(vae.device, vae.dtype), slice_size)
+
+
+def draw_latents(moments: Tensor, noise: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
+    """[N, C, h, w] fp32, of about unit variance, as a diffusion model is trained on them.
+
+    Args:
+        moments: [N, 2C, h, w], of ``encode_moments``.
+        noise: [N, C, h, w] fp32, normal: which of the latents that the image may have.
+        scaling_factor: of ``scaling``, as is ``shift_factor``.
+    """
+    mean, std = moments.float().chunk(2, 1)  # [N, C, h, w]
+    return (mean + std * noise - shift_factor) * scaling_factor  # [N, C, h, w]
 
 
 def check_channels(vae: VAE, channels: int) -> None:
@@ -83,6 +109,27 @@ def scaling(vae: VAE) -> dict[str, float]:
 def image_size(vae: VAE, latent_size: int) -> int:
     """Pixels along a side whose latents are this many."""
     return latent_size * 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def latent_shape(vae: VAE, pixels: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of square images.
+
+    Raises:
+        VAEError: so many pixels do not make whole latents.
+    """
+    size, rest = divmod(pixels, image_size(vae, 1))
+    if rest or not size:
+        raise VAEError(f"vae: encodes multiples of {image_size(vae, 1)} pixels, got {pixels}")
+    return vae.config["latent_channels"], size, size
+
+
+def _in_slices(compute: Callable[[Tensor], Tensor], inputs: Tensor, slice_size: int) -> Tensor:
+    """What ``compute`` makes of [N, ...]; it is given ``slice_size`` of them each time, zeros after the last."""
+    found = []
+    for part in inputs.split(slice_size):
+        filled = torch.cat([part, part.new_zeros(slice_size - len(part), *part.shape[1:])])
+        found.append(compute(filled)[: len(part)])
+    return torch.cat(found)
 
 
 def _place(source: str) -> tuple[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ class Painter:
 
 def started(path: Path, num: int = 10, batch: int = 4, **settings: Any) -> ImageFolder:
     folder = ImageFolder(path, num, batch)
-    folder.claim({**SETTINGS, **settings}, {"checkpoint": "here.pt"}, image_bytes=64 * 64 * 3)
+    folder.claim({**SETTINGS, **settings}, {"checkpoint": "here.pt"}, file_bytes=64 * 64 * 3)
     return folder
 
 
@@ -55,7 +55,7 @@ def finished(path: Path) -> ImageFolder:
 def test_all_images_are_there(tmp_path: Path) -> None:
     folder = finished(tmp_path / "a" / "b")
     assert sorted(content(folder.path)) == [*(f"{k:06d}.png" for k in range(10)), "run.json"]
-    assert (load_png(folder.image(9)) == Painter()(range(8, 10))[1]).all()
+    assert (load_png(folder.file(9)) == Painter()(range(8, 10))[1]).all()
     assert folder.missing() == folder.unfinished(ALONE) == []
 
 
@@ -63,7 +63,7 @@ def test_a_second_start_makes_whole_blocks_and_writes_what_is_missing(tmp_path: 
     folder = finished(tmp_path)
     before = content(tmp_path)
     for k in (1, 2, 9):
-        folder.image(k).unlink()
+        folder.file(k).unlink()
     identities = {file: file.stat().st_ino for file in tmp_path.iterdir()}
     folder, painter = started(tmp_path), Painter()
     assert folder.missing() == [1, 2, 9]
@@ -97,11 +97,11 @@ def test_images_of_another_process_stay(tmp_path: Path) -> None:
     folder = started(tmp_path)
 
     def paint(block: range) -> Pixels:  # meanwhile somebody writes the block's first image
-        save_png(folder.image(block.start), np.zeros((1, 1, 1), np.uint8))
+        save_png(folder.file(block.start), np.zeros((1, 1, 1), np.uint8))
         return Painter()(block)
 
     folder.fill(folder.unfinished(ALONE), paint)
-    assert [load_png(folder.image(k)).size for k in (0, 1, 4, 8)] == [1, 64 * 64 * 3, 1, 1]
+    assert [load_png(folder.file(k)).size for k in (0, 1, 4, 8)] == [1, 64 * 64 * 3, 1, 1]
 
 
 def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
 
 def test_more_than_a_million_images_have_names_of_one_length(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path, 1_000_001, 500_000)
-    assert [folder.image(k).name for k in (0, 1_000_000)] == ["0000000.png", "1000000.png"]
+    assert [folder.file(k).name for k in (0, 1_000_000)] == ["0000000.png", "1000000.png"]
     assert folder.blocks[-1] == range(1_000_000, 1_000_001)
 
 
@@ -135,7 +135,7 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
 def test_another_place_of_the_same_weights_is_no_other_setting(tmp_path: Path) -> None:
     folder = finished(tmp_path)
     before = content(tmp_path)
-    folder.claim(SETTINGS, {"checkpoint": "moved.pt"}, image_bytes=1)
+    folder.claim(SETTINGS, {"checkpoint": "moved.pt"}, file_bytes=1)
     assert content(tmp_path) == before
 
 
@@ -187,7 +187,7 @@ def test_an_unwritable_place_is_refused() -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
-    finished(tmp_path).image(3).unlink()
+    finished(tmp_path).file(3).unlink()
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(FolderError, match="cannot be written: Permission denied"):
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_whole_images_and_the_run_goes_on(tmp_path: Path) -> 
     folder.fill(folder.unfinished(ALONE)[:1], Painter())
     with files_end_at(6000), pytest.raises(RunStopped) as caught:
         folder.fill(folder.unfinished(ALONE), Painter())
-    assert str(caught.value).startswith(f"{folder.image(4)}: {os.strerror(errno.EFBIG)}; every image there is whole")
+    assert str(caught.value).startswith(f"{folder.file(4)}: {os.strerror(errno.EFBIG)}; every image there is whole")
     assert sorted(content(folder.path)) == [*(f"{k:06d}.png" for k in range(4)), "run.json"]
     folder.fill(folder.unfinished(ALONE), Painter())
     assert content(folder.path) == content(whole.path)

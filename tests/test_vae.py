@@ -1,12 +1,12 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import small
 from support import randomize
+from tiny_vae import diffusers, saved, tiny
 
 from ditfast import DiT
 from ditfast.diffusion import GaussianDiffusion, steps
@@ -14,21 +14,7 @@ from ditfast.images import to_pixels
 from ditfast.sampling import Sampler, sample
 from ditfast.sampling.painter import Painter
 from ditfast.threads import one_thread
-from ditfast.vae import VAEError, decode, image_size, load_vae
-
-diffusers = pytest.importorskip("diffusers")
-
-
-def tiny(**settings: Any) -> Any:
-    """4 latent channels, images of twice their size."""
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, **blocks, **settings)
-
-
-def saved(folder: Path, **settings: Any) -> Path:
-    tiny(**settings).save_pretrained(folder)
-    return folder
+from ditfast.vae import VAEError, decode, draw_latents, encode_moments, image_size, latent_shape, load_vae, scaling
 
 
 @pytest.mark.parametrize("inside", ["", "vae"], ids=["model", "pipeline"])
@@ -66,6 +52,40 @@ def test_an_image_does_not_depend_on_how_many_there_are() -> None:
                 assert torch.equal(decode(vae, latents[:count], size), whole[:count])
 
 
+def test_moments_are_those_of_the_encoder() -> None:
+    vae, images = tiny().eval(), torch.rand(3, 3, 16, 12) * 2 - 1
+    moments = encode_moments(vae, images, 2)
+    with torch.no_grad():
+        expected = vae.encode(images).latent_dist
+    assert moments.shape == (3, 8, 8, 6)
+    assert torch.allclose(moments, torch.cat([expected.mean, expected.std], 1), atol=1e-6)
+    assert not moments.requires_grad
+    assert not moments.is_inference()
+
+
+def test_moments_do_not_depend_on_how_many_images_there_are() -> None:
+    vae, images = tiny().eval(), torch.rand(5, 3, 16, 16) * 2 - 1
+    with one_thread():
+        whole = encode_moments(vae, images, 3)
+        for count in (1, 4):
+            assert torch.equal(encode_moments(vae, images[:count], 3), whole[:count])
+
+
+@pytest.mark.parametrize("shift", [None, 0.25])
+def test_latents_are_drawn_and_scaled(shift: float | None) -> None:
+    vae = tiny(scaling_factor=0.5, shift_factor=shift).eval()
+    mean, std, noise = torch.randn(2, 4, 8, 8), torch.rand(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    latents = draw_latents(torch.cat([mean, std], 1), noise, **scaling(vae))
+    assert torch.allclose(latents, (mean + std * noise - (shift or 0.0)) * 0.5)
+    with torch.no_grad():
+        expected = vae.decode(mean + std * noise).sample.clamp(-1, 1)
+    assert torch.allclose(decode(vae, latents), expected, atol=1e-5)
+
+
+def test_the_shape_of_latents() -> None:
+    assert latent_shape(tiny(), 16) == (4, 8, 8)
+
+
 def test_no_latents_no_images() -> None:
     assert decode(tiny(), torch.empty(0, 4, 8, 8), 2).shape == (0, 3, 16, 16)
 
@@ -95,6 +115,12 @@ def test_what_is_not_finite_is_no_image(monkeypatch: pytest.MonkeyPatch) -> None
 def test_other_channels_are_refused() -> None:
     with pytest.raises(VAEError, match="vae: decodes 4 channels, but the model makes 8"):
         decode(tiny(), torch.zeros(1, 8, 8, 8))
+
+
+@pytest.mark.parametrize("pixels", [0, 7])
+def test_pixels_that_make_no_whole_latents_are_refused(pixels: int) -> None:
+    with pytest.raises(VAEError, match=f"vae: encodes multiples of 2 pixels, got {pixels}"):
+        latent_shape(tiny(), pixels)
 
 
 @pytest.mark.parametrize("name", ["./missing", "missing", "/missing/folder", "a/b/c/d", "file"])

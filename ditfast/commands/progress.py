@@ -22,7 +22,7 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def sampling_progress(images: int, ranks: Ranks) -> Iterator[Callable[[float], None]]:
+def image_progress(doing: str, images: int, ranks: Ranks) -> Iterator[Callable[[float], None]]:
     """Gives what advances it, by images or parts of one; on a terminal the first rank shows its share, and all ranks' speed."""
     columns = (
         TextColumn("{task.description}"),
@@ -31,7 +31,7 @@ def sampling_progress(images: int, ranks: Ranks) -> Iterator[Callable[[float], N
         _Speed(),
         TimeRemainingColumn(),
     )
-    description = "sampling" if ranks.world == 1 else f"sampling, rank 0 of {ranks.world}"
+    description = doing if ranks.world == 1 else f"{doing}, rank 0 of {ranks.world}"
     console = Console(stderr=True)
     quiet = ranks.rank > 0 or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=quiet, speed_estimate_period=_SPEED_WINDOW) as progress:

@@ -13,7 +13,7 @@ from ..images import Pixels, labelled_grid, load_png, save_npz, save_png
 from ..sampling.folder import ImageFolder, RunStopped
 from ..sampling.painter import Painter
 from ..sampling.ranks import Ranks
-from .progress import sampling_progress
+from .progress import image_progress
 
 GRID = "grid.png"
 NPZ = "samples.npz"
@@ -29,7 +29,7 @@ def draw_grid(path: Path, painter: Painter, classes: Sequence[int], per_class: i
     """
     num = len(classes) * per_class
     parts = []
-    with sampling_progress(num, Ranks()) as advance:
+    with image_progress("sampling", num, Ranks()) as advance:
         for start in range(0, num, batch):
             block = range(start, min(start + batch, num))
             parts.append(painter.paint(block, advance))
@@ -67,7 +67,7 @@ def fill_folder(
         print(f"{path}: {num - missing} of {num} images are there already", flush=True)
     with ranks.joined() as barrier:
         blocks = folder.unfinished(ranks)
-        with sampling_progress(sum(map(len, blocks)), ranks) as advance:
+        with image_progress("sampling", sum(map(len, blocks)), ranks) as advance:
             folder.fill(blocks, lambda block: painter.paint(block, advance))
         barrier()
         if ranks.rank == 0:
@@ -79,7 +79,7 @@ def _finish(folder: ImageFolder, painter: Painter, num: int, grid: tuple[Sequenc
         raise RunStopped(f"{folder.path}: {len(missing)} images have gone meanwhile; the same command makes them again")
 
     def images() -> Iterator[Pixels]:
-        return (load_png(folder.image(number)) for number in range(num))
+        return (load_png(folder.file(number)) for number in range(num))
 
     if grid is not None and num <= MOST_IN_GRID:
         folder.write_once(GRID, lambda path: save_png(path, _grid(np.stack(list(images())), *grid)))

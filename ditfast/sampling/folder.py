@@ -1,4 +1,4 @@
-"""A run of N images into a folder: killed at any moment and started again, it makes the missing ones, the same bytes."""
+"""A run of N files into a folder: killed at any moment and started again, it makes the missing ones, the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..files import PART, whole_file
 from ..images import Pixels, save_png
@@ -25,44 +25,53 @@ class FolderError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run that ended early; every image there is whole, and the same run goes on from there."""
+    """A run that ended early; every file there is whole, and the same run goes on from there."""
 
 
-class ImageFolder:
-    """Images 0..num-1 as ``000000.png``, ``000001.png`` and so on, and ``run.json``, which says how they are made.
+class RunFolder:
+    """Files 0..num-1 as ``000000.png``, ``000001.png`` and so on, and a record, which says how they are made.
 
-    Images come into being in blocks, numbers 0..batch-1, then batch..2*batch-1 and so on, which never depend on what is there
-    already or on the number of ranks: an image has the same neighbours in every run.
+    Files come into being in blocks, numbers 0..batch-1, then batch..2*batch-1 and so on, which never depend on what is there
+    already or on the number of ranks: a file has the same neighbours in every run.
 
     Args:
         path: made if it does not exist.
-        num: of images.
-        batch: images in a block.
+        num: of files.
+        batch: files in a block.
+
+    Attributes:
+        suffix: of the files.
+        content: what each of them is, for messages.
+        record: its name.
     """
+
+    suffix: ClassVar[str]
+    content: ClassVar[str]
+    record: ClassVar[str] = RECORD
 
     def __init__(self, path: Path, num: int, batch: int):
         self.path = path
         self.blocks = [range(start, min(start + batch, num)) for start in range(0, num, batch)]
         self._digits = max(6, len(str(num - 1)))
 
-    def image(self, number: int) -> Path:
-        return self.path / f"{number:0{self._digits}d}.png"
+    def file(self, number: int) -> Path:
+        return self.path / f"{number:0{self._digits}d}{self.suffix}"
 
     def missing(self) -> list[int]:
         there = {entry.name for entry in os.scandir(self.path)}
-        return [number for block in self.blocks for number in block if self.image(number).name not in there]
+        return [number for block in self.blocks for number in block if self.file(number).name not in there]
 
-    def claim(self, settings: Mapping[str, Any], about: Mapping[str, Any], image_bytes: int, other_bytes: int = 0) -> None:
+    def claim(self, settings: Mapping[str, Any], about: Mapping[str, Any], file_bytes: int, other_bytes: int = 0) -> None:
         """Makes this run's folder of it, or finds that it is, from an earlier one.
 
         Args:
-            settings: whatever decides an image's bytes, as JSON takes it; an earlier run's have to be the same.
+            settings: whatever decides a file's bytes, as JSON takes it; an earlier run's have to be the same.
             about: to be written down with them, but not compared.
-            image_bytes: of one image's pixels.
+            file_bytes: of one file's content.
             other_bytes: of what else is to come into the folder.
 
         Raises:
-            FolderError: it cannot be written, is a file, holds something else or other settings' images, or the disk has too
+            FolderError: it cannot be written, is a file, holds something else or other settings' files, or the disk has too
                 little room.
         """
         written = json.dumps({"settings": settings, "about": about}, indent=2) + "\n"
@@ -71,8 +80,8 @@ class ImageFolder:
             self._check_content(json.loads(written)["settings"])
             with tempfile.TemporaryFile(dir=self.path, prefix=".") as probe:
                 probe.write(bytes(_ROOM_OF_A_FILE))
-            self._check_room(len(self.missing()) * (image_bytes + _ROOM_OF_A_FILE) + other_bytes)
-            with whole_file(self.path / RECORD, keep=True) as record:
+            self._check_room(len(self.missing()) * (file_bytes + _ROOM_OF_A_FILE) + other_bytes)
+            with whole_file(self.path / self.record, keep=True) as record:
                 record.write_text(written, "utf-8")
             self._check_content(json.loads(written)["settings"])  # of two runs that begin at once, one is first
         except (FileExistsError, NotADirectoryError) as error:
@@ -81,23 +90,9 @@ class ImageFolder:
             raise FolderError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def unfinished(self, ranks: Ranks) -> list[range]:
-        """The blocks of which an image is missing, those of them that are this rank's: ranks take blocks in turns."""
+        """The blocks of which a file is missing, those of them that are this rank's: ranks take blocks in turns."""
         missing = set(self.missing())
         return [block for block in self.blocks[ranks.rank :: ranks.world] if not missing.isdisjoint(block)]
-
-    def fill(self, blocks: Iterable[range], paint: Callable[[range], Pixels]) -> None:
-        """Makes whole blocks, and writes the images of them that are missing.
-
-        Args:
-            blocks: of ``unfinished``.
-            paint: given numbers, the images: [n, height, width, C] 8-bit.
-
-        Raises:
-            RunStopped: the disk is full, or fails.
-        """
-        for block in blocks:
-            for number, pixels in zip(block, paint(block), strict=True):
-                self.write_once(self.image(number).name, partial(save_png, pixels=pixels))
 
     def write_once(self, name: str, write: Callable[[Path], None]) -> None:
         """Another file of the run, unless it is there.
@@ -114,7 +109,8 @@ class ImageFolder:
             if path.exists():  # another process of the same run has been here, and tidied up
                 return
             reason = error.strerror or str(error)
-            raise RunStopped(f"{path}: {reason}; every image there is whole, and the same command goes on from here") from error
+            rest = f"every {self.content} there is whole, and the same command goes on from here"
+            raise RunStopped(f"{path}: {reason}; {rest}") from error
 
     def tidy(self) -> None:
         """Removes what killed processes left half-written, once everything is there."""
@@ -123,11 +119,11 @@ class ImageFolder:
 
     def _check_content(self, settings: Mapping[str, Any]) -> None:
         names = sorted(entry.name for entry in os.scandir(self.path) if not entry.name.startswith("."))
-        record = self.path / RECORD  # looked for last: it comes into being before any other file
+        record = self.path / self.record  # looked for last: it comes into being before any other file
         if not record.exists():
             if names:
                 raise FolderError(
-                    f"{self.path}: holds {names[0]} and no {RECORD}, expected an empty folder or an earlier run's"
+                    f"{self.path}: holds {names[0]} and no {self.record}, expected an empty folder or an earlier run's"
                 )
             return
         try:
@@ -141,4 +137,26 @@ class ImageFolder:
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.path).free
         if needed > free:
-            raise FolderError(f"{self.path}: the images take up to {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
+            sizes = f"{needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free"
+            raise FolderError(f"{self.path}: the {self.content}s take up to {sizes}")
+
+
+class ImageFolder(RunFolder):
+    """Images as PNG files."""
+
+    suffix = ".png"
+    content = "image"
+
+    def fill(self, blocks: Iterable[range], paint: Callable[[range], Pixels]) -> None:
+        """Makes whole blocks, and writes the images of them that are missing.
+
+        Args:
+            blocks: of ``unfinished``.
+            paint: given numbers, the images: [n, height, width, C] 8-bit.
+
+        Raises:
+            RunStopped: the disk is full, or fails.
+        """
+        for block in blocks:
+            for number, pixels in zip(block, paint(block), strict=True):
+                self.write_once(self.file(number).name, partial(save_png, pixels=pixels))
