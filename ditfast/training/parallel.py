@@ -1,0 +1,153 @@
+"""Several processes train one model: the same weights after every step, however they share them."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..model import DiT
+from ..sampling.ranks import Ranks, RanksError
+
+KINDS = ("ddp", "fsdp")
+PATIENCE = datetime.timedelta(hours=2)  # the others wait while one rank draws samples or writes
+
+
+@contextmanager
+def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """The ranks talk to each other inside the block, over nccl between GPUs, else over gloo; a single rank to nobody.
+
+    Args:
+        ranks: which process of how many this is.
+        device: this rank's own.
+
+    Raises:
+        RanksError: the others are not there, or no longer.
+    """
+    if ranks.world == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(f"rank {ranks.rank} of {ranks.world} does not find the others: {error}") from error
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_of_a_peer(error):
+            raise RanksError("another rank ended; the same command goes on from the newest checkpoint") from error
+        raise
+    finally:
+        distributed.destroy_process_group()
+
+
+def distribute(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
+    """The model of all ranks, to be called in place of this one; it begins with the first rank's weights.
+
+    Args:
+        model: on this rank's device; its blocks are ``model.blocks``.
+        kind: ``"ddp"``: each rank holds all of it; ``"fsdp"``: each rank holds a part of every weight, of its gradient and of
+            what the optimizer keeps of it, and ``model`` itself turns into that.
+        ranks: one alone trains the model as it is.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"parallel: got {kind!r}, expected one of {', '.join(KINDS)}")
+    if ranks.world == 1:
+        return model
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    device = next(model.parameters()).device
+    for parameter in model.parameters():
+        distributed.broadcast(parameter.detach(), 0)
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    # The fast DiT calls the adaLN linears of all blocks before the first block: each is gathered for that call.
+    early = model.adaln_linears() if isinstance(model, DiT) and model.config.modulation_vectors else []
+    for module in (*early, *model.get_submodule("blocks").children(), model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[object]:
+    """For one of several forwards and backwards whose gradients add up; only the last one's need to reach the other ranks.
+
+    A sharded model's do each time: a rank without room for all weights has none for all gradients.
+    """
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None, scale: float = 1.0) -> float:
+    """Divides the gradients by the loss's scale, and then scales them down to ``max_norm`` if theirs is larger.
+
+    Returns:
+        Their norm before that, over all ranks, in the unscaled loss's units; infinite or NaN where a gradient is, and then
+        they stay as they are but for the division.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if scale != 1:
+        torch._foreach_mul_(gradients, 1 / scale)
+    total = nn.utils.get_total_norm(gradients)
+    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+    if max_norm is not None and max_norm < norm < math.inf:
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm
+
+
+def gathered(values: Tensor) -> Tensor:
+    """All ranks' values [..., n], one behind the other in the order of the ranks: [..., world * n], on every rank."""
+    if not distributed.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def told(value: Any) -> list[Any]:
+    """What each rank has to say, in their order, on every rank."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole, on the first rank, what every rank holds its part of; on the others nothing."""
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if first:
+            found[name] = whole
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``distribute`` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
