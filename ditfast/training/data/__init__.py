@@ -1,8 +1,10 @@
 """What a model is trained on: records, and the batches that each rank gets of them."""
 
 from .digits import Digits
+from .images import ImageFolder
+from .latents import Latents
 from .open import open_data
 from .records import BadRecord, Data, DataError, Record
 from .stream import Batch, Stream
 
-__all__ = ["BadRecord", "Batch", "Data", "DataError", "Digits", "Record", "Stream", "open_data"]
+__all__ = ["BadRecord", "Batch", "Data", "DataError", "Digits", "ImageFolder", "Latents", "Record", "Stream", "open_data"]

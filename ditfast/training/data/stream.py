@@ -101,9 +101,8 @@ class Stream:
                 continue
             self.bad[index] = reason
             if len(self.bad) > self.max_bad_records:
-                raise DataError(
-                    f"data: {len(self.bad)} unreadable records, of {self.max_bad_records} allowed; the last: {reason}"
-                )
+                counts = f"{len(self.bad)} unreadable records, more than the {self.max_bad_records} allowed"
+                raise DataError(f"data: {counts}; the last: {reason}")
             warnings.warn(f"unreadable record, its neighbour takes its place: {reason}", stacklevel=3)
 
 

@@ -1,0 +1,75 @@
+"""``ditfast extract-latents``"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from .. import vae as autoencoder
+from ..sampling.folder import FolderError, RunStopped
+from ..sampling.ranks import Ranks, RanksError
+from ..training.data import DataError, ImageFolder, Latents
+from ..training.extract import Extraction
+from .arguments import BadArgument, choose_device, device_name, ended, positive
+from .progress import image_progress
+
+NAME = "extract-latents"
+HELP = "a VAE's latents of a folder of images, to train on"
+DESCRIPTION = """Encodes images, and their mirror images, with a VAE. DIR gets shards of means and standard deviations, of which
+ditfast train draws latents. Killed and started again it writes what is missing, the same bytes."""
+EXAMPLES = """examples:
+  ditfast extract-latents imagenet/train latents --image-size 256
+  torchrun --nproc-per-node 8 -m ditfast extract-latents imagenet/train latents --image-size 256 --vae sd-vae-ft-ema
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder of images, or of folders of them, one a class")
+    parser.add_argument("out", type=Path, metavar="DIR", help="the folder of latents")
+    parser.add_argument("--vae", default=autoencoder.OFFICIAL, metavar="NAME|DIR", help="default: %(default)s")
+    parser.add_argument("--image-size", type=positive, default=256, metavar="N", help="pixels; default %(default)s")
+    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images encoded at once; default %(default)s")
+    parser.add_argument("--shard", type=positive, default=1024, metavar="N", help="images in a file; default %(default)s")
+    parser.add_argument("--readers", type=positive, metavar="N", help="threads that read images; default: one a core, up to 16")
+    parser.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    ranks = Ranks.from_environment()
+    try:
+        _extract(args, ranks)
+    except (BadArgument, DataError, FolderError, autoencoder.VAEError) as error:
+        return ended(NAME, ranks, str(error), 2)
+    except (FloatingPointError, RanksError, RunStopped) as error:
+        return ended(NAME, ranks, str(error), 1)
+    except torch.OutOfMemoryError:
+        return ended(NAME, ranks, f"--batch: got {args.batch}, for which the device has too little memory", 1)
+    except KeyboardInterrupt:
+        return ended(NAME, ranks, "interrupted", 130)
+    return 0
+
+
+def _extract(args: argparse.Namespace, ranks: Ranks) -> None:
+    device = choose_device(args.device, ranks)
+    images = ImageFolder(args.images, args.image_size)
+    vae = autoencoder.load_vae(args.vae).to(device)
+    readers = args.readers or min(16, os.cpu_count() or 1)
+    extraction = Extraction(images, vae, args.out, args.batch, args.shard, readers)
+    extraction.claim({"images": str(args.images), "vae": args.vae})
+    missing = len(extraction.folder.missing())
+    if ranks.rank == 0 and 0 < missing < len(extraction.blocks):
+        print(
+            f"{args.out}: {len(extraction.blocks) - missing} of {len(extraction.blocks)} shards are there already", flush=True
+        )
+    with ranks.joined() as barrier:
+        shards = extraction.unfinished(ranks)
+        with image_progress("encoding", sum(len(extraction.blocks[shard]) for shard in shards), ranks) as advance:
+            extraction.write(shards, advance)
+        barrier()
+    if ranks.rank == 0:
+        extraction.folder.tidy()
+        latents = Latents(args.out)
+        print(f"{args.out}: {len(latents)} images of {latents.num_classes} classes, {latents.unreadable} unreadable")

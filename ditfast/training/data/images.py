@@ -1,0 +1,155 @@
+"""A folder of images as data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import vae as autoencoder
+from ...sampling.settings import digest
+from .records import BadRecord, DataError, Record
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # a channel; Pillow's modes
+_ENCODED_TOGETHER = 8
+
+
+class ImageFolder:
+    """Images [3, size, size] 8-bit, the middle of each file's; on the device mirrored, scaled and, with a VAE, encoded.
+
+    Folders in the folder are the classes, in the order of their names; images that lie in it directly are of one class.
+    Names that begin with a dot are left out.
+
+    Args:
+        path: of the folder.
+        image_size: pixels along a side.
+        vae: encodes the images, of which latents are drawn; None where pixels are trained on.
+
+    Attributes:
+        names: of the files, within the folder.
+        labels: of each.
+        files: a digest of their names and sizes.
+
+    Raises:
+        DataError: no images, a class without, or images beside classes; or Pillow is not installed.
+        VAEError: the VAE cannot encode that size.
+    """
+
+    def __init__(self, path: Path, image_size: int, vae: autoencoder.VAE | None = None):
+        _pillow()
+        self.path, self.image_size, self.vae = path, image_size, vae
+        try:
+            found, classes = _files(path)
+        except OSError as error:
+            raise DataError(f"data: {error.filename}: cannot be read: {error.strerror}") from error
+        self.names = [name for name, _, _ in found]
+        self.labels = [label for _, label, _ in found]
+        self.num_classes = len(classes)
+        listed = hashlib.sha256()
+        for name, _, size in found:
+            listed.update(os.fsencode(f"{name} {size}\n"))
+        self.files = listed.hexdigest()[:16]
+        pixels = (3, image_size, image_size)
+        self.input_shape = pixels if vae is None else autoencoder.latent_shape(vae, image_size)
+        self.fingerprint = f"{len(self)} images {self.files}, {image_size} pixels"
+        if vae is not None:
+            self.fingerprint += f", VAE {digest(vae.state_dict())} {list(autoencoder.scaling(vae).values())}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the VAE: other processes read records, which need none."""
+        return {**self.__dict__, "vae": None}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(read_image(self.path / self.names[index], self.image_size), self.labels[index])
+
+    def clean(self, values: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
+        images = to_unit(values)  # [b, 3, size, size]
+        images = torch.where(flips[:, None, None, None], images.flip(-1), images)  # [b, 3, size, size]
+        if self.vae is None:
+            return images
+        moments = autoencoder.encode_moments(self.vae, images, _ENCODED_TOGETHER)  # [b, 2C, H, W]
+        return autoencoder.draw_latents(moments, noise, **autoencoder.scaling(self.vae))  # [b, C, H, W]
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """8-bit to fp32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """[3, size, size] uint8: the middle square of a file, RGB.
+
+    It is made smaller as for ImageNet's usual reference batches: halved by averages while it is at least twice too large,
+    then resized bicubically.
+
+    Raises:
+        BadRecord: it cannot be read, or has more than 8 bits a channel.
+    """
+    image_module = _pillow()
+    try:
+        with image_module.open(path, formats=_FORMATS) as image:
+            if image.mode not in _EIGHT_BITS:
+                raise BadRecord(f"{path}: {image.mode} pixels, expected 8 bits a channel")
+            square = _middle(image.convert("RGB"))
+    except BadRecord:
+        raise
+    except Exception as error:  # of a broken file Pillow raises OSError, SyntaxError, ValueError, zlib.error, ...
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadRecord(f"{path}: not a readable image: {lines[0]}") from error
+    factor = 1
+    while square.width >= 2 * factor * size:
+        factor *= 2
+    pixels = square.reduce(factor).resize((size, size), image_module.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+
+
+def _middle(image: Any) -> Any:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _files(path: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Name, label and size in bytes of each image, in order; and the names of the classes."""
+    entries = _visible(path)
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    flat = [(entry.name, 0, entry.stat().st_size) for entry in entries if _is_image(entry)]
+    if flat and classes:
+        raise DataError(f"data: {path}: holds the image {flat[0][0]} beside the folder {classes[0]}, expected one or the other")
+    if flat:
+        return flat, [path.name]
+    found = []
+    for label, name in enumerate(classes):
+        images = [entry for entry in _visible(path / name) if _is_image(entry)]
+        if not images:
+            raise DataError(f"data: {path / name}: no images ({', '.join(SUFFIXES)}), expected some of this class")
+        found += [(f"{name}/{entry.name}", label, entry.stat().st_size) for entry in images]
+    if not found:
+        raise DataError(f"data: {path}: no images ({', '.join(SUFFIXES)}), expected some, or folders of them, one a class")
+    return found, classes
+
+
+def _visible(path: Path) -> list[os.DirEntry[str]]:
+    return sorted((entry for entry in os.scandir(path) if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError("data: images are read by Pillow, which is not installed: pip install 'ditfast[train]'") from error
+    return Image
