@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..images import Pixels, labelled_grid, load_png, save_npz, save_png
+from ..images import Pixels, from_pixels, labelled_grid, load_png, save_npz, save_png
 from ..sampling.folder import ImageFolder, RunStopped
 from ..sampling.painter import Painter
 from ..sampling.ranks import Ranks
@@ -91,6 +90,5 @@ def _finish(folder: ImageFolder, painter: Painter, num: int, grid: tuple[Sequenc
 
 def _grid(pixels: Pixels, classes: Sequence[int], per_class: int) -> Pixels:
     """[height, width, C] of [N, H, W, C], class after class."""
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1  # [N, C, H, W]
-    rows = dict(zip(classes, images.split(per_class), strict=True))
+    rows = dict(zip(classes, from_pixels(pixels).split(per_class), strict=True))
     return labelled_grid(rows, scale=max(1, _CELL // pixels.shape[1]))

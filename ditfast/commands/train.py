@@ -18,7 +18,7 @@ from ..model import DiT
 from ..sampling.ranks import Ranks, RanksError
 from ..training import CheckpointFault, DataError, RunError, RunOptions, Trainer, TrainingStopped, TrainSettings, open_data
 from ..training.data import Data
-from ..training.parallel import PARALLEL, joined
+from ..training.parallel import KINDS, joined
 from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
 from .arguments import BadArgument, choose_device, device_name, ended, finite, natural, positive, seed
 from .train_progress import training_progress
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--checkpoint-activations", action="store_true", help="less memory: keep the outputs of products only")
     how.add_argument("--compile", action="store_true", help="the model with torch.compile")
-    how.add_argument("--parallel", choices=PARALLEL, default=PARALLEL[0], help="of several ranks; default %(default)s")
+    how.add_argument("--parallel", choices=KINDS, default=KINDS[0], help="of several ranks; default %(default)s")
     how.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
     how.add_argument("--save-every", type=positive, default=5000, metavar="N", help="steps; default %(default)s")
     how.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints; default %(default)s")
@@ -126,7 +126,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     settings, options = _settings(args)
     device = choose_device(args.device, ranks)
     vae = None if args.vae is None else autoencoder.load_vae(args.vae).to(device)
-    data = open_data(args.data, image_size=args.image_size, vae=vae)
+    data = open_data(args.data)
     decode = _decoder(args, data, vae)
     model = _model(args, data).to(device)
     with joined(ranks, device), training_progress(settings.steps, ranks.rank) as on_step:
@@ -153,17 +153,22 @@ def _settings(args: argparse.Namespace) -> tuple[TrainSettings, RunOptions]:
 
 
 def _model(args: argparse.Namespace, data: Data) -> DiT:
-    channels, *size = data.input_shape
+    channels, height, width = data.input_shape
     if args.init is not None:
         if args.model is not None:
             raise BadArgument(f"--model: got {args.model}, but --init brings its own")
         return load_checkpoint(args.init).float()
-    shape = {"input_size": tuple(size), "in_channels": channels, "num_classes": data.num_classes}
     if args.model is None and args.data == DIGITS:
         config = DIGITS_CONFIG
     else:
         try:
-            config = DiTConfig.from_name(args.model or "DiT-S/2", conditioning=args.conditioning, **shape)
+            config = DiTConfig.from_name(
+                args.model or "DiT-S/2",
+                input_size=(height, width),
+                in_channels=channels,
+                num_classes=data.num_classes,
+                conditioning=args.conditioning,
+            )
         except ValueError as error:
             raise BadArgument(f"--model: got {args.model}, which does not fit the data: {error}") from error
     torch.manual_seed(args.seed % 2**63)

@@ -1,0 +1,110 @@
+"""Averages, the loss scale, the loss curve, logs and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditfast.training import RunError
+from ditfast.training.averages import Averages
+from ditfast.training.folder import claim
+from ditfast.training.log import JsonLines
+from ditfast.training.loss_curve import LossCurve
+from ditfast.training.loss_scale import PATIENCE, LossScale
+from ditfast.training.stopping import asked_to_stop
+
+
+def test_averages_follow_at_their_own_pace() -> None:
+    weight = torch.zeros(3, requires_grad=True)
+    averages = Averages({"w": weight}, [0.5, 0.9])
+    for _ in range(2):
+        weight.data.fill_(1.0)
+        averages.update()
+    torch.testing.assert_close(averages.by_decay[0.5]["w"], torch.full((3,), 0.75))
+    torch.testing.assert_close(averages.by_decay[0.9]["w"], torch.full((3,), 0.19))
+    assert not averages.by_decay[0.5]["w"].requires_grad
+
+
+def test_the_loss_scale_halves_at_once_and_doubles_with_patience() -> None:
+    scale = LossScale(enabled=True)
+    first = scale.scale
+    scale.update(finite=False)
+    assert scale.scale == first / 2
+    for _ in range(PATIENCE - 1):
+        scale.update(finite=True)
+    assert scale.scale == first / 2
+    scale.update(finite=True)
+    assert scale.scale == first
+
+
+def test_without_fp16_there_is_no_scale() -> None:
+    scale = LossScale(enabled=False)
+    scale.update(finite=False)
+    assert scale.scale == 1
+
+
+def test_the_curve_is_the_mean_of_each_tenth_of_the_timesteps() -> None:
+    curve = LossCurve(1000)
+    curve.add(torch.tensor([0, 99, 100, 999, 950]), torch.tensor([1.0, 3.0, 5.0, 7.0, float("nan")]))
+    assert curve.take() == [2.0, 5.0, *[None] * 7, 7.0]
+    assert curve.take() == [None] * 10
+
+
+def test_a_resumed_log_drops_later_lines_and_one_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonLines(path, 0)
+    for step in range(1, 5):
+        log.write({"step": step})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    resumed = JsonLines(path, 3)
+    resumed.write({"step": 4, "again": True})
+    resumed.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3},
+        {"step": 4, "again": True},
+    ]
+
+
+def test_a_folder_is_one_run_s(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    claim(run, {"seed": 0, "model": {"depth": 2}}, resume=False)
+    claim(run, {"seed": 0, "model": {"depth": 2}}, resume=True)
+    with pytest.raises(RunError, match="holds a run already; --resume auto"):
+        claim(run, {"seed": 0, "model": {"depth": 2}}, resume=False)
+    with pytest.raises(RunError, match=r"other settings: model\.depth: was 2, is 3"):
+        claim(run, {"seed": 0, "model": {"depth": 3}}, resume=True)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"settings": 3}'], ids=["empty", "list", "number"])
+def test_a_damaged_record_is_said_to_be_one(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunError, match="does not hold a run's settings"):
+        claim(tmp_path, {"seed": 0}, resume=True)
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"holds thesis\.tex"):
+        claim(tmp_path, {"seed": 0}, resume=True)
+    with pytest.raises(RunError, match="a file is in the way"):
+        claim(tmp_path / "thesis.tex", {"seed": 0}, resume=True)
+
+
+def test_sigterm_is_heard_once_and_obeyed_at_once_the_second_time() -> None:
+    with asked_to_stop() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
