@@ -44,10 +44,13 @@ class LabelEmbedder(nn.Module):
 def pack_linears(linears: Sequence[nn.Linear]) -> None:
     """Moves the weights of linears over one input into one storage, in order, so that ``packed_linear`` is one GEMM.
 
-    The parameters stay the objects they were; only their memory moves. Memory in use afterwards is unchanged.
+    The parameters stay the objects they were; only their memory moves. Memory in use afterwards is unchanged. Other kinds of
+    parameters, of which ranks hold parts (DTensor), stay where they are.
     """
     for name in ("weight", "bias"):
         parts = [getattr(linear, name) for linear in linears]
+        if any(type(part) is not nn.Parameter for part in parts):
+            continue
         if parts[0].is_meta or len({(part.dtype, part.device) for part in parts}) > 1 or _joined(parts) is not None:
             continue
         whole = torch.cat([part.detach() for part in parts])

@@ -7,15 +7,16 @@ import datetime
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import DiTConfig
 from ..model import DiT
 from ..sampling.ranks import Ranks, RanksError
 
@@ -58,7 +59,7 @@ def distribute(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
     """The model of all ranks, to be called in place of this one; it begins with the first rank's weights.
 
     Args:
-        model: on this rank's device; its blocks are ``model.blocks``.
+        model: fp32, on this rank's device: a ``ditfast.DiT``, or ``ditfast.reference.DiT``.
         kind: ``"ddp"``: each rank holds all of it; ``"fsdp"``: each rank holds a part of every weight, of its gradient and of
             what the optimizer keeps of it, and ``model`` itself turns into that.
         ranks: one alone trains the model as it is.
@@ -71,7 +72,7 @@ def distribute(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
     if ranks.world == 1:
         return model
     if kind == "ddp":
-        return DistributedDataParallel(model)
+        return _settled(DistributedDataParallel(model, gradient_as_bucket_view=True), cast(DiTConfig, model.config))
     device = next(model.parameters()).device
     for parameter in model.parameters():
         distributed.broadcast(parameter.detach(), 0)
@@ -140,13 +141,19 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that ``distribute`` was given."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def _settled(model: DistributedDataParallel, config: DiTConfig) -> DistributedDataParallel:
+    """DDP behind its first backward, where it packs gradients anew into the buckets that ranks add up.
 
-
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
+    Of three ranks or more, a gradient's place in a bucket decides in what order the ranks' are added: without this a resumed
+    run's first step would round otherwise than the same step of a run that nobody interrupted.
+    """
+    weight = next(model.parameters())
+    x = torch.zeros(1, *config.input_shape, device=weight.device, dtype=weight.dtype)  # [1, C, H, W]
+    zero = torch.zeros(1, device=weight.device, dtype=torch.int64)  # [1]
+    with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a batch of one
+        model(x, zero, zero).sum().backward()
+    model.zero_grad()
+    return model
 
 
 def _is_of_a_peer(error: RuntimeError) -> bool:
