@@ -6,15 +6,14 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from full_disk import files_end_at
 from sampling_cli import content
 
 from ditfast.files import whole_file
@@ -211,17 +210,6 @@ def test_too_little_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # ------------------------------------------------------------------------------------------------ full disks
-@contextlib.contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """Writing more than so many bytes into a file fails after those, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_whole_images_and_the_run_goes_on(tmp_path: Path) -> None:
     whole = finished(tmp_path / "whole")
     folder = started(tmp_path / "full")
