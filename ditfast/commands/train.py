@@ -126,7 +126,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     settings, options = _settings(args)
     device = choose_device(args.device, ranks)
     vae = None if args.vae is None else autoencoder.load_vae(args.vae).to(device)
-    data = open_data(args.data)
+    data = open_data(args.data, image_size=args.image_size, vae=vae)
     decode = _decoder(args, data, vae)
     model = _model(args, data).to(device)
     with joined(ranks, device), training_progress(settings.steps, ranks.rank) as on_step:

@@ -87,7 +87,6 @@ class Trainer:
         if settings.compile:
             model.compile()
         self.model = distribute(model, parallel, self.ranks)
-        self._plain = model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=settings.weight_decay, fused=True)
         self.averages = Averages(trained, settings.ema)

@@ -1,0 +1,285 @@
+"""A training step of the whole recipe: forward, hybrid loss, backward, AdamW, average; rivals take turns, a step each.
+
+    python benchmarks/training.py                                    DiT-B/4, batch 8 (on CUDA DiT-XL/2, batch 32)
+    python benchmarks/training.py --models DiT-S/2 --batch 32 --rivals eager:bf16 ditfast:bf16 ditfast:bf16:checkpoint
+
+A rival is a model (eager and compile: the reference; ditfast; ditfast-compile), a dtype (bf16 and fp16: autocast over fp32
+weights) and perhaps checkpoint, of activations: ditfast keeps the products' outputs, the reference its blocks' inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ditfast
+from ditfast import DiTConfig, flops, reference
+from ditfast.benchmarks.environment import describe
+from ditfast.benchmarks.report import save_json
+from ditfast.benchmarks.timing import progress_bar
+from ditfast.config import MODEL_NAMES
+from ditfast.training import TrainSettings
+from ditfast.training.averages import Averages
+from ditfast.training.data import Batch, Record
+from ditfast.training.objective import Objective
+from ditfast.training.settings import DTYPES
+from ditfast.training.speed import BACKWARD, peak_flops, peak_memory
+from ditfast.training.step import Stepper, freeze_label_dropout
+
+KINDS = ("eager", "compile", "ditfast", "ditfast-compile")
+BASELINE = "eager:fp32"
+CPU_RIVALS = (BASELINE, "eager:bf16", "compile:bf16", "ditfast:fp32", "ditfast:bf16", "ditfast:bf16:checkpoint")
+CUDA_RIVALS = (*CPU_RIVALS, "compile:fp32", "eager:bf16:checkpoint", "compile:bf16:checkpoint", "ditfast-compile:bf16")
+STEPS_FOR_MEMORY = 2
+LARGEST_DIFFERENCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of the first step's loss, relative to the baseline's
+
+
+class Rival(NamedTuple):
+    kind: str
+    dtype: str
+    checkpointed: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Rival:
+        kind, dtype, *more = text.split(":") if ":" in text else (text, "bf16")
+        if kind not in KINDS or dtype not in DTYPES or more not in ([], ["checkpoint"]):
+            expected = f"KIND:DTYPE or KIND:DTYPE:checkpoint, of {', '.join(KINDS)} and {', '.join(DTYPES)}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+        return cls(kind, dtype, bool(more))
+
+    def __str__(self) -> str:
+        return ":".join([self.kind, self.dtype, *["checkpoint"] * self.checkpointed])
+
+
+class Latents:
+    """Random ones, the same every time."""
+
+    fingerprint = "random"
+
+    def __init__(self, config: DiTConfig, count: int):
+        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        generator = torch.Generator().manual_seed(0)
+        self.values = torch.randn(count, *config.input_shape, generator=generator)
+        self.labels = torch.randint(config.num_classes, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(self.values[index], int(self.labels[index]))
+
+    def clean(self, values: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
+        return values
+
+
+class Training:
+    """A rival's model, optimizer and average, and the steps it took."""
+
+    def __init__(self, rival: Rival, config: DiTConfig, batch: int, device: torch.device):
+        torch.manual_seed(0)
+        model = (ditfast.DiT if rival.kind.startswith("ditfast") else reference.DiT)(config).to(device).train()
+        _wake(model)
+        freeze_label_dropout(model)
+        if isinstance(model, ditfast.DiT):
+            model.checkpoint_activations = rival.checkpointed
+        elif rival.checkpointed:
+            for block in model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if rival.kind.endswith("compile"):
+            model.compile(dynamic=False)
+        settings = TrainSettings(steps=10**9, batch=batch, dtype=rival.dtype)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=0.0, fused=True)
+        data = Latents(config, batch)
+        self.batch = Batch(0, list(range(batch)), data.values, data.labels)
+        self.stepper = Stepper(
+            model,
+            config,
+            data,
+            Objective(settings, config),
+            optimizer,
+            Averages(trained, settings.ema),
+            settings,
+            slice(0, batch),
+            device,
+        )
+        self.steps = 0
+
+    def step(self) -> float:
+        """The loss. Reading it waits for the device."""
+        report = self.stepper.take(self.steps, self.batch)
+        self.steps += 1
+        return report.parts["loss"]
+
+
+@dataclass
+class Row:
+    """One rival; times are of one step."""
+
+    model: str
+    rival: str
+    batch: int
+    device: str
+    first_step_s: float
+    first_loss: float
+    peak_memory_gb: float
+    ms_median: float = 0.0
+    ms_p20: float = 0.0
+    ms_p80: float = 0.0
+    images_per_s: float = 0.0
+    mfu: float = 0.0
+    speedup_over: dict[str, float] = field(default_factory=dict)
+
+
+def measure(
+    model: str, config: DiTConfig, rivals: Sequence[Rival], batch: int, rounds: int, device: torch.device
+) -> tuple[list[Row], list[str]]:
+    """Rows of rivals that took turns, and remarks on those that failed."""
+    rows, trainings, remarks = [], {}, []
+    for rival in rivals:
+        try:
+            memory = _peak_memory(rival, config, batch, device)
+            training = Training(rival, config, batch, device)
+            start = time.perf_counter()
+            loss = training.step()
+        except Exception as error:  # a rival that cannot run must not take the others with it
+            remarks.append(f"{model}: {rival} failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            continue
+        trainings[str(rival)] = training
+        rows.append(Row(model, str(rival), batch, device.type, time.perf_counter() - start, loss, memory / 1e9))
+    times = _interleaved(trainings, rounds, device)
+    for row in rows:
+        _fill(row, times, config, device)
+        baseline, allowed = rows[0].first_loss, LARGEST_DIFFERENCE[Rival.parse(row.rival).dtype]
+        if not abs(row.first_loss - baseline) <= allowed * abs(baseline):
+            remarks.append(f"{model}: {row.rival} begins with the loss {row.first_loss:.6f}, {rows[0].rival} {baseline:.6f}")
+    return rows, remarks
+
+
+def _interleaved(trainings: dict[str, Training], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of a step, a value each round; who begins a round moves on with each."""
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    order = list(trainings)
+    for name in order:
+        trainings[name].step()
+    with progress_bar(Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=rounds, phase="")
+        for i in range(rounds):
+            for name in order[i % len(order) :] + order[: i % len(order)]:
+                progress.update(task, phase=name)
+                _synchronize(device)
+                start = time.perf_counter()
+                trainings[name].step()
+                _synchronize(device)
+                times[name].append(time.perf_counter() - start)
+            progress.advance(task)
+    return times
+
+
+def _fill(row: Row, times: dict[str, list[float]], config: DiTConfig, device: torch.device) -> None:
+    own = times[row.rival]
+    fifths, median = statistics.quantiles(own, n=5, method="inclusive"), statistics.median(own)
+    row.ms_median, row.ms_p20, row.ms_p80 = 1e3 * median, 1e3 * fifths[0], 1e3 * fifths[3]
+    row.images_per_s = row.batch / median
+    operations = (1 + BACKWARD) * flops.flops(config) * row.batch
+    row.mfu = operations / median / peak_flops(device, DTYPES[Rival.parse(row.rival).dtype])
+    row.speedup_over = {
+        name: statistics.median(theirs / mine for theirs, mine in zip(others, own, strict=True))
+        for name, others in times.items()
+        if name != row.rival
+    }
+
+
+def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.device) -> int:
+    """Bytes, of a process that does nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_steps_of_their_own, (rival, config, batch, str(device), torch.get_num_threads()))
+
+
+def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    training = Training(rival, config, batch, torch.device(device))
+    for _ in range(STEPS_FOR_MEMORY):
+        training.step()
+    return peak_memory(torch.device(device))
+
+
+def _wake(model: nn.Module) -> None:
+    """Gives values to what the paper initialises as zero, so that every branch carries gradients."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    caption = "MFU: three forwards' products over what the device's take; over: median of each round's ratio."
+    table = Table(title="A training step", title_justify="left", caption=caption)
+    for column in ("model", "batch", "rival"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ms", "p20", "p80", "steps/s", "images/s", "MFU", "peak GB", "first step, s", f"over {rows[0].rival}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        speed = [f"{value:.4g}" for value in (row.ms_median, row.ms_p20, row.ms_p80, 1e3 / row.ms_median, row.images_per_s)]
+        over = row.speedup_over.get(rows[0].rival, 1.0)
+        more = (f"{row.mfu:.0%}", f"{row.peak_memory_gb:.1f}", f"{row.first_step_s:.1f}", f"{over:.2f}")
+        style = "bold" if row.rival.startswith("ditfast") else None
+        table.add_row(row.model, str(row.batch), row.rival, *speed, *more, style=style)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    on_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", default=["DiT-XL/2" if on_cuda else "DiT-B/4"]
+    )
+    parser.add_argument("--depth", type=int, metavar="N", help="blocks, instead of the model's own")
+    parser.add_argument("--batch", type=int, default=32 if on_cuda else 8, metavar="N", help="images; default %(default)s")
+    parser.add_argument("--rivals", nargs="+", type=Rival.parse, metavar="KIND:DTYPE[:checkpoint]", help="default: all of them")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps that count; default %(default)s")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if on_cuda else "cpu"))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="writes training.json there")
+    args = parser.parse_args(argv)
+    rivals = args.rivals or [Rival.parse(text) for text in (CUDA_RIVALS if on_cuda else CPU_RIVALS)]
+    console = Console(width=max(136, Console().width))
+    rows: list[Row] = []
+    notes: list[str] = []
+    for model in args.models:
+        config = DiTConfig.from_name(model)
+        if args.depth is not None:
+            config = dataclasses.replace(config, depth=args.depth)
+        found, remarks = measure(model, config, rivals, args.batch, args.rounds, args.device)
+        rows += found
+        notes += remarks
+        if found:
+            console.print(_table(found))
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_json(args.out / "training.json", describe(args.device), rows, notes)
+    return 1 if notes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
