@@ -1,4 +1,4 @@
-"""Images as files: PNG, a grid of samples with its classes beside it, many in one ``.npz``. Needs numpy only."""
+"""Images as files: PNG, a grid of samples with its classes beside it, many in one ``.npz``. Needs torch and numpy only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,6 +38,11 @@ def to_pixels(images: Tensor) -> Pixels:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected [N, C, H, W] with 1 or 3 channels")
     scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
     return scaled.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+
+
+def from_pixels(pixels: Pixels) -> Tensor:
+    """[N, H, W, C] 8-bit -> [N, C, H, W] fp32 in [-1, 1]."""
+    return torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def labelled_grid(rows: dict[int, Tensor], scale: int = 4, gap: int = 2) -> Pixels:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import raises_naming
 
-from ditfast.images import labelled_grid, save_npz, save_png, to_pixels
+from ditfast.images import from_pixels, labelled_grid, save_npz, save_png, to_pixels
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -23,6 +23,15 @@ def test_pixels_cover_the_range() -> None:
     values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 5.0]).view(1, 1, 1, 5)
     assert to_pixels(values).flatten().tolist() == [0, 0, 128, 255, 255]
     assert "1 or 3 channels" in raises_naming("images", lambda: to_pixels(torch.zeros(1, 4, 8, 8)))
+
+
+def test_pixels_come_back() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, axis=3)
+    pixels[..., 1] //= 2
+    images = from_pixels(pixels)
+    assert images.shape == (1, 3, 8, 32)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert np.array_equal(to_pixels(images), pixels)
 
 
 def test_grid_has_a_labelled_row_for_each_class() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..images import Pixels
+from ..images import Pixels, from_pixels
 from .digits_classifier import FEATURES, DigitsClassifier, digits_classifier, scans_as_images
 from .errors import EvaluationError
 from .image_set import ImageSet, npz_array
@@ -77,7 +77,7 @@ def _grey(pixels: Pixels, source: str) -> Tensor:
     """[n, 8, 8, C] 8-bit -> [n, 1, 8, 8] in [-1, 1]."""
     if (pixels != pixels[..., :1]).any():
         raise EvaluationError(f"{source}: images with colours, expected grey digits")
-    return torch.tensor(pixels[..., 0]).unsqueeze(1) / 127.5 - 1
+    return from_pixels(pixels[..., :1])
 
 
 # ------------------------------------------------------------------------------------------------ all other images

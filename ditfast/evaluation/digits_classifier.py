@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..digits import real_digits
-from ..images import to_pixels
+from ..images import from_pixels, to_pixels
 from ..threads import one_thread
+from .metrics import Gaussian, frechet_distance, gaussian
 
 FEATURES = 32
 STEPS = 500
@@ -80,4 +81,22 @@ def digits_classifier() -> DigitsClassifier:
 def scans_as_images() -> tuple[Tensor, Tensor]:
     """The real scans [1797, 1, 8, 8] in [-1, 1], rounded to 8 bits as an image file's pixels are, and labels [1797]."""
     scans, labels = real_digits()
-    return torch.from_numpy(to_pixels(scans)).permute(0, 3, 1, 2) / 127.5 - 1, labels
+    return from_pixels(to_pixels(scans)), labels
+
+
+def digits_quality(images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The Frechet distance to the real scans, and the share that is read as the digit asked for; needs scikit-learn.
+
+    Args:
+        images: [N, 1, 8, 8] in [-1, 1], rounded here to 8 bits; N >= 2.
+        labels: [N] integers, the digits asked for.
+    """
+    classifier = digits_classifier()
+    features = classifier.features(from_pixels(to_pixels(images)))
+    read = classifier.probabilities(features).argmax(dim=1)
+    return frechet_distance(*gaussian(features), *_scans_gaussian()), (read == labels.cpu()).double().mean().item()
+
+
+@functools.cache
+def _scans_gaussian() -> Gaussian:
+    return gaussian(digits_classifier().features(scans_as_images()[0]))

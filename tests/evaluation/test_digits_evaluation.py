@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditfast.cli import main
 from ditfast.evaluation import frechet_distance, gaussian
-from ditfast.evaluation.digits_classifier import digits_classifier, scans_as_images
+from ditfast.evaluation.digits_classifier import digits_classifier, digits_quality, scans_as_images
 from ditfast.images import Pixels, save_npz, save_png, to_pixels
 
 pytest.importorskip("sklearn")
@@ -46,6 +46,17 @@ def test_training_is_repeatable_and_leaves_no_trace(scans: tuple[Tensor, Tensor]
     assert torch.equal(again.features(scans[0]), features)
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_quality_is_distance_and_reading_of_rounded_images(scans: tuple[Tensor, Tensor]) -> None:
+    images, labels = scans
+    assert digits_quality(images, labels) == (pytest.approx(0, abs=1e-9), pytest.approx(1, abs=0.01))
+    shifted = (images[:300] + 0.1).clamp(-1, 1)
+    found, accuracy = digits_quality(shifted, (labels[:300] + 1) % 10)
+    rounded = torch.from_numpy(to_pixels(shifted)).permute(0, 3, 1, 2) / 127.5 - 1
+    assert found == pytest.approx(distance(rounded, images))
+    assert found != pytest.approx(distance(shifted, images), rel=1e-6)
+    assert accuracy < 0.1
 
 
 def test_the_distance_grows_with_noise_and_with_a_missing_digit(scans: tuple[Tensor, Tensor]) -> None:
