@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditfast.config import MODEL_NAMES
+from ditfast.files import whole_file
 
 from .timing import Row
 
@@ -71,11 +73,11 @@ def like(row: Row) -> dict[str, float]:
     return {rival: ratio for rival, ratio in row.speedup_over.items() if ("+" in rival) == ("+" in row.rival)}
 
 
-def save_json(path: Path, environment: dict[str, Any], rows: list[Row], notes: list[str]) -> Path:
+def save_json(path: Path, environment: dict[str, Any], rows: Sequence[Any], notes: list[str]) -> Path:
+    """Rows are dataclasses'."""
     report = {"environment": environment, "rows": [dataclasses.asdict(row) for row in rows], "notes": notes}
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
     return path
 
 

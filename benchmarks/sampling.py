@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,11 @@ from rich.table import Table
 from torch import Tensor
 
 import ditfast
-from ditfast import DiTConfig, ops, reference
+from ditfast import DiTConfig, reference
 from ditfast.benchmarks.environment import describe
-from ditfast.diffusion import GaussianDiffusion, apply_update, steps
+from ditfast.benchmarks.plain_loop import Loop, plain_loop
+from ditfast.benchmarks.report import save_json
+from ditfast.diffusion import GaussianDiffusion, steps
 from ditfast.modulation_table import BUDGET_BYTES, ModulationTable
 from ditfast.sampling import image_noise
 from ditfast.sampling.run import Batch, Run
@@ -40,8 +41,6 @@ from ditfast.sampling.run import Batch, Run
 WIDTHS = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
 ALLOWED_ERROR = {"fp32": 1e-4, "bf16": 0.3}  # over the whole run; bf16 follows a path of its own
 UNCOMPARED = ("diffusers",)  # other steps
-
-Loop = Iterator[Tensor]
 
 
 @dataclasses.dataclass
@@ -92,24 +91,8 @@ class Setting:
         return model.to(self.device, dtype)
 
     def _plain(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], fused_update: bool = False) -> Loop:
-        """A sampling loop as one writes it: both halves through the model, then guidance, then the step, in torch."""
-        rows = torch.tensor([step.update for step in self.steps], device=self.device)
-        scale = torch.full((self.batch,), self.cfg_scale, device=self.device)
-        channels = self.config.guidance_channels
-        x = self._noise(0)
-        for i, step in enumerate(self.steps):
-            noise = self._noise(i + 1) if step.update.adds_noise else None
-            t = torch.full((2 * self.batch,), step.t, device=self.device)
-            output = model(torch.cat([x, x]), t, self.both)
-            if fused_update:
-                x = ops.denoise_update(x, output, noise, rows[i], scale, channels)
-            else:
-                conditional, unconditional = output.chunk(2)
-                guided = unconditional[:, :channels] + self.cfg_scale * (
-                    conditional[:, :channels] - unconditional[:, :channels]
-                )
-                x = apply_update(x, torch.cat([guided, conditional[:, channels:]], dim=1), noise, step.update)
-            yield x
+        scale, channels = self.cfg_scale, self.config.guidance_channels
+        return plain_loop(model, self.steps, self.both, scale, channels, self._noise, fused_update=fused_update)
 
     def _tabulated(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         places = {step.t: i for i, step in enumerate(self.steps)}
@@ -265,8 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(_table(rows, title))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        report = {"environment": environment, "setting": title, "rows": [dataclasses.asdict(row) for row in rows]}
-        (args.out / "sampling.json").write_text(json.dumps(report, indent=2) + "\n")
+        save_json(args.out / "sampling.json", environment, rows, [title])
         _plot(args.out / "sampling.png", rows, title)
     wrong = [r for r in rows if r.error is not None and not r.error <= ALLOWED_ERROR["bf16" if "bf16" in r.rival else "fp32"]]
     for row in wrong:

@@ -1,0 +1,114 @@
+"""How fast and how good ways to sample are: each lever's latents are checked, and what spoils images is found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditfast.benchmarks import digits_quality, sampling
+from ditfast.benchmarks.digits_quality import Draw
+
+needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = ["--seeds", "2", "--images", "40", "--steps", "ddim3"]
+
+
+# ------------------------------------------------------------------------------------------------ speed
+def test_every_lever_makes_the_reference_loops_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rivals = ["reference", "model", "model+table", "model+shared", "model+update", "ditfast", "ditfast-bf16"]
+    arguments = ["--width", "S", "--depth", "1", "--steps", "3", "--batch", "2", "--rounds", "1", "--device", "cpu"]
+    assert sampling.main([*arguments, "--rivals", *rivals, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert all(rival in shown for rival in rivals)
+    rows = json.loads((tmp_path / "sampling.json").read_text())["rows"]
+    assert [row["rival"] for row in rows] == rivals
+    assert all(row["error"] < 1e-5 for row in rows[:-1])
+    assert 1e-4 < rows[-1]["error"] < 0.1
+    assert (tmp_path / "sampling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_latents_fail_the_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sampling.Setting, "_shared", lambda self, x, t, y: 1.01 * self.model(x, t, y))
+    arguments = ["--width", "S", "--depth", "1", "--steps", "2", "--rounds", "1", "--device", "cpu"]
+    assert sampling.main([*arguments, "--rivals", "model", "model+shared"]) == 1
+    assert "model+shared: latents are off by" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ quality
+@needs_sklearn
+def test_levers_are_within_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["reference", "no table", "table in windows"]
+    assert digits_quality.main([*QUICK, "--variants", *wanted, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("within noise") == len(wanted)
+    report = json.loads((tmp_path / "digits_quality.json").read_text())
+    assert report["environment"]["threads"] == 1
+    assert [row["variant"] for row in report["rows"]] == ["fp32", *wanted]
+    first, *others = report["rows"]
+    for row in others:
+        changes = [own - base for own, base in zip(row["distances"], first["distances"], strict=True)]
+        assert row["distance_change"]["mean"] == pytest.approx(sum(changes) / 2)
+        assert row["distance_change"]["deviation"] < 0.1 * first["distance"]["deviation"]
+        assert min(row["accuracies"]) > 0.9
+
+
+@needs_sklearn
+def test_a_lever_that_spoils_images_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plain_variants = digits_quality.variants
+
+    def variants(schedule: list[object]) -> dict[str, Draw]:
+        drawn = plain_variants(schedule)  # type: ignore[arg-type]
+
+        def grey(labels: Tensor, images: range, seed: int) -> Tensor:
+            return 0.7 * drawn["fp32"](labels, images, seed)
+
+        def another_digit(labels: Tensor, images: range, seed: int) -> Tensor:
+            return drawn["fp32"]((labels + 1) % 10, images, seed)
+
+        return {"fp32": drawn["fp32"], "grey": grey, "another digit": another_digit}
+
+    monkeypatch.setattr(digits_quality, "variants", variants)
+    assert digits_quality.main([*QUICK, "--variants", "grey", "another digit"]) == 1
+    found = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert "more than noise" in found["grey"]
+    assert float(found["another digit"].split("│")[4].split("±")[0]) < 10  # % read as asked
+
+
+@needs_sklearn
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "1"], "argument --seeds: got '1', expected an integer of at least 2"),
+        (["--images", "0"], "argument --images: got '0', expected a positive integer"),
+        (["--steps", "ddim3000"], "argument --steps: "),
+        (["--variants", "int3", "bf16"], "argument --variants: got int3, expected some of fp32, reference"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        digits_quality.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@needs_sklearn
+def test_blocks_make_all_images() -> None:
+    """Each once, with its own label, in order."""
+    seen: list[tuple[int, list[int]]] = []
+
+    def draw(labels: Tensor, images: range, seed: int) -> Tensor:
+        assert labels.tolist() == [k % 10 for k in images]
+        seen.append((seed, list(images)))
+        return torch.randn(len(images), 1, 8, 8, generator=torch.Generator().manual_seed(seed * 1000 + images.start))
+
+    ticks: list[tuple[str, int]] = []
+    first, second = digits_quality.measure({"a": draw, "b": draw}, 2, 120, lambda name, count: ticks.append((name, count)))
+    assert [sum(count for name, count in ticks if name == wanted) for wanted in "ab"] == [240, 240]
+    assert [images for seed, images in seen if seed == 1][:3] == [list(range(50)), list(range(50, 100)), list(range(100, 120))]
+    assert first.distances == second.distances
+    assert second.distance_change.mean == second.distance_change.deviation == 0
+    assert first.distances[0] != first.distances[1]
