@@ -12,6 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT_DIFFUSERS = "import diffusers; print(diffusers.DiTTransformer2DModel.__name__)"
 
+SAMPLE_AND_EVALUATE = """
+import socket
+def refuse(*arguments): raise AssertionError("asked for the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+import torch, ditfast
+from ditfast.cli import main
+torch.set_num_threads(1)
+print(ditfast.__file__)
+assert main(["sample", "--out", "samples", "--num", "40", "--steps", "ddim2"]) == 0
+assert main(["evaluate", "samples", "--reference", "digits"]) == 0
+"""
+
 
 def run_python(code: str, *, cwd: Path = ROOT, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ)
@@ -21,16 +33,22 @@ def run_python(code: str, *, cwd: Path = ROOT, path: Path | None = None) -> subp
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_wheel_holds_no_top_level_kernels(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("build")
-    source = tmp_path / "source"
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
     subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_no_top_level_kernels(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"ditfast"}
     for expected in (
@@ -41,6 +59,17 @@ def test_the_wheel_holds_no_top_level_kernels(tmp_path: Path) -> None:
         "py.typed",
     ):
         assert f"ditfast/{expected}" in names
+
+
+def test_the_wheel_samples_and_evaluates_without_a_network(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("PIL")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    done = run_python(SAMPLE_AND_EVALUATE, cwd=tmp_path, path=tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'site' / 'ditfast'}" in done.stdout
+    assert "samples: 40 images, ddim, 2 steps" in done.stdout
+    assert "Frechet distance" in done.stdout
 
 
 def test_kernels_import_as_ours_only() -> None:
