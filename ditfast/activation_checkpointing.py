@@ -19,7 +19,7 @@ from .ops.dispatch import checkpoint_contexts
 
 Context: TypeAlias = contextlib.AbstractContextManager[Any]
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "linear_gelu", "linear_gated_residual", "mlp")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "linear_in_fp32", "linear_gelu", "linear_gated_residual", "mlp")
 ATTENTION = "attention"  # a part of every such op's name: torch's, flash-attn's, ours
 
 

@@ -6,12 +6,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .config import TIMESTEP_FEATURES, DiTConfig
+from .ops.cpu_products import in_fp32, torch_linear
 from .ops.dispatch import needs_gradient
 from .ops.timestep_embedding import timestep_embedding
 from .plain import is_plain
+
+WIDENED_AT_ONCE = 2**20  # elements, of a weight too large to have a second copy of: 4 MiB in fp32 stay in the cache
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``; in fp32 where the CPU has no products of its dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch_linear(x, self.weight, self.bias)
 
 
 class TimestepEmbedder(nn.Module):
@@ -19,7 +28,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.frequency_divisor = config.arithmetic.timestep_frequency_divisor
         width = config.hidden_size
-        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(TIMESTEP_FEATURES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         features = timestep_embedding(t, frequency_divisor=self.frequency_divisor)  # [B, 256]
@@ -70,15 +79,19 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
         weight, bias = _joined(weights), _joined(biases)
         if weight is not None and bias is not None:
             return list(wide_linear(x, weight, bias).split([len(part) for part in weights], dim=-1))
-    return [linear(x) for linear in linears]
+    return [torch_linear(x, linear.weight, linear.bias) if is_plain(linear) else linear(x) for linear in linears]
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear`` of few rows with a very tall weight."""
+    if in_fp32(x) and not needs_gradient(x, weight, bias):
+        rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
+        parts = zip(weight.split(rows), bias.split(rows), strict=True)
+        return torch.cat([torch_linear(x, *part) for part in parts], dim=-1)
     if x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= 4:
         # MKL repacks its second operand: with the weight first, a few rows take a third of the time.
         return torch.addmm(bias[:, None], weight, x.T).T.contiguous()
-    return F.linear(x, weight, bias)
+    return torch_linear(x, weight, bias)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:

@@ -15,8 +15,10 @@ from .. import __version__, ops, reference
 from ..config import DiTConfig
 from ..model import DiT
 from ..ops.attention import choose_engine
+from ..ops.cpu_products import OPS_WITH_PRODUCTS, in_fp32
 from ..ops.dispatch import choose_backend, kernels
 
+FP32_PRODUCTS = "fp32 products: this CPU has no bf16 ones"
 HELP = "versions, device, and which engine each op takes, and why"
 DESCRIPTION = "What is installed, which engine each op takes on this machine, and whether a small model agrees with float64."
 EXAMPLES = """example:
@@ -54,14 +56,17 @@ def _versions_table(device: torch.device) -> Table:
 
 def _engines_table(device: torch.device) -> Table:
     table = Table("op", "takes", "why", title=f"Engines for bf16 tensors on {device}", title_justify="left")
+    widened = in_fp32(torch.empty(0, device=device, dtype=torch.bfloat16))
     for op in ops.__all__:
-        if op != "attention":
+        if widened and op in OPS_WITH_PRODUCTS:
+            table.add_row(op, "torch", FP32_PRODUCTS)
+        elif op != "attention":
             table.add_row(op, *_named(choose_backend(device, op)))
             if choose_backend(device, op, training=True) != choose_backend(device, op):
                 table.add_row(f"{op}, in training", *_named(choose_backend(device, op, training=True)))
     for head_dim, num_tokens in itertools.product((64, 72), (256, 1024)):
         engine, reason = choose_engine(device, torch.bfloat16, head_dim, num_tokens)
-        table.add_row(f"attention, head dim {head_dim}, {num_tokens} tokens", engine, reason)
+        table.add_row(f"attention, head dim {head_dim}, {num_tokens} tokens", engine, FP32_PRODUCTS if widened else reason)
     return table
 
 

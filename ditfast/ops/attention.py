@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .checks import check_dtype
+from .cpu_products import torch_attention
 from .dispatch import define_op, force, forced, has_triton, needs_gradient, under_autocast
 
 ENGINES = ("flash", "sdpa", "triton")
@@ -60,7 +60,7 @@ def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = 
     engine, _ = choose_engine(qkv.device, qkv.dtype, d, T, engine)
     if engine == "triton":
         return _op(qkv, needs_gradient(qkv))[0]
-    return _flash(qkv) if engine == "flash" else _sdpa(*qkv.unbind(2))
+    return _flash(qkv) if engine == "flash" else torch_attention(*qkv.unbind(2))
 
 
 def _attention_apart(q: Tensor, k: Tensor, v: Tensor, engine: str | None) -> Tensor:
@@ -70,7 +70,7 @@ def _attention_apart(q: Tensor, k: Tensor, v: Tensor, engine: str | None) -> Ten
             got = f"{tuple(heads.shape)} {heads.dtype} on {heads.device}"
             raise ValueError(f"{name}: got {got}, expected {tuple(q.shape)} {q.dtype} on {q.device}, as q")
     engine, _ = choose_engine(q.device, q.dtype, q.shape[3], q.shape[1], engine)
-    return _sdpa(q, k, v) if engine == "sdpa" else attention(torch.stack((q, k, v), dim=2), engine)
+    return torch_attention(q, k, v) if engine == "sdpa" else attention(torch.stack((q, k, v), dim=2), engine)
 
 
 def check_heads(name: str, tensor: Tensor, expected: str, packed: int = 0) -> None:
@@ -158,11 +158,6 @@ def _flash(qkv: Tensor) -> Tensor:
     if qkv.numel() == 0:  # which flash-attn refuses
         return _fake(qkv, False)[0]
     return flash_attn_qkvpacked_func(qkv, causal=False).flatten(2)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()
 
 
 def _fake(qkv: Tensor, training: bool) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .attention import LARGEST_HEAD, check_heads
+from .cpu_products import torch_attention
 from .dispatch import define_op, forced, needs_gradient, takes_torch, under_autocast
 
 
@@ -36,15 +36,10 @@ def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
     if kv.device != q.device:
         raise ValueError(f"kv: got a tensor on {kv.device}, expected {q.device}, as q")
     if takes_torch("cross_attention", q) or (d > LARGEST_HEAD and forced().backend is None):
-        return _torch_version(q, kv)
+        return torch_attention(q, *kv.unbind(2))
     if d > LARGEST_HEAD:
         raise ValueError(f"q: got head dim {d}, expected at most {LARGEST_HEAD}; ditfast.backend('torch') takes any")
     return _op(q, kv, needs_gradient(q, kv))[0]
-
-
-def _torch_version(q: Tensor, kv: Tensor) -> Tensor:
-    k, v = kv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2).contiguous()
 
 
 def _fake(q: Tensor, kv: Tensor, training: bool) -> tuple[Tensor, Tensor]:

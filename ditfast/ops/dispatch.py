@@ -135,11 +135,17 @@ def takes_torch(op: str, x: Tensor, training: bool = False) -> bool:
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype, as torch casts the arguments of F.linear; the op behind does not see autocast."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """None where autocast is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def define_op(
@@ -148,6 +154,7 @@ def define_op(
     *,
     save: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Registers ``ditfast::name``, which calls the launcher of that name in ``ditfast.kernels``.
 
@@ -158,6 +165,7 @@ def define_op(
             there, where torch would make up zeros.
         backward: ``backward(ctx, *output_gradients)`` returns one gradient, or None, for each input. An op without one
             raises when somebody differentiates it.
+        run: what to call instead of a launcher.
     """
     name = schema.partition("(")[0]
 
@@ -178,7 +186,7 @@ def define_op(
         )
 
     _library.define(schema)
-    _library.impl(name, launch, "CompositeExplicitAutograd")
+    _library.impl(name, run or launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditfast::{name}", fake, lib=_library)
     torch.library.register_autograd(
         f"ditfast::{name}", backward or no_second_derivative, setup_context=setup_context, lib=_library

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_linear
+from .cpu_products import torch_linear
 from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
 from .linear import backward_fake, operands
 
@@ -31,7 +32,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_linear(x, weight, bias)
     training = needs_gradient(x, weight, bias)
     if takes_torch("linear_gelu", x, training):
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh").contiguous()
+        return F.gelu(torch_linear(x, weight, bias), approximate="tanh").contiguous()
     return _op(x, weight, bias, training)[0]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .checks import check_linear
+from .cpu_products import torch_linear
 from .dispatch import define_op, takes_torch, under_autocast
 from .patches import check_grid
 from .unpatchify import empty_image, torch_unpatchify
@@ -35,7 +35,7 @@ def linear_unpatchify(u: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, 
     check_linear(u, weight, bias, of="u")
     check_grid(u, grid, len(weight), patch_size)
     if takes_torch("linear_unpatchify", u):
-        return torch_unpatchify(F.linear(u, weight, bias), grid, patch_size)
+        return torch_unpatchify(torch_linear(u, weight, bias), grid, patch_size)
     return _op(u, weight, bias, grid, patch_size)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_linear
+from .cpu_products import torch_linear
 from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
 from .linear import linear
 from .linear_gelu import linear_gelu
@@ -34,8 +35,8 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
     check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=len(fc1_bias))
     training = needs_gradient(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if takes_torch("mlp", x, training):
-        hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh")
-        return F.linear(hidden, fc2_weight, fc2_bias).contiguous()
+        hidden = F.gelu(torch_linear(x, fc1_weight, fc1_bias), approximate="tanh")
+        return torch_linear(hidden, fc2_weight, fc2_bias).contiguous()
     if not training:
         return linear(linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
     return _op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)[0]

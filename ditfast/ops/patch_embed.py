@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .checks import check_branch, check_dtype, check_parameter
+from .cpu_products import torch_linear
 from .dispatch import define_op, takes_torch, under_autocast
 from .patches import check_patch_size
 
@@ -35,7 +35,7 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
     pos_embed = _check(latents, weight, bias, pos_embed, patch_size)
     if takes_torch("patch_embed", latents):
         patches = torch_patchify(latents, patch_size)  # [B, T, C*p*p]
-        return (F.linear(patches, weight.flatten(1), bias) + pos_embed).to(dtype).contiguous()  # [B, T, D]
+        return (torch_linear(patches, weight.flatten(1), bias) + pos_embed).to(dtype).contiguous()  # [B, T, D]
     return _op(latents, weight, bias, pos_embed, dtype)
 
 
