@@ -22,6 +22,9 @@ from ..sampling.ranks import Ranks, RanksError
 
 KINDS = ("ddp", "fsdp")
 PATIENCE = datetime.timedelta(hours=2)  # the others wait while one rank draws samples or writes
+# DDP's reducer may outlive the block, held by the model or by an exception's traceback. Were it the last to hold the group, it
+# would wait for gloo's threads while it holds Python's lock, for which they may be waiting (seen in torch 2.13).
+_groups: list[object] = []
 
 
 @contextmanager
@@ -45,6 +48,7 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RanksError(f"rank {ranks.rank} of {ranks.world} does not find the others: {error}") from error
+    _groups.append(distributed.group.WORLD)
     try:
         yield
     except RuntimeError as error:
