@@ -17,9 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
+from torch import nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from ..checkpoints.errors import one_line
 from ..files import PART
@@ -34,6 +39,15 @@ T = TypeVar("T")
 
 class CheckpointFault(ValueError):
     """A checkpoint that cannot be written or read: which one and why, on one line."""
+
+
+class _Writer(FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Fails with what the system said, where torch.save fails with the position that it expected to be at."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 class Checkpoints:
@@ -69,7 +83,7 @@ class Checkpoints:
             return final
         try:
             self._first(final, lambda: self._begin(part))
-            self._together(final, lambda: self._quietly(checkpoint.save, state, storage_writer=FileSystemWriter(part)))
+            self._together(final, lambda: self._quietly(checkpoint.save, state, storage_writer=_Writer(part)))
             files = dict(ChainMap(*told(self._together(final, lambda: _own_files(part, self.ranks.rank)))))
             self._first(final, lambda: self._finish(part, final, {"step": step, "about": about, "files": files}))
         finally:
@@ -167,6 +181,16 @@ class Checkpoints:
         if faults:
             raise OSError(f"no checkpoint in it is whole: {'; '.join(faults)}")
         return None
+
+
+def start_at_zero(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives AdamW the state that it has before its first step, so that it can be saved.
+
+    Asked for a state that is not there yet, torch takes a step of zero gradients to make it, and counts it.
+    """
+    get_optimizer_state_dict(model, optimizer)
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 def _checked_manifest(path: Path) -> dict[str, Any]:
