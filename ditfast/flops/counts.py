@@ -6,7 +6,7 @@ floating-point operations. Norms, activations and other elementwise work are lef
 
 from __future__ import annotations
 
-from .config import TIMESTEP_FEATURES, DiTConfig
+from ..config import TIMESTEP_FEATURES, DiTConfig
 
 
 def macs(config: DiTConfig) -> int:
@@ -49,6 +49,15 @@ def _block_parameters(config: DiTConfig) -> int:
     if config.modulation_vectors:
         count += _linear(D, config.modulation_vectors * D)
     return count
+
+
+def multiplied_weights(config: DiTConfig) -> tuple[int, int]:
+    """Values of the weights that products read, without biases: a block's, adaLN's left out, and all that are in no block."""
+    D = config.hidden_size
+    block = 4 * D * D + 2 * D * config.mlp_hidden_size + (4 * D * D if config.conditioning == "cross_attention" else 0)
+    vectors = config.depth * config.modulation_vectors + (2 if config.modulation_vectors else 0)
+    ends = D * (config.in_channels * config.patch_size**2 + config.patch_out_features)
+    return block, vectors * D * D + ends + TIMESTEP_FEATURES * D + D * D
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -1,0 +1,30 @@
+"""Peaks of devices, from their vendors' data sheets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class DeviceSpec(NamedTuple):
+    name: str
+    fp32: float  # operations a second: vectors, no tf32
+    half: float  # operations a second of bf16 and fp16 products, dense, accumulated in fp32
+    bandwidth: float  # bytes a second
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """Operations a second of products of a dtype."""
+        return self.fp32 if dtype == torch.float32 else self.half
+
+
+DEVICES = {
+    spec.name: spec
+    for spec in (
+        DeviceSpec("A100", 19.5e12, 312e12, 2.039e12),  # SXM, 80 GB
+        DeviceSpec("H100", 66.9e12, 989.4e12, 3.35e12),  # SXM, 80 GB
+        DeviceSpec("H200", 66.9e12, 989.4e12, 4.8e12),  # SXM, 141 GB
+        DeviceSpec("B200", 75e12, 2250e12, 8e12),  # HGX, 192 GB
+        DeviceSpec("MI300X", 163.4e12, 1307.4e12, 5.3e12),  # 192 GB
+    )
+}

@@ -1,0 +1,183 @@
+"""Memory of a forward, and of training on each device, from shapes alone.
+
+Counted is what the ops keep on CUDA (the Triton row kernels and attention, the library's products), as
+``tests/test_memory.py`` counts it on the real code. On a CPU the plain torch versions keep more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..config import TIMESTEP_FEATURES, DiTConfig
+from .counts import multiplied_weights, parameters
+
+PLANS = ("none", "keep", "checkpoint")
+FP32 = 4  # bytes
+MOMENTS = 2  # of AdamW
+GROUPS_IN_FLIGHT = 2  # of a sharded model: one computes while the next is gathered
+
+
+class TrainingBytes(NamedTuple):
+    """On each device; gradients and activations in full, though without accumulation one grows as the other shrinks."""
+
+    weights: int
+    gradients: int
+    moments: int
+    averages: int
+    copies: int  # of the weights, in autocast's dtype, that the backward needs
+    activations: int
+    exchange: int  # DDP's buckets of gradients; of a sharded model what is whole at a time
+
+    @property
+    def total(self) -> int:
+        """Without the workspaces of libraries and what the allocator cannot use."""
+        return sum(self)
+
+
+def activation_bytes(config: DiTConfig, batch: int, dtype: torch.dtype, plan: str) -> int:
+    """Bytes that a forward of ``ditfast.DiT`` leaves for its backward; without gradients, the most that it holds at once.
+
+    Inputs, weights and copies of weights are not among them.
+
+    Args:
+        config: of the model.
+        batch: images, on this device.
+        dtype: of products. With gradients autocast's (or fp32), beside an fp32 model; without gradients the model's own.
+        plan: ``"keep"`` everything; ``"checkpoint"``: what ``checkpoint_activations`` keeps of blocks; ``"none"``: inference.
+
+    Raises:
+        ValueError: there is no such plan.
+    """
+    check_plan(plan)
+    sizes = _Sizes(config, batch, dtype.itemsize)
+    if plan == "none":
+        return sizes.inference()
+    block = sizes.products() + (sizes.between() if plan == "keep" else sizes.block_inputs())
+    return sizes.ends(plan) + config.depth * block
+
+
+def training_bytes(
+    config: DiTConfig,
+    batch: int,
+    dtype: torch.dtype,
+    plan: str,
+    *,
+    ranks: int = 1,
+    sharded: bool = False,
+    averages: int = 1,
+) -> TrainingBytes:
+    """Memory of ``ditfast train`` on each device.
+
+    Args:
+        config: of the model.
+        batch: images in one forward, on each device.
+        dtype: of products: autocast's, or fp32.
+        plan: ``"keep"`` or ``"checkpoint"`` activations.
+        ranks: devices.
+        sharded: over the ranks, by FSDP2; else each holds everything, by DDP.
+        averages: of the weights.
+
+    Raises:
+        ValueError: the plan is none of these.
+    """
+    if plan not in PLANS[1:]:
+        raise ValueError(f"plan: got {plan!r}, expected one of {', '.join(PLANS[1:])}")
+    trained = FP32 * parameters(config, positions=False)
+    weights = FP32 * parameters(config)
+    share = ranks if sharded else 1
+    return TrainingBytes(
+        weights=weights // share,
+        gradients=trained // share,
+        moments=MOMENTS * trained // share,
+        averages=averages * trained // share,
+        copies=_copies(config, dtype.itemsize, plan),
+        activations=activation_bytes(config, batch, dtype, plan),
+        exchange=0 if ranks == 1 else _whole_at_a_time(config) if sharded else trained,
+    )
+
+
+def check_plan(plan: str) -> None:
+    if plan not in PLANS:
+        raise ValueError(f"plan: got {plan!r}, expected one of {', '.join(PLANS)}")
+
+
+def _copies(config: DiTConfig, itemsize: int, plan: str) -> int:
+    """Recomputed blocks cast their weights again. The timesteps' first product needs no gradient of its input."""
+    if itemsize == FP32:
+        return 0
+    block, others = multiplied_weights(config)
+    kept = others - TIMESTEP_FEATURES * config.hidden_size
+    return itemsize * (kept + (config.depth * block if plan == "keep" else 0))
+
+
+def _whole_at_a_time(config: DiTConfig) -> int:
+    """Weights and gradients of the groups that compute and are gathered, and the weights in no group, which stay whole."""
+    D = config.hidden_size
+    block, _ = multiplied_weights(config)
+    adaln = config.modulation_vectors * D * D
+    in_groups = config.depth * (block + adaln) + (2 * D * D if adaln else 0)
+    root = parameters(config) - in_groups
+    return FP32 * (root + GROUPS_IN_FLIGHT * 2 * max(block, adaln))
+
+
+class _Sizes:
+    """Bytes of the tensors of a forward. With gradients the residual stream is fp32 beside products of any dtype."""
+
+    def __init__(self, config: DiTConfig, batch: int, itemsize: int):
+        self.config, self.itemsize = config, itemsize
+        self.casts = itemsize != FP32
+        self.modulated = config.modulation_vectors > 0
+        self.attends_twice = config.conditioning == "cross_attention"
+        self.sublayers = 3 if self.attends_twice else 2
+        self.latents = batch * math.prod(config.input_shape)  # values
+        self.features = batch * TIMESTEP_FEATURES
+        self.vector = batch * config.hidden_size
+        rows = batch * (config.num_tokens + (2 if config.conditioning == "in_context" else 0))
+        self.final = batch * config.num_tokens * config.hidden_size
+        self.stream = rows * config.hidden_size
+        self.hidden = rows * config.mlp_hidden_size
+        self.statistics = rows * 2 * FP32  # bytes: mean and deviation of each row
+        self.log_sums = rows * config.num_heads * FP32  # bytes: of each row of an attention
+
+    def products(self) -> int:
+        """What a block keeps either way: outputs of qkv, attention and fc1, and its vectors."""
+        values = 4 * self.stream + self.hidden + self.config.modulation_vectors * self.vector
+        if self.modulated and self.casts:
+            values += self.vector  # each adaLN linear casts its input for itself
+        if self.attends_twice:
+            values += 2 * self.stream + 4 * self.vector  # q and the output; k and v of two tokens
+        return values * self.itemsize + (2 if self.attends_twice else 1) * self.log_sums
+
+    def between(self) -> int:
+        """What lies between a block's products: inputs, statistics and outputs of norms, output of GELU, gated branches."""
+        values = self.sublayers * self.stream + self.hidden
+        if self.config.conditioning == "adaln_zero":
+            values += self.sublayers * self.stream
+        if self.attends_twice and self.casts:
+            values += 2 * self.vector  # the context
+        return values * self.itemsize + self.sublayers * (self.stream * FP32 + self.statistics)
+
+    def block_inputs(self) -> int:
+        """What a block is computed again from: the stream and its norm, and the branches, which end in products."""
+        return 2 * self.stream * FP32 + self.sublayers * self.stream * self.itemsize
+
+    def ends(self, plan: str) -> int:
+        """Before the first block and behind the last."""
+        values = self.features + 2 * self.vector  # of the timestep's MLP
+        values += self.latents + self.final if self.casts else self.stream  # the last product's input, casts of both ends'
+        fp32 = self.stream if plan == "keep" else 0  # the last norm's input
+        if self.modulated:
+            values += 3 * self.vector  # the last norm's shift and scale, what they are made of
+            fp32 += self.vector  # and what that is made of
+        if plan == "checkpoint" or (self.attends_twice and not self.casts):
+            fp32 += 2 * self.vector  # the context
+        return values * self.itemsize + fp32 * FP32 + self.statistics
+
+    def inference(self) -> int:
+        """In a block's MLP: the stream and its norm, those the block began with and the branch before, hidden layer, output."""
+        vectors = (self.config.depth * self.config.modulation_vectors + 2 * self.modulated + 4) * self.vector
+        attention = (2 if self.attends_twice else 1) * self.stream
+        return (6 * self.stream + max(self.hidden, attention) + vectors) * self.itemsize
