@@ -134,6 +134,7 @@ def save_forever(folder: Path) -> None:
     checkpoints = Checkpoints(folder, 2, ALONE)
     newest = checkpoints.newest()
     step = 0
+    weight = torch.zeros(4_000_000)  # so that what is half there is half there for a while
     if newest is not None:
         run.fill(checkpoints, newest[0])
         step = newest[1]["step"]
@@ -141,4 +142,4 @@ def save_forever(folder: Path) -> None:
     while True:
         step += 1
         run.plain["count"] = step
-        checkpoints.save(step, run.state(), {"count": step})
+        checkpoints.save(step, run.state() | {"weight": weight}, {"count": step})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import random
 import shutil
 import time
 import warnings
@@ -206,7 +205,7 @@ def test_all_ranks_hear_of_a_damaged_one(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what cannot be done
-@pytest.mark.parametrize("room", [0, 10_000, 600_000], ids=["none", "of some tensors", "of most tensors"])
+@pytest.mark.parametrize("room", [0, 100_000, 600_000], ids=["none", "of some tensors", "of most tensors"])
 def test_a_full_disk_leaves_the_older_ones(room: int, tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     run = Run()
@@ -246,17 +245,16 @@ def test_another_state_is_refused_in_one_line(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ killed
 def test_a_process_killed_while_saving_leaves_whole_ones(tmp_path: Path) -> None:
-    chance = random.Random(0)
     last = 0
-    for _ in range(4):
+    for delay in (0, 0.02, 0.1):  # seconds: as a checkpoint appears, and anywhere
         process = multiprocessing.get_context("forkserver").Process(target=work.save_forever, args=(tmp_path,))
         process.start()
         deadline = time.monotonic() + 120
         while not (tmp_path / f"step-{last + 2:08d}").exists():
             assert process.is_alive()
             assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.1))
+            pass
+        time.sleep(delay)
         process.kill()
         process.join()
         checkpoints, run = Checkpoints(tmp_path, 2, ALONE), Run()
