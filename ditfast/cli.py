@@ -1,4 +1,4 @@
-"""``ditfast doctor | sample | train | evaluate | convert | bench``"""
+"""``ditfast doctor | sample | train | extract-latents | evaluate | convert | bench``"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, doctor, evaluate, sample, train
+from .commands import convert, doctor, evaluate, extract_latents, sample, train
 
 EXAMPLES = """examples:
   ditfast doctor                                  versions, device, and which engine each op takes, and why
@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   ditfast sample --out sevens.png --classes 7 --per-class 20 --cfg 3 --seed 1
   ditfast sample --checkpoint DiT-XL-2-256x256.pt --classes 207 360 --out animals
   ditfast train --data digits --steps 5000 --out run   the digits model again; --resume auto goes on with a killed run
+  ditfast extract-latents imagenet/train latents  a VAE's latents of a folder of images, for ditfast train --data latents
   ditfast evaluate images --reference digits      Frechet distance, precision and recall of a folder of samples
   ditfast convert dit.pt dit --to diffusers       official weights as a folder for diffusers, or the other way
   ditfast bench --models DiT-S/2 --batch 1 8      takes the arguments of benchmarks/bench.py
@@ -21,7 +22,14 @@ EXAMPLES = """examples:
 `ditfast COMMAND --help` has more. `torchrun --nproc-per-node 8 -m ditfast sample ...` samples on eight devices.
 """
 
-COMMANDS = {"doctor": doctor, "sample": sample, "train": train, "evaluate": evaluate, "convert": convert}
+COMMANDS = {
+    "doctor": doctor,
+    "sample": sample,
+    "train": train,
+    extract_latents.NAME: extract_latents,
+    "evaluate": evaluate,
+    "convert": convert,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

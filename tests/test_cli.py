@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sampling_cli import draw
 
-from ditfast.cli import main
+from ditfast.cli import COMMANDS, main
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,7 +30,7 @@ def test_help_has_examples() -> None:
     assert "ditfast sample --out digits.png" in shown
 
 
-@pytest.mark.parametrize("command", ["doctor", "sample", "evaluate", "convert"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -66,11 +66,13 @@ def test_ranks_share_the_shards(folder: Path) -> None:
     assert content(folder / "shared") == content(extracted(folder, "alone"))
 
 
-def test_progress_counts_images(folder: Path) -> None:
-    run, done = extraction(folder), []
+def test_images_are_encoded_in_batches(folder: Path) -> None:
+    run, done, encoded = extraction(folder), [], []
+    run.vae.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     run.claim({})
     run.write(run.unfinished(ALONE), done.append)
-    assert done == [2, 1, 2, 1, 1]
+    assert done == [2, 1, 2, 1, 1]  # of shards of 3
+    assert encoded == [2] * 2 * len(done)
 
 
 # ------------------------------------------------------------------------------------------------ errors
