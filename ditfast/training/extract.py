@@ -95,9 +95,10 @@ class Extraction:
                 places = range(start, min(start + self.index.batch, len(block)))
                 read = [next(reading) for _ in places]
                 blank = torch.zeros(3, self.images.image_size, self.images.image_size, dtype=torch.uint8)
-                moments = self._moments(torch.stack([blank if pixels is None else pixels for pixels in read]))
-                for place, pixels, image in zip(places, read, moments, strict=True):  # image: [2, 2C, H, W]
-                    if pixels is None:
+                moments = self._moments(torch.stack([blank if isinstance(found, BadRecord) else found for found in read]))
+                for place, found, image in zip(places, read, moments, strict=True):  # image: [2, 2C, H, W]
+                    if isinstance(found, BadRecord):
+                        warnings.warn(f"unreadable image: {found}", stacklevel=3)
                         labels[place] = UNREADABLE
                         image.zero_()
                     elif not image.isfinite().all():
@@ -112,12 +113,11 @@ class Extraction:
         both = [autoencoder.encode_moments(self.vae, flipped, self.index.batch) for flipped in (images, images.flip(-1))]
         return torch.stack(both, 1).to(DTYPE).cpu()  # [n, 2, 2C, H, W]
 
-    def _read(self, number: int) -> Tensor | None:
+    def _read(self, number: int) -> Tensor | BadRecord:
         try:
             return self.images[number].values
         except BadRecord as error:
-            warnings.warn(f"unreadable image: {error}", stacklevel=2)
-            return None
+            return error
 
 
 def _write(path: Path, content: bytes) -> None:
