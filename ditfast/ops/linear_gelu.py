@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .checks import check_linear
 from .cpu_products import torch_linear
 from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
 from .linear import backward_fake, operands
+from .torch_gelu import torch_gelu
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_linear(x, weight, bias)
     training = needs_gradient(x, weight, bias)
     if takes_torch("linear_gelu", x, training):
-        return F.gelu(torch_linear(x, weight, bias), approximate="tanh").contiguous()
+        return torch_gelu(torch_linear(x, weight, bias)).contiguous()
     return _op(x, weight, bias, training)[0]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .checks import check_linear
 from .cpu_products import torch_linear
 from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
 from .linear import linear
 from .linear_gelu import linear_gelu
+from .torch_gelu import torch_gelu
 
 
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
     check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=len(fc1_bias))
     training = needs_gradient(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if takes_torch("mlp", x, training):
-        hidden = F.gelu(torch_linear(x, fc1_weight, fc1_bias), approximate="tanh")
+        hidden = torch_gelu(torch_linear(x, fc1_weight, fc1_bias))
         return torch_linear(hidden, fc2_weight, fc2_bias).contiguous()
     if not training:
         return linear(linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
