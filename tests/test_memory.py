@@ -169,19 +169,18 @@ def test_state_of_a_run() -> None:
     assert sizes.gradients == sum(p.grad.nbytes for p in parameters.values() if p.grad is not None)
     assert sizes.moments == sum(moment.nbytes for moment in moments)
     assert sizes.averages == sum(value.nbytes for average in averages.by_decay.values() for value in average.values())
-    assert (sizes.copies, sizes.exchange) == (0, 0)
+    assert (sizes.copies, sizes.whole) == (0, 0)
     assert sizes.total == sum(sizes)
 
 
-def test_ranks_share_what_is_sharded() -> None:
+def test_shards() -> None:
     config = DiTConfig.from_name("DiT-B/2")
-    alone = flops.training_bytes(config, 32, torch.bfloat16, "keep")
-    copied = flops.training_bytes(config, 32, torch.bfloat16, "keep", ranks=8)
-    sharded = flops.training_bytes(config, 32, torch.bfloat16, "keep", ranks=8, sharded=True)
-    assert copied == alone._replace(exchange=alone.gradients)
+    alone, sharded = (flops.training_bytes(config, 32, torch.bfloat16, "keep", shards=shards) for shards in (1, 8))
     assert sharded[:4] == tuple(value // 8 for value in alone[:4])
     assert sharded[4:6] == alone[4:6]
-    assert 0 < sharded.exchange < alone.gradients
+    assert alone.whole == 0
+    block = 4 * 12 * config.hidden_size**2
+    assert 4 * block < sharded.whole < 5 * block
 
 
 def test_an_unknown_plan() -> None:

@@ -29,7 +29,7 @@ class TrainingBytes(NamedTuple):
     averages: int
     copies: int  # of the weights, in autocast's dtype, that the backward needs
     activations: int
-    exchange: int  # DDP's buckets of gradients; of a sharded model what is whole at a time
+    whole: int  # weights and gradients of a sharded model, of the blocks that are whole at a time
 
     @property
     def total(self) -> int:
@@ -65,8 +65,7 @@ def training_bytes(
     dtype: torch.dtype,
     plan: str,
     *,
-    ranks: int = 1,
-    sharded: bool = False,
+    shards: int = 1,
     averages: int = 1,
 ) -> TrainingBytes:
     """Memory of ``ditfast train`` on each device.
@@ -76,8 +75,7 @@ def training_bytes(
         batch: images in one forward, on each device.
         dtype: of products: autocast's, or fp32.
         plan: ``"keep"`` or ``"checkpoint"`` activations.
-        ranks: devices.
-        sharded: over the ranks, by FSDP2; else each holds everything, by DDP.
+        shards: devices that share the state, by FSDP2. Under DDP each holds all of it: 1.
         averages: of the weights.
 
     Raises:
@@ -87,15 +85,14 @@ def training_bytes(
         raise ValueError(f"plan: got {plan!r}, expected one of {', '.join(PLANS[1:])}")
     trained = FP32 * parameters(config, positions=False)
     weights = FP32 * parameters(config)
-    share = ranks if sharded else 1
     return TrainingBytes(
-        weights=weights // share,
-        gradients=trained // share,
-        moments=MOMENTS * trained // share,
-        averages=averages * trained // share,
+        weights=weights // shards,
+        gradients=trained // shards,
+        moments=MOMENTS * trained // shards,
+        averages=averages * trained // shards,
         copies=_copies(config, dtype.itemsize, plan),
         activations=activation_bytes(config, batch, dtype, plan),
-        exchange=0 if ranks == 1 else _whole_at_a_time(config) if sharded else trained,
+        whole=0 if shards == 1 else _whole_at_a_time(config),
     )
 
 
@@ -114,7 +111,7 @@ def _copies(config: DiTConfig, itemsize: int, plan: str) -> int:
 
 
 def _whole_at_a_time(config: DiTConfig) -> int:
-    """Weights and gradients of the groups that compute and are gathered, and the weights in no group, which stay whole."""
+    """Weights and gradients of the groups in flight, and the weights in no group, which stay whole."""
     D = config.hidden_size
     block, _ = multiplied_weights(config)
     adaln = config.modulation_vectors * D * D
