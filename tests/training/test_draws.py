@@ -25,7 +25,8 @@ def test_seed_step_and_purpose_each_change_them() -> None:
 
 def test_they_are_what_they_are_called() -> None:
     uniform = Draws(0, 0, 10_000, CPU).uniform("times")
-    assert uniform.min() >= 0 and uniform.max() < 1
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 0.02
     normal = Draws(0, 0, 10_000, CPU).normal("noise", ())
     assert abs(normal.mean()) < 0.05
