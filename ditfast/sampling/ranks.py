@@ -39,6 +39,8 @@ class Ranks(NamedTuple):
             return
         from torch import distributed
 
+        from .rendezvous import rendezvous
+
         def barrier() -> None:
             try:
                 distributed.monitored_barrier(timeout=PATIENCE)
@@ -48,7 +50,8 @@ class Ranks(NamedTuple):
                 ) from error
 
         try:
-            distributed.init_process_group("gloo", rank=self.rank, world_size=self.world)
+            store = rendezvous(self.rank, self.world, distributed.default_pg_timeout)
+            distributed.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world)
         except (RuntimeError, ValueError) as error:
             raise RanksError(f"rank {self.rank} of {self.world} does not find the others: {error}") from error
         try:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import DiTConfig
 from ..model import DiT
 from ..sampling.ranks import Ranks, RanksError
+from ..sampling.rendezvous import rendezvous
 
 KINDS = ("ddp", "fsdp")
 PATIENCE = datetime.timedelta(hours=2)  # the others wait while one rank draws samples or writes
@@ -45,7 +46,8 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE)
+        store = rendezvous(ranks.rank, ranks.world, PATIENCE)
+        distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RanksError(f"rank {ranks.rank} of {ranks.world} does not find the others: {error}") from error
     _groups.append(distributed.group.WORLD)
