@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -67,8 +71,28 @@ def choose_device(given: torch.device | None, ranks: Ranks) -> torch.device:
     return torch.device("cuda", index)
 
 
+@contextmanager
+def warnings_on_one_line(command: str, ranks: Ranks) -> Iterator[None]:
+    """They say what is wrong with somebody's files: where in the code that was found tells nobody more."""
+    before = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        if category is not UserWarning:
+            return before(message, category, *place, **line)
+        return f"{_prefix(command, ranks)}: warning: {message}\n"
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def ended(command: str, ranks: Ranks, message: str, status: int) -> int:
     """The exit status, after one line on stderr."""
-    rank = f" (rank {ranks.rank})" if ranks.world > 1 else ""
-    print(f"ditfast {command}{rank}: {message}", file=sys.stderr)
+    print(f"{_prefix(command, ranks)}: {message}", file=sys.stderr)
     return status
+
+
+def _prefix(command: str, ranks: Ranks) -> str:
+    return f"ditfast {command} (rank {ranks.rank})" if ranks.world > 1 else f"ditfast {command}"

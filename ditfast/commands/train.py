@@ -20,7 +20,7 @@ from ..training import CheckpointFault, DataError, RunError, RunOptions, Trainer
 from ..training.data import Data
 from ..training.parallel import KINDS, joined
 from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
-from .arguments import BadArgument, choose_device, device_name, ended, finite, natural, positive, seed
+from .arguments import BadArgument, choose_device, device_name, ended, finite, natural, positive, seed, warnings_on_one_line
 from .train_progress import training_progress
 
 HELP = "a model by the paper's recipe, on one device or many; killed and resumed to the same bits"
@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   ditfast train --data digits --steps 5000 --out run --resume auto
   ditfast train --model DiT-S/2 --data photographs --vae stabilityai/sd-vae-ft-ema --image-size 256 --steps 400000 --out run
   ditfast extract-latents imagenet/train latents --vae stabilityai/sd-vae-ft-ema --image-size 256
-  torchrun --nproc-per-node 8 -m ditfast train --model DiT-XL/2 --data latents --dtype bf16 --steps 400000 --out xl --resume auto
+  torchrun --nproc-per-node 8 -m ditfast train --model DiT-L/2 --data latents --dtype bf16 --steps 400000 --out l --resume auto
 """
 DIGITS = "digits"
 DIGITS_RECIPE = {"batch": 128, "rate": 1e-3, "schedule": "cosine", "warm_up": 200, "ema": [0.999], "flip": False}
@@ -106,7 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     ranks = Ranks.from_environment()
     try:
-        return _train(args, ranks)
+        with warnings_on_one_line("train", ranks):
+            return _train(args, ranks)
     except (BadArgument, CheckpointError, DataError, RunError, autoencoder.VAEError) as error:
         return ended("train", ranks, str(error), 2)
     except (TrainingStopped, CheckpointFault, RanksError) as error:
@@ -161,16 +162,17 @@ def _model(args: argparse.Namespace, data: Data) -> DiT:
     if args.model is None and args.data == DIGITS:
         config = DIGITS_CONFIG
     else:
+        name = args.model or "DiT-S/2"
         try:
             config = DiTConfig.from_name(
-                args.model or "DiT-S/2",
+                name,
                 input_size=(height, width),
                 in_channels=channels,
                 num_classes=data.num_classes,
                 conditioning=args.conditioning,
             )
         except ValueError as error:
-            raise BadArgument(f"--model: got {args.model}, which does not fit the data: {error}") from error
+            raise BadArgument(f"--model: got {name}, which does not fit the data: {error}") from error
     torch.manual_seed(args.seed % 2**63)
     return DiT(config)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ..evaluation.metrics import frechet_distance, gaussian
 from ..images import labelled_grid, save_png
 from ..model import DiT
 from ..sampling import sample
-from .data import Data, Digits
+from .data import BadRecord, Data, Digits, Record
 from .draws import Draws
 from .objective import Objective
 from .settings import TrainSettings
@@ -52,7 +53,7 @@ def evaluate(model: DiT, data: Data, settings: TrainSettings) -> dict[str, float
 
     Args:
         model: the average, in eval mode.
-        data: of the run; its first records are looked at.
+        data: of the run; the first of its readable records are looked at.
         settings: of the run.
     """
     found = {"loss": _fixed_loss(model, data, settings)}
@@ -69,18 +70,25 @@ def evaluate(model: DiT, data: Data, settings: TrainSettings) -> dict[str, float
 
 @torch.no_grad()
 def _fixed_loss(model: DiT, data: Data, settings: TrainSettings) -> float:
-    device, count = model.pos_embed.device, min(RECORDS, len(data))
-    records = [data[index] for index in range(count)]
-    draws = Draws(settings.seed, NO_STEP, count, device)
+    device, records = model.pos_embed.device, list(itertools.islice(_readable(data), RECORDS))
+    draws = Draws(settings.seed, NO_STEP, len(records), device)
     noise = draws.normal("noise", model.config.input_shape)  # [N, C, H, W]
     values = torch.stack([record.values for record in records]).to(device)
-    unflipped = torch.zeros(count, dtype=torch.bool, device=device)
+    unflipped = torch.zeros(len(records), dtype=torch.bool, device=device)
     x0 = data.clean(values, unflipped, draws.normal("moments", model.config.input_shape))  # [N, C, H, W]
     objective = Objective(settings, model.config)
     t, _ = objective.sampler.draw(draws.uniform("times"))  # [N]
     y = torch.tensor([record.label for record in records], device=device)
     parts = [tensor.split(32) for tensor in (x0, t, y, noise)]
     return torch.cat([objective.losses(model, *part)["loss"] for part in zip(*parts, strict=True)]).double().mean().item()
+
+
+def _readable(data: Data) -> Iterator[Record]:
+    for index in range(len(data)):
+        try:
+            yield data[index]
+        except BadRecord:
+            continue
 
 
 def _samples(model: DiT, settings: TrainSettings, labels: Tensor, clip: bool) -> Tensor:

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..files import whole_file
+from ..sampling.ranks import Ranks
 from ..sampling.settings import differences, versions
 from .errors import RunError
+from .parallel import told
 
 RECORD = "run.json"
+LOCK = ".lock"
+
+
+@contextmanager
+def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Ranks) -> Iterator[None]:
+    """The first rank claims the folder for all, and while the block runs no other process gets in.
+
+    Args:
+        folder: of the run.
+        settings: as ``claim`` takes them.
+        resume: as ``claim`` takes it.
+        ranks: which process of how many this is; all of them call this.
+
+    Raises:
+        RunError: on every rank: as ``claim`` does; another process trains in the folder; or the ranks' settings differ.
+    """
+    with ExitStack() as stack:
+        refusal = None
+        if ranks.rank == 0:
+            try:
+                claim(folder, settings, resume)
+                stack.enter_context(_alone_in(folder))
+            except RunError as error:
+                refusal = str(error)
+        answers = told((settings, refusal))
+        first, refusal = answers[0]
+        if refusal is not None:
+            raise RunError(refusal)
+        for rank, (others, _) in enumerate(answers):
+            if differing := differences(first, others):
+                raise RunError(f"rank {rank} was given another run than rank 0: {differing}")
+        yield
 
 
 def claim(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
@@ -41,7 +78,7 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise RunError(f"{folder}: a file is in the way") from error
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        raise _unwritable(folder, error) from error
 
 
 def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
@@ -51,3 +88,24 @@ def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
         raise RunError(f"{record}: does not hold a run's settings") from error
     if differing:
         raise RunError(f"{record.parent}: holds a run with other settings: {differing}")
+
+
+def _unwritable(folder: Path, error: OSError) -> RunError:
+    return RunError(f"{folder}: cannot be written: {error.strerror or error}")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Ranks whose torchrun was killed go on for a while: two runs would mix their lines and remove each other's files."""
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that read data would inherit
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise RunError(f"{folder}: another process is training in it") from error
+            # else a file system without locks
+        yield

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import whole_file
+from .board import Board
 
 
 class JsonLines:
@@ -64,7 +64,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, writes: bool):
         self._files = {name: JsonLines(folder / f"{name}.jsonl", step) for name in self.FILES} if writes else {}
-        self._board = _tensorboard(folder / "tensorboard", step) if writes else None
+        self._board = _board(folder / "tensorboard", step) if writes else None
 
     def write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """A line of a file, and its numbers as scalars."""
@@ -74,13 +74,8 @@ class RunLog:
 
     def scalars(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """For TensorBoard only."""
-        if self._board is None:
-            return
-        for key, value in values.items():
-            numbers = enumerate(value) if isinstance(value, list) else [("", value)]
-            for place, number in numbers:
-                if isinstance(number, (int, float)):
-                    self._board.add_scalar(f"{name}/{key}{place}", number, step)
+        if self._board is not None:
+            self._board.scalars(step, dict(_numbers(name, values)))
 
     def sync(self) -> None:
         for file in self._files.values():
@@ -101,9 +96,15 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    with contextlib.suppress(ImportError):
-        from torch.utils.tensorboard import SummaryWriter
+def _numbers(name: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        for place, number in enumerate(value) if isinstance(value, list) else [("", value)]:
+            if isinstance(number, (int, float)):
+                yield f"{name}/{key}{place}", number
 
-        return SummaryWriter(str(folder), purge_step=step + 1)
-    return None
+
+def _board(folder: Path, step: int) -> Board | None:
+    try:
+        return Board(folder, step)
+    except ImportError:
+        return None

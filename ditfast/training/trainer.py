@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from ..checkpoints import save_checkpoint
+from ..checkpoints import CheckpointError, save_checkpoint
 from ..config import DiTConfig
 from ..diffusion import NUM_TRAIN_STEPS
 from ..model import DiT
 from ..sampling.ranks import Ranks
 from .averages import Averages
-from .checkpoints import Checkpoints
-from .data import Data, Stream
+from .checkpoints import CheckpointFault, Checkpoints, start_at_zero
+from .data import Data, Stream, readers_watched
 from .errors import RunError, TrainingStopped
 from .evaluation import evaluate, preview
-from .folder import claim
+from .folder import claimed
 from .log import RunLog
 from .loss_curve import LossCurve
 from .objective import Objective
@@ -89,6 +89,7 @@ class Trainer:
         self.model = distribute(model, parallel, self.ranks)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=settings.weight_decay, fused=True)
+        start_at_zero(self.model, self.optimizer)
         self.averages = Averages(trained, settings.ema)
         self.objective = Objective(settings, self.config)
         self.curve = LossCurve(1 if settings.loss == "flow" else NUM_TRAIN_STEPS)
@@ -109,12 +110,20 @@ class Trainer:
             resume: go on from the newest whole checkpoint in the folder, if there is one; else the folder has to be empty.
 
         Raises:
-            RunError: the folder holds another run, or one while ``resume`` is False.
-            TrainingStopped: too many steps in a row were skipped, or the run was asked to stop (SIGTERM, Ctrl-C).
-            DataError: too many records were unreadable.
-            CheckpointFault: a checkpoint cannot be written.
+            RunError: the folder holds another run, or one while ``resume`` is False, or another process trains in it.
+            TrainingStopped: too many steps in a row were skipped, the run was asked to stop (SIGTERM, Ctrl-C), or its logs or
+                samples cannot be written.
+            DataError: too many records were unreadable, or a process that reads them ended.
+            CheckpointFault: a checkpoint, or the weights at the end, cannot be written.
         """
-        claim(self.out, self._record(), resume)
+        try:
+            with claimed(self.out, self._record(), resume, self.ranks), readers_watched():
+                return self._run(resume)
+        except OSError as error:
+            what = f"{error.filename or self.out}: {error.strerror or error}"
+            raise TrainingStopped(f"step {self.done}: {what}; --resume auto goes on from the newest checkpoint") from error
+
+    def _run(self, resume: bool) -> Path:
         if resume:
             self._resume()
         log = RunLog(self.out, self.done, writes=self.ranks.rank == 0)
@@ -168,7 +177,7 @@ class Trainer:
     def _why_skipped(self, report: StepReport) -> str:
         indices = batch_indices(self.settings.seed, len(self.data), self.settings.batch, self.done - 1)
         bad = [index for index, loss in zip(indices, report.losses.tolist(), strict=True) if not math.isfinite(loss)]
-        what = f"of the records {bad[:16]}" if bad else "of the gradient only, "
+        what = f"of the records {bad[:16]}" if bad else "of the gradient only,"
         return (
             f"step {self.done}: the loss or gradient was infinite or NaN for {self.skipped_in_a_row} steps in a row, "
             f"{what} of the batch {indices[:16]}{'...' if len(indices) > 16 else ''}"
@@ -192,6 +201,8 @@ class Trainer:
         if newest is None:
             return
         path, about = newest
+        if about["step"] > self.settings.steps:
+            raise RunError(f"steps: got {self.settings.steps}, but {self.out} has taken {about['step']} already")
         state = self._state()
         self.checkpoints.load(path, state)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -242,7 +253,10 @@ class Trainer:
     def _export(self) -> Path:
         model = self.average()
         if model is not None:
-            save_checkpoint(model, self.out / WEIGHTS)
+            try:
+                save_checkpoint(model, self.out / WEIGHTS)
+            except CheckpointError as error:
+                raise CheckpointFault(str(error)) from error
         return self.out / WEIGHTS
 
 
@@ -262,6 +276,8 @@ def _check(config: DiTConfig, data: Data, settings: TrainSettings, ranks: Ranks)
         raise RunError(f"data: got latents {data.input_shape}, but the model takes {config.input_shape}")
     if data.num_classes > config.num_classes:
         raise RunError(f"data: got {data.num_classes} classes, but the model has {config.num_classes}")
+    if len(data) < settings.batch:
+        raise RunError(f"batch: got {settings.batch}, expected at most the {len(data)} records of the data")
     parts = ranks.world * settings.accumulate
     if settings.batch % parts:
         why = f"{ranks.world} ranks, accumulate {settings.accumulate}"

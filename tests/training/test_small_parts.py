@@ -13,7 +13,7 @@ import torch
 from ditfast.training import RunError
 from ditfast.training.averages import Averages
 from ditfast.training.folder import claim
-from ditfast.training.log import JsonLines
+from ditfast.training.log import JsonLines, RunLog
 from ditfast.training.loss_curve import LossCurve
 from ditfast.training.loss_scale import PATIENCE, LossScale
 from ditfast.training.stopping import asked_to_stop
@@ -72,6 +72,19 @@ def test_a_resumed_log_drops_later_lines_and_one_that_was_cut_off(tmp_path: Path
         {"step": 3},
         {"step": 4, "again": True},
     ]
+
+
+def test_scalars_of_a_resumed_run_replace_later_ones(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for step, last, loss in ((0, 4, 1.0), (2, 3, 5.0)):
+        log = RunLog(tmp_path, step, writes=True)
+        for done in range(step + 1, last + 1):
+            log.write("log", done, {"loss": loss, "parts": [0.5, None]})
+        log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["log/loss", "log/parts0"]
+    assert [(event.step, event.value) for event in events.Scalars("log/loss")] == [(1, 1.0), (2, 1.0), (3, 5.0)]
 
 
 def test_a_folder_is_one_run_s(tmp_path: Path) -> None:

@@ -5,6 +5,18 @@ from .images import ImageFolder
 from .latents import Latents
 from .open import open_data
 from .records import BadRecord, Data, DataError, Record
-from .stream import Batch, Stream
+from .stream import Batch, Stream, readers_watched
 
-__all__ = ["BadRecord", "Batch", "Data", "DataError", "Digits", "ImageFolder", "Latents", "Record", "Stream", "open_data"]
+__all__ = [
+    "BadRecord",
+    "Batch",
+    "Data",
+    "DataError",
+    "Digits",
+    "ImageFolder",
+    "Latents",
+    "Record",
+    "Stream",
+    "open_data",
+    "readers_watched",
+]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ...checkpoints.errors import one_line
 from ..order import batch_indices, rows
 from .records import BadRecord, Data, DataError, Record
 
@@ -31,6 +33,21 @@ class Batch(NamedTuple):
     indices: list[int]
     values: Tensor
     labels: Tensor
+
+
+@contextmanager
+def readers_watched() -> Iterator[None]:
+    """Of the end of a process that reads torch hears by a signal, and raises its error wherever this process then is.
+
+    Raises:
+        DataError: one of those that a ``Stream`` has started was killed.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith(_WORKER_ENDED):
+            raise
+        raise DataError(f"data: a process that reads records ended: {one_line(str(error))}") from error
 
 
 class Stream:
@@ -84,16 +101,12 @@ class Stream:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
         )
-        try:
+        with readers_watched():
             for share in loader:
                 self._note(share.bad)
                 if share.batch is None:
                     raise DataError("data: none of the records can be read")
                 yield share.batch
-        except RuntimeError as error:
-            if not str(error).startswith(_WORKER_ENDED):
-                raise
-            raise DataError(f"data: a process that reads records ended: {str(error).splitlines()[0]}") from error
 
     def _note(self, found: dict[int, str]) -> None:
         for index, reason in found.items():
