@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..files import whole_file
 from ..sampling.ranks import Ranks
@@ -103,9 +103,17 @@ def _alone_in(folder: Path) -> Iterator[None]:
         raise _unwritable(folder, error) from error
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that read data would inherit
+            _lock(file)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise RunError(f"{folder}: another process is training in it") from error
             # else a file system without locks
         yield
+
+
+def _lock(file: IO[str]) -> None:
+    """Until the file is closed; on Windows it is not locked."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which processes that read data would inherit
