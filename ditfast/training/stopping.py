@@ -13,16 +13,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Gives what says whether this process was asked; asked a second time, it stops at once.
+    """Gives what says whether this process was asked; Ctrl-C stops it at once after that.
 
-    Outside the main thread, where Python takes no signals, nobody asks.
+    A second SIGTERM asks no more than the first: of a job whose every process gets one, a rank gets torchrun's too. Outside
+    the main thread, where Python takes no signals, nobody asks.
     """
     asked = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
         asked.set()
-        for name in SIGNALS:
-            signal.signal(name, before[name])
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

@@ -112,12 +112,16 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
         claim(tmp_path / "thesis.tex", {"seed": 0}, resume=True)
 
 
-def test_sigterm_is_heard_once_and_obeyed_at_once_the_second_time() -> None:
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_heard_and_ctrl_c_is_obeyed_at_once_the_second_time(first: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with asked_to_stop() as asked:
         assert not asked()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert asked()
+        for number in (first, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            assert asked()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
