@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from ditfast import DiTConfig, save_checkpoint
 from ditfast.cli import main
 from ditfast.sampling.ranks import Ranks
 from ditfast.training import Digits, RunOptions, Trainer, TrainSettings
-from ditfast.training.parallel import full_tensors
+from ditfast.training.data import Record
+from ditfast.training.order import batch_indices
+from ditfast.training.parallel import full_tensors, told
 
 CONFIG = DiTConfig(depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=8, in_channels=1, num_classes=10)
 PRELOADED = ["ditfast.cli", "ditfast.training.checkpoints", "sklearn.datasets", "torch._dynamo"]
@@ -188,3 +191,59 @@ def whole_state(trainer: Trainer) -> dict[str, Any]:
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=StateDictOptions(full_state_dict=True))
     averages = {str(decay): full_tensors(average) for decay, average in trainer.averages.by_decay.items()}
     return _flat({"model": model, "optimizer": optimizer, "averages": averages})
+
+
+class _Killed(Exception):
+    pass
+
+
+def _killed_after(steps: int) -> Callable[..., None]:
+    def on_step(report: object, done: int, speed: object) -> None:
+        if done == steps:
+            raise _Killed
+
+    return on_step
+
+
+def scales_its_loss(ranks: Ranks, kind: str, folder: Path) -> None:
+    """In fp16, from a scale that is too large; once as a whole, and once killed and resumed to the same bits.
+
+    What is killed is saved before it has taken its first step.
+    """
+    recipe = dataclasses.replace(RECIPE, steps=6, dtype="fp16")
+
+    def trainer(out: str, save_every: int, **given: Any) -> Trainer:
+        torch.manual_seed(0)
+        model, options = randomize(ditfast.DiT(CONFIG)), RunOptions(save_every)
+        made = Trainer(model, Digits(), recipe, folder / out, options, ranks=ranks, parallel=kind, **given)
+        made.stepper.scale.scale = 2.0**19
+        return made
+
+    whole, resumed = trainer("whole", save_every=6), trainer("killed", save_every=2)
+    whole.run()
+    with contextlib.suppress(_Killed):
+        trainer("killed", save_every=2, on_step=_killed_after(5)).run()
+    resumed.run(resume=True)
+    assert_same(whole_state(resumed), whole_state(whole))
+    seen = told((resumed.skipped, resumed.stepper.scale.scale, resumed.stepper.scale.finite_steps))
+    assert seen == [(whole.skipped, whole.stepper.scale.scale, whole.stepper.scale.finite_steps)] * ranks.world
+
+
+class _Poisoned(Digits):
+    """The digits, of which the first step's last and the third's first are NaN."""
+
+    def __getitem__(self, index: int) -> Record:
+        record = super().__getitem__(index)
+        batches = [batch_indices(0, len(self), RECIPE.batch, step) for step in range(3)]
+        bad = index in (batches[0][-1], batches[2][0])
+        return record._replace(values=torch.full_like(record.values, math.nan)) if bad else record
+
+
+def skips_what_one_rank_reads(ranks: Ranks, kind: str, out: Path) -> None:
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(RECIPE, steps=4, timesteps="uniform")
+    trainer = Trainer(randomize(ditfast.DiT(CONFIG)), _Poisoned(), recipe, out, ranks=ranks, parallel=kind)
+    trainer.run()
+    assert told(trainer.skipped) == [2] * ranks.world
+    for name, value in whole_state(trainer).items():
+        assert not isinstance(value, torch.Tensor) or value.isfinite().all(), name

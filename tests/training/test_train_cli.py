@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from train_processes import Run, assert_same_runs, cleaned_up, lines, saved, ste
 
 from ditfast import load_checkpoint
 from ditfast.cli import main
+from ditfast.commands.arguments import warnings_on_one_line
+from ditfast.sampling.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -284,6 +287,15 @@ def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(
     assert train("--resume", "auto", steps=8) == (0, "")
     assert train("--out", str(tmp_path / "whole"), steps=8) == (0, "")
     assert_same_runs(out, tmp_path / "whole", tmp_path)
+
+
+def test_a_warning_is_a_line_and_torch_s_own_keep_their_place() -> None:
+    with warnings_on_one_line("train", Ranks(1, 2)):
+        assert (
+            warnings.formatwarning("it is torn", UserWarning, "module.py", 3) == "ditfast train (rank 1): warning: it is torn\n"
+        )
+        assert warnings.formatwarning("it is old", FutureWarning, "module.py", 3).startswith("module.py:3: FutureWarning: it")
+    assert warnings.formatwarning("it is torn", UserWarning, "module.py", 3).startswith("module.py:3: ")
 
 
 def flip_a_bit(checkpoint: Path) -> None:
