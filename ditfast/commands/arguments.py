@@ -89,8 +89,8 @@ def warnings_on_one_line(command: str, ranks: Ranks) -> Iterator[None]:
 
 
 def ended(command: str, ranks: Ranks, message: str, status: int) -> int:
-    """The exit status, after one line on stderr."""
-    print(f"{_prefix(command, ranks)}: {message}", file=sys.stderr)
+    """The exit status, after one line on stderr, written at once: ranks share it."""
+    sys.stderr.write(f"{_prefix(command, ranks)}: {message}\n")
     return status
 
 
