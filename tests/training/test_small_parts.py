@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,15 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
         claim(tmp_path / "thesis.tex", {"seed": 0}, resume=True)
 
 
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """As at a terminal: a shell starts what is in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_heard_and_ctrl_c_is_obeyed_at_once_the_second_time(first: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGTERM)
