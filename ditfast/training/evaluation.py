@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import FlowMatching, GaussianDiffusion, Step, steps
-from ..evaluation.digits_classifier import digits_classifier, scans_as_images
-from ..evaluation.metrics import frechet_distance, gaussian
+from ..evaluation.digits_classifier import digits_quality
 from ..images import labelled_grid, save_png
 from ..model import DiT
 from ..sampling import sample
@@ -58,13 +57,9 @@ def evaluate(model: DiT, data: Data, settings: TrainSettings) -> dict[str, float
     """
     found = {"loss": _fixed_loss(model, data, settings)}
     if isinstance(data, Digits):
-        classifier = digits_classifier()
         labels = torch.arange(DIGITS) % model.config.num_classes
-        features = classifier.features(_samples(model, settings, labels, clip=True).cpu())
-        scans, _ = scans_as_images()
-        read = classifier.probabilities(features).argmax(dim=1)
-        found["frechet_distance"] = frechet_distance(*gaussian(features), *gaussian(classifier.features(scans)))
-        found["accuracy"] = (read == labels).double().mean().item()
+        samples = _samples(model, settings, labels, clip=True).cpu()
+        found["frechet_distance"], found["accuracy"] = digits_quality(samples, labels)
     return found
 
 
