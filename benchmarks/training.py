@@ -33,11 +33,11 @@ from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.report import save_json
 from ditfast.benchmarks.timing import progress_bar
 from ditfast.config import MODEL_NAMES
+from ditfast.dtypes import DTYPES
 from ditfast.training import TrainSettings
 from ditfast.training.averages import Averages
 from ditfast.training.data import Batch, Record
 from ditfast.training.objective import Objective
-from ditfast.training.settings import DTYPES
 from ditfast.training.speed import BACKWARD, peak_flops, peak_memory
 from ditfast.training.step import Stepper, freeze_label_dropout
 

@@ -33,6 +33,23 @@ def test_weights(weights: str, tmp_path: Path) -> None:
     assert same_weights(load_checkpoint(out).state_dict(), content[weights])  # type: ignore[arg-type]
 
 
+def test_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = weights_of(known_width(), seed=1)
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(saved(weights, tmp_path / "x.pt")), str(out), "--to", "official", "--dtype", "bf16"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith(" parameters, torch.bfloat16")
+    assert same_weights(load_checkpoint(out).state_dict(), {name: value.bfloat16() for name, value in weights.items()})
+
+
+def test_a_dtype_that_cannot_hold_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = weights_of(known_width(), seed=1)
+    weights["blocks.0.mlp.fc1.bias"][3] = 1e5
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(saved(weights, tmp_path / "x.pt")), str(out), "--to", "official", "--dtype", "fp16"]) == 2
+    assert "blocks.0.mlp.fc1.bias" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("out", "to", "fault"),
     [

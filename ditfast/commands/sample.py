@@ -18,6 +18,7 @@ from ..class_names import ClassNameError, find_class, read_names
 from ..config import DiTConfig
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, Step, steps
 from ..digits import load_digits
+from ..dtypes import DTYPES
 from ..sampling import Sampler
 from ..sampling.folder import FolderError, RunStopped
 from ..sampling.painter import Painter, label_of
@@ -37,7 +38,6 @@ EXAMPLES = """examples:
   ditfast sample --checkpoint SiT-XL-2-256.pt --solver heun --steps 125 --cfg-interval 0.1 0.7 --classes 88 --out macaws
   torchrun --nproc-per-node 8 -m ditfast sample --checkpoint DiT-XL-2-256x256.pt --num-images 50000 --cfg 1.5 --npz --out fid
 """
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOW_SOLVERS = ("euler", "heun", "sde")
 PIXEL_CHANNELS = (1, 3)
 NO_VAE = "none"

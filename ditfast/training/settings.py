@@ -7,14 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..diffusion.flow import PATHS
+from ..dtypes import DTYPES
 
 LOSSES = ("hybrid", "mse", "flow")
 TIMESTEPS = ("uniform", "importance")
 SCHEDULES = ("constant", "cosine")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

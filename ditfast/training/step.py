@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DiTConfig
+from ..dtypes import DTYPES
 from .averages import Averages
 from .data import Batch, Data
 from .draws import Draws
 from .loss_scale import LossScale
 from .objective import Objective
 from .parallel import accumulating, clip_gradients, gathered
-from .settings import DTYPES, TrainSettings, learning_rate
+from .settings import TrainSettings, learning_rate
 
 
 class StepReport(NamedTuple):

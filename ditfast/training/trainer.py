@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from ..checkpoints import CheckpointError, save_checkpoint
 from ..config import DiTConfig
 from ..diffusion import NUM_TRAIN_STEPS
+from ..dtypes import DTYPES
 from ..model import DiT
 from ..sampling.ranks import Ranks
 from .averages import Averages
@@ -29,7 +30,7 @@ from .loss_curve import LossCurve
 from .objective import Objective
 from .order import batch_indices, rows
 from .parallel import distribute, full_tensors
-from .settings import DTYPES, RunOptions, TrainSettings
+from .settings import RunOptions, TrainSettings
 from .speed import Speed, Speedometer
 from .step import Stepper, StepReport, freeze_label_dropout
 from .stopping import asked_to_stop
