@@ -196,7 +196,7 @@ def _attention(inputs: Sequence[Tensor], training: bool) -> tuple[Tensor, Tensor
     lse = torch.empty((B, H, T) if training else (0,), dtype=torch.float32, device=q.device)
     unit = alignment(q, k)
     blocks = head_blocks(d, q.dtype)
-    tile = attention_tile("forward", T, S, blocks, q.dtype)
+    tile = attention_tile("forward", B * H, T, S, blocks, q.dtype)
     launch(
         attention_kernel,
         triton.cdiv(T, tile.m) * B * H,

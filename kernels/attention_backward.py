@@ -188,7 +188,7 @@ def _attention_backward(dout: Tensor, inputs: Sequence[Tensor], out: Tensor, lse
     unit = alignment(q, k, dq, dk)
     blocks = head_blocks(d, q.dtype)
     scale = d**-0.5
-    tile = attention_tile("query_gradient", T, S, blocks, q.dtype)
+    tile = attention_tile("query_gradient", B * H, T, S, blocks, q.dtype)
     launch(
         query_gradient_kernel,
         triton.cdiv(T, tile.m) * B * H,
@@ -210,7 +210,7 @@ def _attention_backward(dout: Tensor, inputs: Sequence[Tensor], out: Tensor, lse
         **blocks.options(),
         **tile.options(),
     )
-    tile = attention_tile("key_value_gradient", T, S, blocks, q.dtype)
+    tile = attention_tile("key_value_gradient", B * H, T, S, blocks, q.dtype)
     launch(
         key_value_gradient_kernel,
         triton.cdiv(S, tile.n) * B * H,

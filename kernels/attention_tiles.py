@@ -10,6 +10,7 @@ import triton
 
 from .launch import interpreted, target
 from .tiles import SHARED_BYTES, SMALLEST_SHARED_BYTES
+from .tuned import tuned
 
 SMALLEST = 16  # of any dimension of a product of matrices
 
@@ -109,6 +110,13 @@ TILES: dict[str, dict[str, tuple[tuple[float, tuple[AttentionTile, ...]], ...]]]
         "default": ((48, (SQUARE,)), (96, (SHORT,)), (128, (BY_EIGHT, SHORT)), (math.inf, (SMALL,))),
     },
 }
+# What measuring on a device may prefer to the choices above.
+OTHERS = (
+    *(TALL, DEEP, SQUARE, TWO_WAVES, SHORT_TWO_WAVES, BY_EIGHT, SHORT, HALF, NARROW, SMALL),
+    AttentionTile(128, 64, num_warps=4, num_stages=3),
+    AttentionTile(128, 64, num_warps=8, num_stages=2),
+    AttentionTile(128, 128, num_warps=8, num_stages=2),
+)
 FULL_PRECISION = {
     "forward": AttentionTile(32, 32, num_warps=4, num_stages=1),
     "query_gradient": AttentionTile(16, 32, num_warps=4, num_stages=1),
@@ -116,8 +124,8 @@ FULL_PRECISION = {
 }
 
 
-def attention_tile(kernel: str, T: int, S: int, blocks: HeadBlocks, dtype: torch.dtype) -> AttentionTile:
-    """Of ``"forward"``, ``"query_gradient"`` or ``"key_value_gradient"``, for T queries and S keys."""
+def attention_tile(kernel: str, heads: int, T: int, S: int, blocks: HeadBlocks, dtype: torch.dtype) -> AttentionTile:
+    """Of ``"forward"``, ``"query_gradient"`` or ``"key_value_gradient"``, for T queries and S keys of so many heads in all."""
     if interpreted():
         return INTERPRETER
     arch = target()
@@ -127,7 +135,13 @@ def attention_tile(kernel: str, T: int, S: int, blocks: HeadBlocks, dtype: torch
         by_width = TILES[kernel].get(arch, TILES[kernel]["default"])
         choices = (*next(tiles for largest, tiles in by_width if blocks.width <= largest), SMALL)
     limit = SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
-    for tile in choices:
-        if tile.shared_bytes(kernel, arch, blocks.width, dtype.itemsize) <= limit:
-            return tile.shrunk(kernel, T, S)
-    raise RuntimeError(f"no tile of {choices} fits the {limit} bytes of shared memory of {arch} at head dim {blocks.head}")
+
+    def that_fit(tiles: tuple[AttentionTile, ...]) -> list[AttentionTile]:
+        fitting = (tile for tile in tiles if tile.shared_bytes(kernel, arch, blocks.width, dtype.itemsize) <= limit)
+        return [tile.shrunk(kernel, T, S) for tile in fitting]
+
+    fitting = that_fit(choices)
+    if not fitting:
+        raise RuntimeError(f"no tile of {choices} fits the {limit} bytes of shared memory of {arch} at head dim {blocks.head}")
+    others = choices if dtype == torch.float32 else OTHERS
+    return tuned(f"attention_{kernel}", dtype, heads, (T, S, blocks.head), fitting[0], lambda: that_fit(others))

@@ -14,7 +14,8 @@ from .launch import interpreted, launch, target
 from .linear_unpatchify import store_pixels
 from .patches import channel_last, image_shape
 from .rows import load, modulate, modulation_arguments, row_offset
-from .tiles import INTERPRETER, GemmTile, first_that_fits
+from .tiles import INTERPRETER, GemmTile, first_that_fits, those_that_fit
+from .tuned import tuned
 
 
 class NormTile(GemmTile):
@@ -34,12 +35,16 @@ MANY = (
 FEW_ROWS = 2048
 
 
-def final_layer_tile(M: int, N: int, dtype: torch.dtype) -> GemmTile:
+def final_layer_tile(M: int, N: int, K: int, dtype: torch.dtype) -> GemmTile:
     columns = max(16, triton.next_power_of_2(N))
     if interpreted():
         return INTERPRETER._replace(n=columns)
     choices = FULL_PRECISION if dtype == torch.float32 else FEW if M <= FEW_ROWS else MANY
-    return first_that_fits(tuple(tile._replace(n=columns) for tile in choices), dtype, target())
+    arch = target()
+    choices = tuple(tile._replace(n=columns) for tile in choices)
+    others = choices if dtype == torch.float32 else [tile._replace(n=columns) for tile in (*FEW, *MANY)]
+    builtin = first_that_fits(choices, dtype, arch)
+    return tuned("final_layer", dtype, M, (N, K), builtin, lambda: those_that_fit(others, dtype, arch))
 
 
 @triton.jit
@@ -131,7 +136,7 @@ def final_layer(
     N, K = weight.shape
     batch, tokens, _ = x.shape
     image = torch.empty(image_shape(x, grid, patch_size, N), dtype=x.dtype, device=x.device)
-    tile = final_layer_tile(batch * tokens, N, x.dtype)
+    tile = final_layer_tile(batch * tokens, N, K, x.dtype)
     per_sample = all(vector is None or vector.dim() == 2 for vector in (shift, scale))
     launch(
         final_layer_kernel,

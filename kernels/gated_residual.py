@@ -54,7 +54,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     """x and h [B, T, D]; gate [B, D] or [B, T, D], or None for a plain residual. Returns [B, T, D], contiguous."""
     batch, tokens, width = x.shape
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = row_tile(width)
+    tile = row_tile("gated_residual", batch * tokens, width, x.dtype)
     launch(
         gated_residual_kernel,
         tile.grid(batch * tokens),

@@ -90,7 +90,7 @@ def gated_residual_layer_norm_modulate(
     x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     u = torch.empty_like(x_new)
     stats = empty_stats(x, training)
-    tile = row_tile(width)
+    tile = row_tile("gated_residual_layer_norm_modulate", batch * tokens, width, x.dtype)
     launch(
         gated_residual_layer_norm_modulate_kernel,
         tile.grid(batch * tokens),

@@ -72,7 +72,7 @@ def layer_norm_modulate(
     batch, tokens, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats = empty_stats(x, training)
-    tile = row_tile(width)
+    tile = row_tile("layer_norm_modulate", batch * tokens, width, x.dtype)
     launch(
         layer_norm_modulate_kernel,
         tile.grid(batch * tokens),

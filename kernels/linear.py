@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     N, K = weight.shape
     M = x.numel() // K
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    tile = gemm_tile(M, N, x.dtype)
+    tile = gemm_tile("linear", M, N, K, x.dtype)
     launch(
         linear_kernel,
         tile.grid(M, N),

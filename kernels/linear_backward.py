@@ -14,7 +14,7 @@ from torch import Tensor
 from .gemm import gelu_tanh, gelu_tanh_derivative, load_tile, multiply, store_tile, tile_position
 from .launch import launch
 from .reduce import sum_partials
-from .tiles import HALF, WIDE, gemm_tile
+from .tiles import HALF, gemm_tile
 
 ENOUGH_PROGRAMS = 128  # to occupy most of an A100 or H100
 LEAST_ROWS_A_PART = 512
@@ -113,7 +113,10 @@ def _input_gradient(dy: Tensor, weight: Tensor, z: Tensor | None) -> tuple[Tenso
     M = dy.numel() // N
     dx = torch.empty((*dy.shape[:-1], K), dtype=dy.dtype, device=dy.device)
     activation = None if z is None else torch.empty_like(dx)
-    tile = gemm_tile(M, K, dy.dtype, largest=WIDE if z is None else HALF)
+    if z is None:
+        tile = gemm_tile("input_gradient", M, K, N, dy.dtype)
+    else:
+        tile = gemm_tile("input_gradient_through_gelu", M, K, N, dy.dtype, largest=HALF)
     launch(
         input_gradient_kernel,
         tile.grid(M, K),
@@ -137,7 +140,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """
     N, K = dy.shape[-1], x.shape[-1]
     rows = x.numel() // K
-    tile = gemm_tile(N, K, x.dtype)
+    tile = gemm_tile("weight_gradient", N, K, triton.next_power_of_2(rows), x.dtype)
     tiles = tile.grid(N, K)
     parts = max(1, min(ENOUGH_PROGRAMS // tiles, rows // LEAST_ROWS_A_PART))
     rows_per_part = triton.cdiv(triton.cdiv(rows, parts), tile.k) * tile.k

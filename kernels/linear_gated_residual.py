@@ -60,7 +60,7 @@ def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Ten
     tokens = x.shape[1]
     M = x.numel() // K
     y = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
-    tile = gemm_tile(M, N, x.dtype)
+    tile = gemm_tile("linear_gated_residual", M, N, K, x.dtype)
     launch(
         linear_gated_residual_kernel,
         tile.grid(M, N),

@@ -10,7 +10,7 @@ from torch import Tensor
 from .gemm import gelu_tanh, gelu_tanh_derivative, linear_tile, store_tile
 from .launch import launch
 from .linear_backward import linear_backward
-from .tiles import MANY, WIDE, gemm_tile
+from .tiles import MANY, gemm_tile
 
 ELEMENTS = 1024  # of a program of the elementwise kernel
 
@@ -53,7 +53,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tupl
     M = x.numel() // K
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     z = torch.empty(y.shape if training else (0,), dtype=x.dtype, device=x.device)
-    tile = gemm_tile(M, N, x.dtype, largest=MANY if training else WIDE)
+    if training:
+        tile = gemm_tile("linear_gelu_training", M, N, K, x.dtype, largest=MANY)
+    else:
+        tile = gemm_tile("linear_gelu", M, N, K, x.dtype)
     launch(
         linear_gelu_kernel,
         tile.grid(M, N),

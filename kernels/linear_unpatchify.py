@@ -11,7 +11,8 @@ from .gemm import multiply, tile_position
 from .launch import interpreted, launch, target
 from .linear_backward import linear_backward
 from .patches import channel_last, image_shape, patch_offset, pixel_offset, to_tokens
-from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits
+from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits, those_that_fit
+from .tuned import tuned
 
 # Few columns (p*p*C: 32, 128, 512): reading x takes the time, so tiles are low enough for many programs to read at once.
 FEW = (GemmTile(16, 64, 128, num_warps=4, num_stages=4), GemmTile(16, 64, 64, num_warps=4, num_stages=4))
@@ -19,12 +20,15 @@ MANY = (GemmTile(64, 128, 64, num_warps=4, num_stages=3), GemmTile(64, 128, 64, 
 FEW_ROWS = 2048
 
 
-def linear_unpatchify_tile(M: int, N: int, dtype: torch.dtype) -> GemmTile:
+def linear_unpatchify_tile(M: int, N: int, K: int, dtype: torch.dtype) -> GemmTile:
     if interpreted():
         return INTERPRETER
     choices = FULL_PRECISION if dtype == torch.float32 else FEW if M <= FEW_ROWS else MANY
-    tile = first_that_fits(choices, dtype, target())
-    return tile._replace(n=min(tile.n, max(16, triton.next_power_of_2(N))))
+    arch, widest = target(), max(16, triton.next_power_of_2(N))
+    others = choices if dtype == torch.float32 else (*FEW, *MANY)
+    fitting = [tile._replace(n=min(tile.n, widest)) for tile in those_that_fit(others, dtype, arch)]
+    builtin = first_that_fits(choices, dtype, arch)
+    return tuned("linear_unpatchify", dtype, M, (N, K), builtin._replace(n=min(builtin.n, widest)), lambda: fitting)
 
 
 @triton.jit
@@ -79,7 +83,7 @@ def linear_unpatchify(x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, 
     N, K = weight.shape
     M = x.numel() // K
     image = torch.empty(image_shape(x, grid, patch_size, N), dtype=x.dtype, device=x.device)
-    tile = linear_unpatchify_tile(M, N, x.dtype)
+    tile = linear_unpatchify_tile(M, N, K, x.dtype)
     launch(
         linear_unpatchify_kernel,
         tile.grid(M, N),

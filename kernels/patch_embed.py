@@ -11,20 +11,25 @@ from .gemm import store_tile, tile_position
 from .launch import interpreted, launch, target
 from .linear_backward import bias_gradient, input_gradient, weight_gradient
 from .patches import patch_offset, pixel_offset, to_image, to_tokens
-from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits
+from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits, those_that_fit
+from .tuned import tuned
 
 # The product is short (K = 16, 64, 256 for the paper's patches): writing the tokens is what takes the time.
 FEW = (GemmTile(16, 128, 64, num_warps=4, num_stages=2),)
 MANY = (GemmTile(64, 128, 64, num_warps=4, num_stages=2),)
+OTHERS = (GemmTile(32, 128, 64, num_warps=4, num_stages=2), GemmTile(128, 128, 64, num_warps=8, num_stages=2))
 FEW_ROWS = 512
 
 
-def patch_embed_tile(M: int, K: int, dtype: torch.dtype) -> GemmTile:
+def patch_embed_tile(M: int, N: int, K: int, dtype: torch.dtype) -> GemmTile:
     if interpreted():
         return INTERPRETER
     choices = FULL_PRECISION if dtype == torch.float32 else FEW if M <= FEW_ROWS else MANY
-    tile = first_that_fits(choices, dtype, target())
-    return tile._replace(k=min(tile.k, max(16, triton.next_power_of_2(K))))
+    arch, longest = target(), max(16, triton.next_power_of_2(K))
+    others = choices if dtype == torch.float32 else (*FEW, *MANY, *OTHERS)
+    fitting = [tile._replace(k=min(tile.k, longest)) for tile in those_that_fit(others, dtype, arch)]
+    builtin = first_that_fits(choices, dtype, arch)
+    return tuned("patch_embed", dtype, M, (N, K), builtin._replace(k=min(builtin.k, longest)), lambda: fitting)
 
 
 @triton.jit
@@ -77,7 +82,7 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, dtyp
     h, w = x.shape[2] // p, x.shape[3] // p
     y = torch.empty(len(x), h * w, D, dtype=dtype, device=x.device)
     M, K = len(x) * h * w, C * p * p
-    tile = patch_embed_tile(M, K, x.dtype)
+    tile = patch_embed_tile(M, D, K, x.dtype)
     launch(
         patch_embed_kernel,
         tile.grid(M, D),

@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import interpreted, warp_size
+from .tuned import tuned
 
 CHUNK = 128
 THREADS = 128  # of eight neighbouring elements each: 16 bytes of 16-bit storage
+CHUNKED = ((2, 1), (4, 1), (4, 2), (8, 2), (8, 8), (16, 4), (16, 8))  # rows and warps that measuring may prefer
 LARGEST_CHUNKED_WIDTH = 1280  # beyond it eight rows of a tile no longer fit the registers of four warps
 
 
@@ -35,14 +37,18 @@ class RowTile(NamedTuple):
         return {"D": width, "ROWS": self.rows, "CHUNK": self.chunk, "CHUNKS": chunks, "num_warps": self.num_warps}
 
 
-def row_tile(width: int) -> RowTile:
+def row_tile(kernel: str, num_rows: int, width: int, dtype: torch.dtype) -> RowTile:
     chunked = width % CHUNK == 0 and width <= LARGEST_CHUNKED_WIDTH
     chunk = CHUNK if chunked else triton.next_power_of_2(width)
     if interpreted():  # costs per program, not per element
         return RowTile(rows=64, chunk=chunk, num_warps=1)
     if chunked:
-        return RowTile(rows=8, chunk=chunk, num_warps=THREADS // warp_size())
-    return RowTile(rows=1, chunk=chunk, num_warps=min(16, max(1, chunk // 512)))
+        builtin = RowTile(rows=8, chunk=chunk, num_warps=THREADS // warp_size())
+        others = [RowTile(rows, chunk, num_warps) for rows, num_warps in CHUNKED]
+    else:
+        builtin = RowTile(rows=1, chunk=chunk, num_warps=min(16, max(1, chunk // 512)))
+        others = [builtin._replace(num_warps=num_warps) for num_warps in (1, 2, 4, 8, 16)]
+    return tuned(kernel, dtype, num_rows, (width,), builtin, lambda: others)
 
 
 def modulation_arguments(vector: Tensor | None) -> tuple[Tensor | None, int, int]:

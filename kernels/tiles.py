@@ -1,4 +1,4 @@
-"""Which tile a matrix kernel takes: explicit choices by architecture and number of rows, no tuning at run time.
+"""Which tile a matrix kernel takes: what was measured on the device, else explicit choices by architecture and number of rows.
 
 A choice whose buffers exceed the device's shared memory is passed over for the next one, before anything is launched.
 """
@@ -6,12 +6,14 @@ A choice whose buffers exceed the device's shared memory is passed over for the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 
 from .launch import interpreted, target
+from .tuned import tuned
 
 SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 SMALLEST_SHARED_BYTES = 65536  # AMD's, and less than any NVIDIA GPU since Ampere has
@@ -56,10 +58,21 @@ BY_ROWS = {
     "sm_90": ((16, FEW), (512, SOME), (8192, MANY), (math.inf, WIDE)),
     "default": ((16, FEW), (512, SOME), (math.inf, MANY)),
 }
+# What measuring on a device may prefer to the choices above.
+OTHERS = (
+    *dict.fromkeys((*FEW, *SOME, *HALF, *MANY, *WIDE)),
+    GemmTile(32, 64, 64, num_warps=4, num_stages=4),
+    GemmTile(64, 128, 64, num_warps=4, num_stages=4),
+    GemmTile(128, 64, 64, num_warps=4, num_stages=4),
+    GemmTile(128, 128, 64, num_warps=4, num_stages=3),
+    GemmTile(128, 128, 64, num_warps=8, num_stages=4),
+    GemmTile(256, 128, 64, num_warps=8, num_stages=3),
+    GemmTile(128, 256, 64, num_warps=8, num_stages=4),
+)
 
 
-def gemm_tile(M: int, N: int, dtype: torch.dtype, largest: tuple[GemmTile, ...] = WIDE) -> GemmTile:
-    """For a product [M, N]; a kernel whose epilogue needs registers of its own says the ``largest`` tile that leaves them."""
+def gemm_tile(kernel: str, M: int, N: int, K: int, dtype: torch.dtype, largest: tuple[GemmTile, ...] = WIDE) -> GemmTile:
+    """For [M, K] times [K, N]; a kernel whose epilogue needs registers says the ``largest`` tile that leaves it some."""
     if interpreted():
         return INTERPRETER
     arch = target()
@@ -69,13 +82,24 @@ def gemm_tile(M: int, N: int, dtype: torch.dtype, largest: tuple[GemmTile, ...] 
         choices = next(choices for largest, choices in buckets if largest >= M)
         if choices is WIDE and N % WIDE[0].n:  # the last column of tiles would be half empty
             choices = MANY
-        choices = min(choices, largest, key=lambda tiles: tiles[0].m * tiles[0].n)
-    return first_that_fits(choices, dtype, arch)
+        choices = min(choices, largest, key=lambda tiles: _area(tiles[0]))
+    others = FULL_PRECISION if dtype == torch.float32 else [tile for tile in OTHERS if _area(tile) <= _area(largest[0])]
+    builtin = first_that_fits(choices, dtype, arch)
+    return tuned(kernel, dtype, M, (N, K), builtin, lambda: those_that_fit(others, dtype, arch))
+
+
+def _area(tile: GemmTile) -> int:
+    return tile.m * tile.n
 
 
 def first_that_fits(choices: tuple[GemmTile, ...], dtype: torch.dtype, arch: str) -> GemmTile:
+    fitting = those_that_fit(choices, dtype, arch)
+    if not fitting:
+        limit = SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
+        raise RuntimeError(f"no tile of {choices} fits the {limit} bytes of shared memory of {arch}")
+    return fitting[0]
+
+
+def those_that_fit(choices: Sequence[GemmTile], dtype: torch.dtype, arch: str) -> list[GemmTile]:
     limit = SHARED_BYTES.get(arch, SMALLEST_SHARED_BYTES)
-    for tile in choices:
-        if tile.shared_bytes(dtype.itemsize) <= limit:
-            return tile
-    raise RuntimeError(f"no tile of {choices} fits the {limit} bytes of shared memory of {arch}")
+    return [tile for tile in choices if tile.shared_bytes(dtype.itemsize) <= limit]
