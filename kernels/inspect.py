@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from rich.console import Console
@@ -28,6 +29,7 @@ from .ahead import TARGETS, Build, compiling_for
 from .hardware import DEVICES, SCHEDULERS, largest_shared_bytes, occupancy
 from .inspect_cases import BARS, EXCEPTIONS, Bars, Case, cases, useful_multiply_adds
 from .machine_code import Code, MachineCode, machine_code
+from .static_counts import write_counts
 
 EXAMPLES = """examples:
   python -m ditfast.kernels.inspect                                  all kernels for all targets: some minutes
@@ -57,6 +59,7 @@ class Row:
     occupancy: float  # resident warps over those a multiprocessor can hold
     instructions: float  # of all warps of a program together, for each ``per``
     per: str  # "row", "step" of the main loop, or "program" (then without repeats of its loops)
+    outside: float  # where they are of a step: instructions of all warps of a program before and behind the loop
     mma: dict[str, int]  # matrix instructions by opcode, in the main loop
     loads: dict[int, int]  # global loads by bits a thread, in the whole program
     issue_share: float | None  # of the issue budget
@@ -109,16 +112,17 @@ def inspect(case: Case, build: Build | Refused) -> Row:
     """Compiles one build, reads its machine code and holds it to its bars."""
     if isinstance(build, Refused):
         nothing: dict[Any, int] = {}
-        refusal = (build.name, case.label, "", build.arch, 0, 0, 0, 0.0, 0.0, "program", nothing, nothing, None, None, None)
-        return Row(*refusal, misses=[build.reason])
+        counts = (0, 0, 0, 0.0, 0.0, "program", 0.0, nothing, nothing, None, None, None)
+        return Row(build.name, case.label, "", build.arch, *counts, misses=[build.reason])
     code = machine_code(build.compiled)
     metadata = build.compiled.metadata
     loop, rows = code.main_loop, build.constants.get("ROWS", 1)
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
     executed = _executed(build, code)
-    instructions, per = executed.instructions * metadata.num_warps, "program"
+    instructions, per, outside = executed.instructions * metadata.num_warps, "program", 0.0
     if loop is not None and loop.mma:
         instructions, per = len(loop) * metadata.num_warps, "step"
+        outside = (len(code) - len(loop)) * metadata.num_warps
     elif _takes_whole_rows(build):
         instructions, per = instructions / rows, "row"
     row = Row(
@@ -132,6 +136,7 @@ def inspect(case: Case, build: Build | Refused) -> Row:
         occupancy=occupancy(build.arch, code.registers, metadata.shared, metadata.num_warps, tensor_memory),
         instructions=instructions,
         per=per,
+        outside=outside,
         mma=dict((loop if loop is not None and loop.mma else code).mma),
         loads=dict(sorted(code.loads.items(), reverse=True)),
         issue_share=_issue_share(build, code, executed),
@@ -289,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="default: all; a wrong one lists the names")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, instead of tables")
+    parser.add_argument("--counts", type=Path, metavar="PATH", help="also writes what ditfast.prediction reads, a JSON file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads that compile; default %(default)s")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -300,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         rows = list(progress.track(inspect_all(found, args.jobs), total=len(found), description="compiling"))
+    if args.counts is not None:
+        write_counts(args.counts, rows, args.arch)
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:

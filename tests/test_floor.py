@@ -21,8 +21,9 @@ ROOFLINES = [
     ("DiT-B/4", 256, 32, "H200", 0.662, 0.468),
     ("DiT-S/2", 256, 32, "H100", 1.212, 0.658),
 ]
-ENDLESS_BANDWIDTH = DeviceSpec("", fp32=1e12, half=1e12, bandwidth=math.inf)
-ENDLESS_PRODUCTS = DeviceSpec("", fp32=math.inf, half=math.inf, bandwidth=1e9)
+PEAKLESS = DeviceSpec("", fp32=math.inf, half=math.inf, bandwidth=math.inf, arch="", multiprocessors=1, issue=math.inf)
+ENDLESS_BANDWIDTH = PEAKLESS._replace(fp32=1e12, half=1e12)
+ENDLESS_PRODUCTS = PEAKLESS._replace(bandwidth=1e9)
 BF16 = torch.bfloat16
 BATCH = 4
 
@@ -85,6 +86,8 @@ def test_devices_are_those_of_the_kernels() -> None:
             spec, peak = DEVICES[known.name], 2 * known.multiprocessors * known.multiply_adds * known.clock * 1e9
             assert spec.half == pytest.approx(peak, rel=0.05)
             assert spec.bandwidth == pytest.approx(1e9 * known.bandwidth, rel=0.05)
+            assert spec.multiprocessors == known.multiprocessors
+            assert spec.issue == pytest.approx(hardware.SCHEDULERS * known.clock * 1e9)
 
 
 def test_an_unknown_plan() -> None:
