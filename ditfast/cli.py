@@ -1,4 +1,4 @@
-"""``ditfast doctor | sample | train | extract-latents | evaluate | convert | bench``"""
+"""``ditfast doctor | sample | train | extract-latents | evaluate | convert | compile | bench``"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, doctor, evaluate, extract_latents, sample, train
+from .commands import compile, convert, doctor, evaluate, extract_latents, sample, train
 
 EXAMPLES = """examples:
   ditfast doctor                                  versions, device, and which engine each op takes, and why
@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   ditfast extract-latents imagenet/train latents  a VAE's latents of a folder of images, for ditfast train --data latents
   ditfast evaluate images --reference digits      Frechet distance, precision and recall of a folder of samples
   ditfast convert dit.pt dit --to diffusers       official weights as a folder for diffusers, or the other way
+  ditfast compile --arch sm_90 --model DiT-XL/2   its kernels into Triton's cache, without a GPU: for containers
   ditfast bench --models DiT-S/2 --batch 1 8      takes the arguments of benchmarks/bench.py
 
 `ditfast COMMAND --help` has more. `torchrun --nproc-per-node 8 -m ditfast sample ...` samples on eight devices.
@@ -29,6 +30,7 @@ COMMANDS = {
     extract_latents.NAME: extract_latents,
     "evaluate": evaluate,
     "convert": convert,
+    "compile": compile,
 }
 
 

@@ -6,17 +6,22 @@
         print(build.name, build.compiled.metadata.shared)
 
 Arguments are specialised by Triton's own code, so a build has the hash, and takes the place in Triton's cache, of the kernel
-that the same call would compile on that target. Tensors may be on the device "meta": nobody looks at their data.
+that the same call would compile on that target. Tensors may be on the device "meta", or fake: nobody looks at their data, and
+every storage counts as aligned, as allocators align them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -62,6 +67,54 @@ class Build:
         return triton.compile(self.source, target=TARGETS[self.arch], options=self.options)
 
 
+class Outcome(NamedTuple):
+    """What became of a build."""
+
+    build: Build
+    seconds: float
+    cached: bool  # it was in Triton's cache already
+    error: str = ""  # why it does not compile
+
+
+def compile_all(builds: Sequence[Build], jobs: int) -> Iterator[Outcome]:
+    """Into Triton's cache (TRITON_CACHE_DIR), in order, on ``jobs`` threads: most of the time goes by outside of Python."""
+    hits = threading.local()
+
+    def listen(*, cache_hit: bool, **_: object) -> None:
+        hits.last = cache_hit
+
+    def outcome(build: Build) -> Outcome:
+        start, hits.last = time.perf_counter(), True  # nobody tells of a build that is in memory
+        try:
+            build.compiled  # noqa: B018 (compiles)
+        except Exception as error:  # of the compiler's many parts
+            return Outcome(build, time.perf_counter() - start, False, f"{type(error).__name__}: {error}")
+        return Outcome(build, time.perf_counter() - start, hits.last)
+
+    knobs = triton.knobs.compilation
+    before, knobs.listener = knobs.listener, listen
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(outcome, builds)
+    finally:
+        knobs.listener = before
+
+
+class Argument:
+    """A tensor as Triton specialises it for, wherever its storage will be."""
+
+    def __init__(self, tensor: Tensor):
+        self.dtype: torch.dtype = tensor.dtype
+        self._tensor = tensor
+
+    def data_ptr(self) -> int:
+        return self._tensor.storage_offset() * self._tensor.itemsize
+
+    def ptr_range(self) -> int:
+        """Bytes of the storage: AMD's compiler takes other loads within 2 GB."""
+        return int(self._tensor.untyped_storage().nbytes())
+
+
 @contextlib.contextmanager
 def compiling_for(arch: str) -> Iterator[Sequence[Build]]:
     """Launches inside the ``with`` block, in this thread, are collected for ``arch`` instead: one ``Build`` of each kind.
@@ -98,7 +151,7 @@ def _specialise(arch: str, grid: int, kernel: Any, args: tuple[object, ...], opt
         "instrumentation_mode": triton.knobs.compilation.instrumentation_mode,
     }
     bind, backend = _binder(kernel, arch)
-    bound, specialization, _ = bind(*args, **options)
+    bound, specialization, _ = bind(*(Argument(arg) if isinstance(arg, Tensor) else arg for arg in args), **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
     names = list(bound)
     return Build(
