@@ -26,6 +26,8 @@ SIZES = {
     "classifier_free_guidance": ("pixels",),
     "denoise_update": ("pixels",),
 }
+GROWING = ("T", "S", "pixels")
+LARGEST_POWER = 40
 
 
 class Problem(NamedTuple):
@@ -34,3 +36,21 @@ class Problem(NamedTuple):
     rows: int  # of the op's [rows, ...] input: B * T tokens; B timesteps or images of the last three ops
     sizes: tuple[int, ...]  # as SIZES names them
     training: bool = False  # forward and backward
+
+    def bucket(self) -> Problem:
+        """What stands for this problem in a choice: all that grows with the batch or the image is the next power of two."""
+        names = SIZES[self.op]
+        sizes = (_power(size) if name in GROWING else size for name, size in zip(names, self.sizes, strict=True))
+        return Problem(self.op, self.dtype, _power(self.rows), tuple(sizes), self.training)
+
+
+def _power(size: int) -> int:
+    """By comparisons, so that a compiled graph of any batch size is traced again for another bucket only."""
+    low, high = 0, LARGEST_POWER
+    while low < high:
+        middle = (low + high) // 2
+        if size <= 1 << middle:
+            high = middle
+        else:
+            low = middle + 1
+    return 1 << low

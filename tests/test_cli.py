@@ -17,7 +17,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         "torch",
         "triton",
         "gated_residual_layer_norm_modulate",
-        "attention, head dim 72",
+        "T=256 H=16 d=72",
+        "mlp, in training",
+        "tuning record: none, without a CUDA device",
         "parity with the float64",
     ):
         assert expected in out

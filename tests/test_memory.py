@@ -62,8 +62,8 @@ def small(conditioning: str = "adaln_zero", **fields: Any) -> DiTConfig:
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops choose as for CUDA tensors, whatever this CPU multiplies; a tensor without data has no labels to check."""
-    choose = dispatch.choose_backend
-    monkeypatch.setattr(dispatch, "choose_backend", lambda device, *rest: choose(torch.device("cuda"), *rest))
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda device, problem: choose(torch.device("cuda"), problem))
     monkeypatch.setattr(cpu_products, "SLOW_DTYPES", frozenset())
     monkeypatch.setattr(ditfast.DiT, "_check", lambda self, x, t, y: None)
 

@@ -11,14 +11,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__, ops, reference
+from .. import __version__, reference
 from ..config import DiTConfig
 from ..model import DiT
-from ..ops.attention import choose_engine
 from ..ops.cpu_products import OPS_WITH_PRODUCTS, in_fp32
-from ..ops.dispatch import choose_backend, kernels
+from ..ops.dispatch import choose, kernels
+from ..ops.routes import Choice
+from ..problem import SIZES, Problem
+from ..tuning import record
+from ..tuning.collect import problems
 
 FP32_PRODUCTS = "fp32 products: this CPU has no bf16 ones"
+BATCHES = (1, 32)
 HELP = "versions, device, and which engine each op takes, and why"
 DESCRIPTION = "What is installed, which engine each op takes on this machine, and whether a small model agrees with float64."
 EXAMPLES = """example:
@@ -31,10 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console(width=None if Console().is_terminal else 120)
+    console = Console(width=None if Console().is_terminal else 160)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(_versions_table(device))
     console.print(_engines_table(device))
+    console.print(_record(device), highlight=False, soft_wrap=True)
     healthy, line = _parity(device)
     console.print(line, highlight=False)
     return 0 if healthy else 1
@@ -55,24 +60,48 @@ def _versions_table(device: torch.device) -> Table:
 
 
 def _engines_table(device: torch.device) -> Table:
-    table = Table("op", "takes", "why", title=f"Engines for bf16 tensors on {device}", title_justify="left")
-    widened = in_fp32(torch.empty(0, device=device, dtype=torch.bfloat16))
-    for op in ops.__all__:
-        if widened and op in OPS_WITH_PRODUCTS:
-            table.add_row(op, "torch", FP32_PRODUCTS)
-        elif op != "attention":
-            table.add_row(op, *_named(choose_backend(device, op)))
-            if choose_backend(device, op, training=True) != choose_backend(device, op):
-                table.add_row(f"{op}, in training", *_named(choose_backend(device, op, training=True)))
-    for head_dim, num_tokens in itertools.product((64, 72), (256, 1024)):
-        engine, reason = choose_engine(device, torch.bfloat16, head_dim, num_tokens)
-        table.add_row(f"attention, head dim {head_dim}, {num_tokens} tokens", engine, FP32_PRODUCTS if widened else reason)
+    """What the ops of DiT-XL/2 take."""
+    title = f"Engines for DiT-XL/2 in bf16 on {device}"
+    table = Table("op", "sizes", "batch", "takes", "why", title=title, title_justify="left")
+    for (problem, choice), batches in _choices(device).items():
+        sizes = " ".join(f"{name}={size}" for name, size in zip(SIZES[problem.op], problem.sizes, strict=True))
+        op = f"{problem.op}, in training" if problem.training else problem.op
+        table.add_row(op, sizes, ", ".join(map(str, dict.fromkeys(batches))), *_named(choice))
     return table
 
 
-def _named(choice: tuple[str, str]) -> tuple[str, str]:
-    backend, reason = choice
-    return f"triton ({kernels().target()})" if backend == "triton" else backend, reason
+def _choices(device: torch.device) -> dict[tuple[Problem, Choice], list[int]]:
+    """By problem (but for its rows) and choice, the batches that make it."""
+    config = DiTConfig.from_name("DiT-XL/2")
+    found: dict[tuple[Problem, Choice], list[int]] = {}
+    for training, batch in itertools.product((False, True), BATCHES):
+        for problem in problems(config, batch, torch.bfloat16, training):
+            found.setdefault((problem._replace(rows=0), _choice(device, problem)), []).append(batch)
+    return found
+
+
+def _choice(device: torch.device, problem: Problem) -> Choice:
+    choice = choose(device, problem)
+    widened = problem.op in (*OPS_WITH_PRODUCTS, "attention") and in_fp32(torch.empty(0, device=device, dtype=problem.dtype))
+    return choice._replace(why=FP32_PRODUCTS) if widened else choice
+
+
+def _named(choice: Choice) -> tuple[str, str]:
+    return f"triton ({kernels().target()})" if choice.route == "triton" else choice.route, choice.why
+
+
+def _record(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "tuning record: none, without a CUDA device"
+    path = record.path_of(torch.cuda.get_device_name(device))
+    if path is None:
+        return f"tuning record: not read, since {record.VARIABLE}={record.OFF}"
+    entries = record.of_device(device)
+    return (
+        f"tuning record: {path}, {len(entries)} problems"
+        if entries
+        else f"tuning record: none at {path}; `ditfast tune` makes one"
+    )
 
 
 def _parity(device: torch.device) -> tuple[bool, str]:

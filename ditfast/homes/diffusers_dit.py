@@ -99,7 +99,7 @@ class DiffusersBlock(BlockHome):
         return [block.norm1.linear]
 
     def heads(self, block: Foreign) -> tuple[int, int]:
-        return block.norm1.norm.normalized_shape[0] // block.attn1.heads, 256
+        return block.attn1.heads, block.norm1.norm.normalized_shape[0] // block.attn1.heads
 
 
 class DiffusersModel(Home):

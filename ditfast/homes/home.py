@@ -16,11 +16,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import blocks
 from ..conditioning import wide_linear
 from ..ops.attention import choose_engine
-from ..ops.dispatch import choose_backend
+from ..ops.dispatch import choose
 from ..plain import is_plain, is_unhooked
+from ..problem import Problem
 from .caches import Caches, Modulations
 
 Foreign: TypeAlias = Any  # an nn.Module of somebody else's, whose parts the type checker cannot know
+REPORTED_TOKENS = 256  # of the one image that the report speaks of
 
 
 class Options(NamedTuple):
@@ -72,7 +74,7 @@ class Home(ABC):
         return True
 
     def heads(self, module: Foreign) -> tuple[int, int] | None:
-        """(head dim, tokens) of the attention that is replaced; None if it is not."""
+        """(heads, head dim) of the attention that is replaced; None if it is not."""
         return None
 
 
@@ -193,12 +195,15 @@ class Swap:
         if not self.is_as_found():
             return "changed since, or hooked inside: its own forward runs"
         weight = next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
-        backend = choose_backend(weight.device, "layer_norm_modulate")[0]
+        dtype = self.options.dtype or weight.dtype
+        norm = Problem("layer_norm_modulate", dtype, REPORTED_TOKENS, (REPORTED_TOKENS, weight.shape[-1]))
+        backend = choose(weight.device, norm).route
         heads = self.home.heads(self.module)
         if heads is None:
             return backend
         try:
-            engine = choose_engine(weight.device, self.options.dtype or weight.dtype, *heads, self.options.engine)[0]
+            attention = Problem("attention", dtype, REPORTED_TOKENS, (REPORTED_TOKENS, *heads))
+            engine = choose_engine(weight.device, attention, self.options.engine).route
         except RuntimeError as error:
             return str(error)
         return f"{backend}, attention {engine}"

@@ -89,7 +89,7 @@ class OfficialBlock(BlockHome):
         return [block.adaLN_modulation[1]]
 
     def heads(self, block: Foreign) -> tuple[int, int]:
-        return block.norm1.normalized_shape[0] // block.attn.num_heads, 256
+        return block.attn.num_heads, block.norm1.normalized_shape[0] // block.attn.num_heads
 
 
 class OfficialModel(Home):

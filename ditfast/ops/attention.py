@@ -1,39 +1,21 @@
-"""Self-attention, packed or not, on the engine that is expected to win: flash-attn, torch's SDPA or our Triton kernels."""
+"""Self-attention, packed or not, on the engine that wins: flash-attn, torch's SDPA or our Triton kernels."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..problem import Problem
 from .checks import check_dtype
 from .cpu_products import torch_attention
-from .dispatch import define_op, force, forced, has_triton, needs_gradient, under_autocast
+from .dispatch import check_possible, choose, define_op, force, needs_gradient, route, under_autocast
+from .routes import Choice
 
 ENGINES = ("flash", "sdpa", "triton")
-LARGEST_HEAD = 256  # of flash-attn, and of our kernels
-# Where libraries pad head dim 72 to 96 (flash-attn) or 128, and our 64 + 16 shows against what a launch costs.
-LONG_SEQUENCE = 1024
-
-
-def why_no_flash() -> str:
-    """Why flash-attn cannot be called here; empty if it can."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
-    try:
-        module = importlib.import_module("flash_attn")
-    except Exception as error:  # built for another torch or CUDA: anything may come out of it
-        return f"flash-attn is installed but does not import: {error}"
-    return "" if hasattr(module, "flash_attn_qkvpacked_func") else "this flash-attn has no flash_attn_qkvpacked_func"
-
-
-# Looked up once, at import: a graph that torch.compile traces cannot look for modules.
-WHY_NO_FLASH = why_no_flash()
-HAS_TRITON = has_triton()
 
 
 def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = None) -> Tensor:
@@ -42,7 +24,7 @@ def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = 
     Args:
         qkv: [B, T, 3, H, d] fp32, fp16 or bf16, contiguous in its last three dimensions: the output of the qkv linear. Or
             q, k and v apart, each [B, T, H, d]: SDPA reads them in place, the other engines have them packed first.
-        engine: one of ``"flash"``, ``"sdpa"``, ``"triton"``; None for the one that is expected to win.
+        engine: one of ``"flash"``, ``"sdpa"``, ``"triton"``; None for the one that ``ditfast doctor`` names.
 
     Returns:
         [B, T, H*d], contiguous, of the dtype of qkv, or autocast's.
@@ -56,10 +38,11 @@ def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = 
         return _attention_apart(q, k, v, engine)
     (qkv,) = under_autocast(qkv)
     check_heads("qkv", qkv, "[B, T, 3, H, d]", packed=3)
-    _, T, _, _, d = qkv.shape
-    engine, _ = choose_engine(qkv.device, qkv.dtype, d, T, engine)
+    training = needs_gradient(qkv)
+    B, T, _, H, d = qkv.shape
+    engine = _engine(qkv, (B, T, H, d), training, engine)
     if engine == "triton":
-        return _op(qkv, needs_gradient(qkv))[0]
+        return _op(qkv, training)[0]
     return _flash(qkv) if engine == "flash" else torch_attention(*qkv.unbind(2))
 
 
@@ -69,7 +52,7 @@ def _attention_apart(q: Tensor, k: Tensor, v: Tensor, engine: str | None) -> Ten
         if (heads.shape, heads.dtype, heads.device) != (q.shape, q.dtype, q.device):
             got = f"{tuple(heads.shape)} {heads.dtype} on {heads.device}"
             raise ValueError(f"{name}: got {got}, expected {tuple(q.shape)} {q.dtype} on {q.device}, as q")
-    engine, _ = choose_engine(q.device, q.dtype, q.shape[3], q.shape[1], engine)
+    engine = _engine(q, q.shape, needs_gradient(q, k, v), engine)
     return torch_attention(q, k, v) if engine == "sdpa" else attention(torch.stack((q, k, v), dim=2), engine)
 
 
@@ -96,60 +79,28 @@ def attention_engine(name: str) -> contextlib.AbstractContextManager[None]:
     return force("attention", name, ENGINES)
 
 
-def choose_engine(
-    device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int, wanted: str | None = None
-) -> tuple[str, str]:
+def choose_engine(device: torch.device, problem: Problem, wanted: str | None = None) -> Choice:
     """The engine that ``attention`` takes, ``"flash"``, ``"sdpa"`` or ``"triton"``, and why.
 
     Raises:
         ValueError: an engine is wanted that does not exist.
         RuntimeError: a wanted or forced engine cannot run; the message says why, and what to do.
     """
-    if wanted is not None:
-        if wanted not in ENGINES:
-            raise ValueError(f"engine: got {wanted!r}, expected one of {', '.join(ENGINES)}")
-        _check_possible(wanted, device, dtype, head_dim)
-        return wanted, "asked for"
-    choice = forced()
-    if choice.attention is not None:
-        _check_possible(choice.attention, device, dtype, head_dim)
-        return choice.attention, "forced by ditfast.attention_engine"
-    if choice.backend == "triton":
-        _check_possible("triton", device, dtype, head_dim)
-        return "triton", "forced by ditfast.backend"
-    why_not_flash = _why_not_flash(device, dtype, head_dim)
-    library = ("sdpa", why_not_flash) if why_not_flash else ("flash", "flash-attn is installed")
-    if choice.backend == "torch" or device.type != "cuda" or dtype == torch.float32:
-        return library
-    if not HAS_TRITON or head_dim > LARGEST_HEAD:
-        return library
-    if torch.version.hip:
-        return "triton", "the same tiles on AMD; expected to win, not measured"
-    if head_dim == 72 and num_tokens >= LONG_SEQUENCE and "compute capability" not in why_not_flash:
-        return "triton", "64 + 16 does 1.11x the useful work, flash-attn's 96 1.33x; expected to win, not measured"
-    return library
+    if wanted is None:
+        return choose(device, problem)
+    if wanted not in ENGINES:
+        raise ValueError(f"engine: got {wanted!r}, expected one of {', '.join(ENGINES)}")
+    check_possible(wanted, device, problem)
+    return Choice(wanted, "asked for")
 
 
-def _why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    if device.type != "cuda":
-        return f"flash-attn does not run on {device.type}"
-    if dtype == torch.float32:
-        return "flash-attn does not take float32"
-    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-        return "flash-attn needs compute capability 8.0 or later"
-    if head_dim > LARGEST_HEAD or head_dim % 8:
-        return f"flash-attn does not take head dim {head_dim}"
-    return WHY_NO_FLASH
-
-
-def _check_possible(engine: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    why = ""
-    if engine == "flash":
-        why = _why_not_flash(device, dtype, head_dim)
-    elif engine == "triton" and head_dim > LARGEST_HEAD:
-        why = f"the Triton kernels take head dims up to {LARGEST_HEAD}, not {head_dim}"
-    if why:
-        raise RuntimeError(f"attention was forced onto {engine!r}, but {why}: ditfast.attention_engine('sdpa') takes any input")
+def _engine(x: Tensor, shape: Sequence[int], training: bool, wanted: str | None) -> str:
+    """For x and the shape [B, T, H, d] of its heads."""
+    B, *sizes = shape
+    rows = B * sizes[0]
+    if wanted is None:
+        return route(x, "attention", rows, tuple(sizes), training)
+    return choose_engine(x.device, Problem("attention", x.dtype, rows, tuple(sizes), training), wanted).route
 
 
 def _flash(qkv: Tensor) -> Tensor:

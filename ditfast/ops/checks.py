@@ -17,6 +17,11 @@ def check_tokens(name: str, x: Tensor) -> None:
     _check_inner_stride(name, x)
 
 
+def token_rows(x: Tensor) -> int:
+    """Of [B, T, ...]"""
+    return x.shape[0] * x.shape[1]
+
+
 def check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise ValueError(

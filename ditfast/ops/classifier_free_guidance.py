@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_dtype
-from .dispatch import define_op, takes_torch
+from .dispatch import define_op, needs_gradient, route
 
 
 def classifier_free_guidance(out: Tensor, scale: float, channels: int) -> Tensor:
@@ -32,7 +32,7 @@ def classifier_free_guidance(out: Tensor, scale: float, channels: int) -> Tensor
     check_dtype("out", out)
     if not 0 <= channels <= out.shape[1]:
         raise ValueError(f"channels: got {channels}, expected 0..{out.shape[1]}")
-    if takes_torch("classifier_free_guidance", out):
+    if route(out, "classifier_free_guidance", len(out), (out.shape[1:].numel(),), needs_gradient(out)) == "torch":
         return torch_classifier_free_guidance(out, scale, channels)
     return _op(out, scale, channels)
 

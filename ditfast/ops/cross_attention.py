@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import LARGEST_HEAD, check_heads
+from .attention import check_heads
 from .cpu_products import torch_attention
-from .dispatch import define_op, forced, needs_gradient, takes_torch, under_autocast
+from .dispatch import define_op, needs_gradient, route, under_autocast
+from .routes import LARGEST_HEAD
 
 
 def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
@@ -28,18 +29,19 @@ def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
     q, kv = under_autocast(q, kv)
     check_heads("q", q, "[B, T, H, d]")
     check_heads("kv", kv, "[B, S, 2, H, d]", packed=2)
-    B, _, H, d = q.shape
+    B, T, H, d = q.shape
     if (kv.shape[0], *kv.shape[3:]) != (B, H, d) or kv.shape[1] == 0:
         raise ValueError(f"kv: got shape {tuple(kv.shape)}, expected {(B, 'S', 2, H, d)} for q {tuple(q.shape)}, S at least 1")
     if kv.dtype != q.dtype:
         raise ValueError(f"kv: got dtype {kv.dtype}, expected {q.dtype}, as q")
     if kv.device != q.device:
         raise ValueError(f"kv: got a tensor on {kv.device}, expected {q.device}, as q")
-    if takes_torch("cross_attention", q) or (d > LARGEST_HEAD and forced().backend is None):
+    training = needs_gradient(q, kv)
+    if route(q, "cross_attention", B * T, (T, kv.shape[1], H, d), training) == "torch":
         return torch_attention(q, *kv.unbind(2))
     if d > LARGEST_HEAD:
         raise ValueError(f"q: got head dim {d}, expected at most {LARGEST_HEAD}; ditfast.backend('torch') takes any")
-    return _op(q, kv, needs_gradient(q, kv))[0]
+    return _op(q, kv, training)[0]
 
 
 def _fake(q: Tensor, kv: Tensor, training: bool) -> tuple[Tensor, Tensor]:

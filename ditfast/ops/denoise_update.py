@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_dtype
-from .dispatch import define_op, takes_torch
+from .dispatch import define_op, route
 
 
 def denoise_update(
@@ -40,7 +40,7 @@ def denoise_update(
         ValueError: an argument's shape, dtype or device; the message names it.
     """
     _check(x, output, noise, update, scale, guided_channels)
-    if takes_torch("denoise_update", x):
+    if route(x, "denoise_update", len(x), (x.shape[1:].numel(),)) == "torch":
         return torch_denoise_update(x, output, noise, update, scale, guided_channels, clip)
     return _op(x, output, noise, update, scale, guided_channels, clip)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..problem import Problem
+from .decisions import decide, use_tiles
+from .routes import Choice, has_triton, library_attention, why_not
+
 BACKENDS = ("torch", "triton")
-TORCH_BY_DEFAULT = {"linear": "the library's GEMM adds the bias in its epilogue too"}
-TORCH_FOR_GRADIENTS = {op: "its gradients are plain products, the library's GEMM at its best" for op in ("linear_gelu", "mlp")}
 
 
 class Forced(NamedTuple):
@@ -28,6 +29,7 @@ class Forced(NamedTuple):
 
     backend: str | None = None
     attention: str | None = None
+    trial: tuple[str, str] | None = None  # an op and its route, for who measures them
 
 
 _library = torch.library.Library("ditfast", "DEF")
@@ -38,6 +40,7 @@ _NOTHING = Forced()
 _one_of_each = {_NOTHING: _NOTHING}
 _in_force: list[Force] = []
 _latest = _NOTHING
+_watching: list[Callable[[Problem], None]] = []
 
 
 class Force:
@@ -65,8 +68,9 @@ class Force:
 def backend(name: str) -> Force:
     """Forces every op inside the ``with`` block, in this thread, onto plain torch or onto the Triton kernels.
 
-    Without it CUDA tensors take Triton and CPU tensors torch. ``"triton"`` on CPU tensors runs in Triton's interpreter
-    (TRITON_INTERPRET=1 before the first import of ditfast). A backward runs on the backend of its forward; the
+    Without it CPU tensors take torch, and CUDA tensors what is fastest: as ``ditfast tune`` measured it, else as
+    predicted, else Triton for all but plain products; ``ditfast doctor`` shows which, and why. ``"triton"`` on CPU tensors runs in Triton's
+    interpreter (TRITON_INTERPRET=1 before the first import of ditfast). A backward runs on the backend of its forward; the
     recomputation of ``torch.utils.checkpoint`` does if it is given ``context_fn=ditfast.checkpoint_contexts``.
 
     Raises:
@@ -79,7 +83,13 @@ def force(field: str, name: str, allowed: tuple[str, ...]) -> Force:
     """Sets a field of ``Forced`` inside the ``with`` block, in this thread."""
     if name not in allowed:
         raise ValueError(f"{field}: got {name!r}, expected one of {', '.join(allowed)}")
-    return Force(_forced.get()._replace(**{field: name}))
+    fields: dict[str, Any] = {field: name}
+    return Force(_forced.get()._replace(**fields))
+
+
+def on_trial(op: str, route: str) -> Force:
+    """Sends one op down a route inside the ``with`` block, in this thread, whatever is known of it; for who measures it."""
+    return Force(_forced.get()._replace(trial=(op, route)))
 
 
 def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
@@ -95,11 +105,6 @@ def forced() -> Forced:
 
 
 @functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def kernels() -> ModuleType:
     """``ditfast.kernels``, imported at the first launch: triton is slow to import, and absent on macOS and Windows."""
     if not has_triton():
@@ -109,28 +114,65 @@ def kernels() -> ModuleType:
     return ditfast.kernels
 
 
-def choose_backend(device: torch.device, op: str, training: bool = False) -> tuple[str, str]:
-    """The backend that an op takes for tensors on a device, in training if gradients are needed, and why."""
-    choice = forced().backend
-    if choice is not None:
-        return choice, "forced by ditfast.backend"
-    if device.type != "cuda":
-        return "torch", "only CUDA tensors take Triton unless ditfast.backend forces it"
-    if not has_triton():
-        return "torch", "triton is not installed"
-    if op in TORCH_BY_DEFAULT:
-        return "torch", TORCH_BY_DEFAULT[op]
-    if training and op in TORCH_FOR_GRADIENTS:
-        return "torch", TORCH_FOR_GRADIENTS[op]
-    return "triton", "the default on CUDA"
+def choose(device: torch.device, problem: Problem) -> Choice:
+    """The route that an op takes for tensors on a device, and why: forced, measured, predicted or the default.
+
+    Raises:
+        RuntimeError: attention is forced onto an engine that cannot run; the message says why, and what to do.
+    """
+    choice = forced()
+    if choice.trial is not None and choice.trial[0] == problem.op:
+        return Choice(choice.trial[1], "on trial")
+    if problem.op == "attention":
+        if choice.attention is not None:
+            check_possible(choice.attention, device, problem)
+            return Choice(choice.attention, "forced by ditfast.attention_engine")
+        if choice.backend == "triton":
+            check_possible("triton", device, problem)
+            return Choice("triton", "forced by ditfast.backend")
+        if choice.backend == "torch" or device.type != "cuda":
+            return library_attention(device, problem)
+    elif choice.backend is not None:
+        return Choice(choice.backend, "forced by ditfast.backend")
+    elif device.type != "cuda":
+        return Choice("torch", "only CUDA tensors take Triton unless ditfast.backend forces it")
+    if torch.compiler.is_compiling():
+        return Choice(_decided(device, *problem.bucket()), "as when it was traced")
+    return decide(device, problem)
+
+
+@torch.compiler.assume_constant_result
+def _decided(device: torch.device, op: str, dtype: torch.dtype, rows: int, sizes: tuple[int, ...], training: bool) -> str:
+    """For a compiled graph, which holds what was known when it was traced."""
+    return decide(device, Problem(op, dtype, rows, sizes, training)).route
+
+
+def route(x: Tensor, op: str, rows: int, sizes: tuple[int, ...], training: bool = False) -> str:
+    """The one that an op takes for x and this problem."""
+    problem = Problem(op, x.dtype, rows, sizes, training)
+    for watch in _watching:
+        watch(problem)
+    return choose(x.device, problem).route
+
+
+@contextlib.contextmanager
+def watching(watch: Callable[[Problem], None]) -> Iterator[None]:
+    """Calls inside the ``with`` block are told of each problem that an op is given."""
+    _watching.append(watch)
+    try:
+        yield
+    finally:
+        _watching.remove(watch)
+
+
+def check_possible(engine: str, device: torch.device, problem: Problem) -> None:
+    why = why_not(engine, device, problem)
+    if why:
+        raise RuntimeError(f"attention was forced onto {engine!r}, but {why}: ditfast.attention_engine('sdpa') takes any input")
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def takes_torch(op: str, x: Tensor, training: bool = False) -> bool:
-    return choose_backend(x.device, op, training)[0] == "torch"
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -143,9 +185,10 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """None where autocast is off."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    kind = "cpu" if device.type == "meta" else device.type  # torch has no autocast of tensors without data
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(kind)
 
 
 def define_op(
@@ -172,6 +215,7 @@ def define_op(
     def launch(*args: Any) -> Any:
         where = next(arg for arg in args if isinstance(arg, Tensor))
         kernels().check_launchable(where)
+        use_tiles(where.device)
         with kernels().current_device(where.device):
             return getattr(kernels(), name)(*args)
 

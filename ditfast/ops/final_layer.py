@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .checks import check_linear, check_modulation
-from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
+from .checks import check_linear, check_modulation, check_tokens, token_rows
+from .dispatch import define_op, needs_gradient, route, under_autocast
 from .layer_norm_modulate import layer_norm_modulate
 from .linear_unpatchify import linear_unpatchify
 from .patches import check_grid
@@ -51,11 +51,12 @@ def final_layer(
             message names it.
     """
     weight, bias = under_autocast(weight, bias)
+    check_tokens("x", x)
     if (
-        takes_torch("final_layer", x)
-        or needs_gradient(x, shift, scale, weight, bias)
+        needs_gradient(x, shift, scale, weight, bias)
         or len(weight) > MOST_FEATURES
         or weight.dtype != x.dtype
+        or route(x, "final_layer", token_rows(x), (len(weight), x.shape[2])) == "torch"
     ):
         u = layer_norm_modulate(x, shift, scale, eps)
         return linear_unpatchify(u, weight, bias, grid, patch_size)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_branch, check_modulation, check_tokens
-from .dispatch import define_op, takes_torch
+from .checks import check_branch, check_modulation, check_tokens, token_rows
+from .dispatch import define_op, needs_gradient, route
 from .joint_backward import joint_backward
 from .layer_norm_modulate import per_token
 
@@ -30,7 +30,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     check_tokens("x", x)
     check_branch("h", h, x)
     check_modulation("gate", gate, x)
-    if takes_torch("gated_residual", x):
+    if route(x, "gated_residual", token_rows(x), tuple(x.shape[1:]), needs_gradient(x, h, gate)) == "torch":
         return torch_gated_residual(x, h, gate)
     return _op(x, h, gate)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_branch, check_modulation, check_tokens
-from .dispatch import define_op, needs_gradient, takes_torch
+from .checks import check_branch, check_modulation, check_tokens, token_rows
+from .dispatch import define_op, needs_gradient, route
 from .gated_residual import cast_to, torch_gated_residual
 from .joint_backward import joint_backward
 from .layer_norm_modulate import empty_stats, torch_layer_norm_modulate
@@ -37,10 +37,11 @@ def gated_residual_layer_norm_modulate(
     check_branch("h", h, x)
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_modulation(name, vector, x)
-    if takes_torch("gated_residual_layer_norm_modulate", x):
+    training = needs_gradient(x, h, gate, shift, scale)
+    if route(x, "gated_residual_layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training) == "torch":
         x_new = torch_gated_residual(x, h, gate)
         return x_new, torch_layer_norm_modulate(x_new, shift, scale, eps)
-    x_new, u, _ = _op(x, h, gate, shift, scale, eps, needs_gradient(x, h, gate, shift, scale))
+    x_new, u, _ = _op(x, h, gate, shift, scale, eps, training)
     return x_new, u
 
 

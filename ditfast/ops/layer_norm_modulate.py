@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_modulation, check_tokens
-from .dispatch import define_op, needs_gradient, takes_torch
+from .checks import check_modulation, check_tokens, token_rows
+from .dispatch import define_op, needs_gradient, route
 from .joint_backward import joint_backward
 
 # Elements; measured on two cores of a Zen 4: above the first a call's overhead no longer shows, above the second the
@@ -36,9 +36,10 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
     check_tokens("x", x)
     check_modulation("shift", shift, x)
     check_modulation("scale", scale, x)
-    if takes_torch("layer_norm_modulate", x):
+    training = needs_gradient(x, shift, scale)
+    if route(x, "layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training) == "torch":
         return torch_layer_norm_modulate(x, shift, scale, eps)
-    return _op(x, shift, scale, eps, needs_gradient(x, shift, scale))[0]
+    return _op(x, shift, scale, eps, training)[0]
 
 
 def torch_layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_linear
+from .checks import check_linear, token_rows
 from .cpu_products import torch_linear
-from .dispatch import define_op, takes_torch, under_autocast
+from .dispatch import define_op, needs_gradient, route, under_autocast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     x, weight, bias = under_autocast(x, weight, bias)
     check_linear(x, weight, bias)
-    if takes_torch("linear", x):
+    if route(x, "linear", token_rows(x), tuple(weight.shape), needs_gradient(x, weight, bias)) == "torch":
         return torch_linear(x, weight, bias).contiguous()
     return _op(x, weight, bias)
 

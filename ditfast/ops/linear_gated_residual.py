@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import check_branch, check_linear, check_modulation
-from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
+from .checks import check_branch, check_linear, check_modulation, token_rows
+from .dispatch import define_op, needs_gradient, route, under_autocast
 from .gated_residual import gated_residual
 from .linear import linear
 
@@ -32,7 +32,8 @@ def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Ten
     check_linear(x, weight, bias)
     check_branch("residual", residual, x, (*x.shape[:2], len(bias)))
     check_modulation("gate", gate, residual)
-    if takes_torch("linear_gated_residual", x) or needs_gradient(x, weight, bias, residual, gate):
+    training = needs_gradient(x, weight, bias, residual, gate)
+    if training or route(x, "linear_gated_residual", token_rows(x), tuple(weight.shape)) == "torch":
         return gated_residual(residual, linear(x, weight, bias), gate)
     return _op(x, weight, bias, residual, gate)
 

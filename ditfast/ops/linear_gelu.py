@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .checks import check_linear
+from .checks import check_linear, token_rows
 from .cpu_products import torch_linear
-from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
+from .dispatch import define_op, needs_gradient, route, under_autocast
 from .linear import backward_fake, operands
 from .torch_gelu import torch_gelu
 
@@ -31,8 +32,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x, weight, bias = under_autocast(x, weight, bias)
     check_linear(x, weight, bias)
     training = needs_gradient(x, weight, bias)
-    if takes_torch("linear_gelu", x, training):
+    taken = route(x, "linear_gelu", token_rows(x), tuple(weight.shape), training)
+    if taken == "torch":
         return torch_gelu(torch_linear(x, weight, bias)).contiguous()
+    if taken == "cublaslt":  # whose epilogue has the tanh form; on the CPU the same function computes the other
+        return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
     return _op(x, weight, bias, training)[0]
 
 

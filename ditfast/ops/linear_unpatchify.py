@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_linear
+from .checks import check_linear, token_rows
 from .cpu_products import torch_linear
-from .dispatch import define_op, takes_torch, under_autocast
+from .dispatch import define_op, needs_gradient, route, under_autocast
 from .patches import check_grid
 from .unpatchify import empty_image, torch_unpatchify
 
@@ -34,7 +34,7 @@ def linear_unpatchify(u: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, 
     u, weight, bias = under_autocast(u, weight, bias)
     check_linear(u, weight, bias, of="u")
     check_grid(u, grid, len(weight), patch_size)
-    if takes_torch("linear_unpatchify", u):
+    if route(u, "linear_unpatchify", token_rows(u), tuple(weight.shape), needs_gradient(u, weight, bias)) == "torch":
         return torch_unpatchify(torch_linear(u, weight, bias), grid, patch_size)
     return _op(u, weight, bias, grid, patch_size)
 

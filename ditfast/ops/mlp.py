@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_linear
+from .checks import check_linear, token_rows
 from .cpu_products import torch_linear
-from .dispatch import define_op, needs_gradient, takes_torch, under_autocast
+from .dispatch import define_op, needs_gradient, route, under_autocast
 from .linear import linear
 from .linear_gelu import linear_gelu
 from .torch_gelu import torch_gelu
@@ -34,11 +34,12 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
     check_linear(x, fc1_weight, fc1_bias, prefix="fc1_")
     check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=len(fc1_bias))
     training = needs_gradient(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if takes_torch("mlp", x, training):
-        hidden = torch_gelu(torch_linear(x, fc1_weight, fc1_bias))
-        return torch_linear(hidden, fc2_weight, fc2_bias).contiguous()
     if not training:
         return linear(linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
+    sizes = (len(fc1_bias), len(fc2_bias), x.shape[2])
+    if route(x, "mlp", token_rows(x), sizes, training) == "torch":
+        hidden = torch_gelu(torch_linear(x, fc1_weight, fc1_bias))
+        return torch_linear(hidden, fc2_weight, fc2_bias).contiguous()
     return _op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)[0]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import check_branch, check_dtype, check_parameter
 from .cpu_products import torch_linear
-from .dispatch import define_op, takes_torch, under_autocast
+from .dispatch import define_op, needs_gradient, route, under_autocast
 from .patches import check_patch_size
 
 
@@ -33,7 +33,8 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
     dtype = weight.dtype
     latents, weight, bias = under_autocast(latents, weight, bias)
     pos_embed = _check(latents, weight, bias, pos_embed, patch_size)
-    if takes_torch("patch_embed", latents):
+    rows, sizes = len(latents) * len(pos_embed), (len(weight), weight.shape[1:].numel())
+    if route(latents, "patch_embed", rows, sizes, needs_gradient(latents, weight, bias, pos_embed)) == "torch":
         patches = torch_patchify(latents, patch_size)  # [B, T, C*p*p]
         return (torch_linear(patches, weight.flatten(1), bias) + pos_embed).to(dtype).contiguous()  # [B, T, D]
     return _op(latents, weight, bias, pos_embed, dtype)

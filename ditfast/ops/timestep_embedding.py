@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import TIMESTEP_FEATURES
-from .dispatch import define_op, takes_torch
+from .dispatch import define_op, needs_gradient, route
 
 
 def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_divisor: int | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
     # Computed by torch on either backend: one rounding more or less of a frequency shows at large timesteps.
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(10000) * index / (frequency_divisor or half))  # [dim/2]
-    if takes_torch("timestep_embedding", t):
+    if route(frequencies, "timestep_embedding", len(t), (dim,), needs_gradient(t)) == "torch":
         angles = t.float()[:, None] * frequencies  # [B, dim/2]
         return torch.cat([angles.cos(), angles.sin()], dim=1)
     return _op(t, frequencies)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_tokens
-from .dispatch import define_op, takes_torch
+from .checks import check_tokens, token_rows
+from .dispatch import define_op, needs_gradient, route
 from .patches import check_grid
 
 
@@ -29,7 +29,7 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """
     check_tokens("x", x)
     check_grid(x, grid, x.shape[2], patch_size)
-    if takes_torch("unpatchify", x):
+    if route(x, "unpatchify", token_rows(x), (x.shape[2],), needs_gradient(x)) == "torch":
         return torch_unpatchify(x, grid, patch_size)
     return _op(x, grid, patch_size)
 

@@ -11,11 +11,23 @@ from torch import Tensor
 
 import ditfast
 from ditfast import ops
+from ditfast.ops import decisions, dispatch, routes
+from ditfast.ops.attention import choose_engine
+from ditfast.ops.routes import Choice
+from ditfast.problem import Problem
 
-attention_module = sys.modules["ditfast.ops.attention"]
 CUDA = torch.device("cuda")
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128)
 TOKENS = (1, 16, 17, 64, 100, 257)
+
+
+def engine(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int) -> Choice:
+    """As if what is installed had not been looked up before."""
+    decisions.forget()
+    try:
+        return choose_engine(device, Problem("attention", dtype, 8 * num_tokens, (num_tokens, 16, head_dim)))
+    finally:
+        decisions.forget()
 
 
 def packed(runner: Runner, B: int, T: int, H: int, d: int, dtype: torch.dtype) -> Tensor:
@@ -176,15 +188,15 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, dict[str,
     module.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec("flash_attn", loader=None)
     module.flash_attn_qkvpacked_func = flash_attn_qkvpacked_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(attention_module, "WHY_NO_FLASH", attention_module.why_no_flash())
+    monkeypatch.setattr(routes, "WHY_NO_FLASH", routes.why_no_flash())
     return calls
 
 
 def test_flash_attention_is_preferred_and_called_packed(
     flash_calls: list[tuple[Tensor, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert attention_module.choose_engine(CUDA, torch.bfloat16, 72, 256) == ("flash", "flash-attn is installed")
-    monkeypatch.setattr(attention_module, "choose_engine", lambda *_: ("flash", "as if on CUDA"))
+    assert engine(CUDA, torch.bfloat16, 72, 256) == ("flash", "flash-attn is installed")
+    monkeypatch.setattr(dispatch, "choose", lambda *_: Choice("flash", "as if on CUDA"))
     qkv = torch.randn(2, 17, 3, 4, 72).bfloat16()
     out = ops.attention(qkv)
     ((received, options),) = flash_calls
@@ -207,8 +219,8 @@ def test_flash_attention_is_preferred_and_called_packed(
 def test_falls_back_to_sdpa_with_a_reason(
     flash_calls: list[object], device: str, dtype: torch.dtype, head_dim: int, reason: str
 ) -> None:
-    engine, why = attention_module.choose_engine(torch.device(device), dtype, head_dim, 4096)
-    assert engine == "sdpa"
+    chosen, why = engine(torch.device(device), dtype, head_dim, 4096)
+    assert chosen == "sdpa"
     assert reason in why
 
 
@@ -229,19 +241,19 @@ def test_falls_back_to_sdpa_with_a_reason(
 def test_triton_where_it_is_expected_to_win(
     monkeypatch: pytest.MonkeyPatch, flash: bool, hip: str | None, head_dim: int, num_tokens: int, expected: str
 ) -> None:
-    monkeypatch.setattr(attention_module, "WHY_NO_FLASH", "" if flash else "flash-attn is not installed")
+    monkeypatch.setattr(routes, "WHY_NO_FLASH", "" if flash else "flash-attn is not installed")
     monkeypatch.setattr(torch.version, "hip", hip)
-    engine, why = attention_module.choose_engine(CUDA, torch.bfloat16, head_dim, num_tokens)
-    assert engine == expected
+    chosen, why = engine(CUDA, torch.bfloat16, head_dim, num_tokens)
+    assert chosen == expected
     assert why
     with ditfast.backend("torch"):
-        assert attention_module.choose_engine(CUDA, torch.bfloat16, head_dim, num_tokens)[0] in ("flash", "sdpa")
+        assert engine(CUDA, torch.bfloat16, head_dim, num_tokens)[0] in ("flash", "sdpa")
 
 
 @pytest.mark.parametrize("name", ["flash", "sdpa", "triton"])
 def test_forcing_an_engine(flash_calls: list[object], name: str) -> None:
     with ditfast.backend("torch"), ditfast.attention_engine(name):
-        chosen = attention_module.choose_engine(CUDA, torch.bfloat16, 72, 256)
+        chosen = engine(CUDA, torch.bfloat16, 72, 256)
     assert chosen == (name, "forced by ditfast.attention_engine")
 
 
@@ -262,9 +274,9 @@ def test_an_engine_that_cannot_run_says_what_can(monkeypatch: pytest.MonkeyPatch
         ops.attention(qkv)
     with ditfast.backend("triton"), pytest.raises(RuntimeError, match=r"up to 256, not 320: .*attention_engine\('sdpa'\)"):
         ops.attention(qkv)
-    monkeypatch.setattr(attention_module, "WHY_NO_FLASH", "flash-attn is not installed")
+    monkeypatch.setattr(routes, "WHY_NO_FLASH", "flash-attn is not installed")
     with ditfast.attention_engine("flash"), pytest.raises(RuntimeError, match="flash-attn is not installed"):
-        attention_module.choose_engine(CUDA, torch.bfloat16, 64, 256)
+        engine(CUDA, torch.bfloat16, 64, 256)
     with pytest.raises(ValueError, match="attention: got 'fast', expected one of flash, sdpa, triton"):
         ditfast.attention_engine("fast").__enter__()
 
@@ -272,9 +284,9 @@ def test_an_engine_that_cannot_run_says_what_can(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_choice_is_traceable(device: str) -> None:
     def chosen(x: Tensor) -> Tensor:
-        return x + len(attention_module.choose_engine(torch.device(device), torch.float16, 72, 1024)[1])
+        return x + len(choose_engine(torch.device(device), Problem("attention", x.dtype, len(x), (1024, 16, 72))).route)
 
-    x = torch.zeros(1)
+    x = torch.zeros(1, dtype=torch.float16)
     assert torch.equal(torch.compile(chosen, fullgraph=True, backend="aot_eager")(x), chosen(x))
 
 
@@ -282,18 +294,18 @@ def test_a_broken_flash_attn_is_named(monkeypatch: pytest.MonkeyPatch, flash_cal
     def fail(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c105ErrorC2")
 
-    monkeypatch.setattr(attention_module.importlib, "import_module", fail)
-    assert "undefined symbol" in attention_module.why_no_flash()
-    monkeypatch.setattr(attention_module, "WHY_NO_FLASH", attention_module.why_no_flash())
-    assert attention_module.choose_engine(CUDA, torch.bfloat16, 64, 256)[0] == "sdpa"
+    monkeypatch.setattr(routes.importlib, "import_module", fail)
+    assert "undefined symbol" in routes.why_no_flash()
+    monkeypatch.setattr(routes, "WHY_NO_FLASH", routes.why_no_flash())
+    assert engine(CUDA, torch.bfloat16, 64, 256)[0] == "sdpa"
 
 
 def test_a_flash_attn_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch, flash_calls: list[object]) -> None:
     monkeypatch.delattr(sys.modules["flash_attn"], "flash_attn_qkvpacked_func")
-    assert "no flash_attn_qkvpacked_func" in attention_module.why_no_flash()
+    assert "no flash_attn_qkvpacked_func" in routes.why_no_flash()
 
 
 def test_flash_is_not_asked_for_an_empty_batch(monkeypatch: pytest.MonkeyPatch, flash_calls: list[object]) -> None:
-    monkeypatch.setattr(attention_module, "choose_engine", lambda *_: ("flash", "as if on CUDA"))
+    monkeypatch.setattr(dispatch, "choose", lambda *_: Choice("flash", "as if on CUDA"))
     assert ops.attention(torch.empty(0, 16, 3, 4, 32)).shape == (0, 16, 128)
     assert not flash_calls

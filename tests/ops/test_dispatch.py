@@ -15,39 +15,46 @@ from torch.utils.checkpoint import checkpoint
 
 import ditfast
 from ditfast import ops
-from ditfast.ops import dispatch
-from ditfast.ops.dispatch import choose_backend
+from ditfast.ops import decisions, dispatch, routes
+from ditfast.ops.dispatch import choose
+from ditfast.problem import SIZES, Problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+def chosen(device: torch.device, op: str, training: bool = False) -> tuple[str, str]:
+    return choose(device, Problem(op, torch.bfloat16, 256, (64,) * len(SIZES[op]), training))
+
+
 def test_choices() -> None:
-    assert choose_backend(CPU, "mlp")[0] == "torch"
-    assert choose_backend(CUDA, "mlp") == ("triton", "the default on CUDA")
+    assert chosen(CPU, "mlp")[0] == "torch"
+    assert chosen(CUDA, "mlp") == ("triton", "the default on CUDA")
     with ditfast.backend("torch"):
-        assert choose_backend(CUDA, "mlp") == ("torch", "forced by ditfast.backend")
+        assert chosen(CUDA, "mlp") == ("torch", "forced by ditfast.backend")
         with ditfast.backend("triton"):
-            assert choose_backend(CPU, "mlp")[0] == "triton"
-        assert choose_backend(CUDA, "mlp")[0] == "torch"
-    assert choose_backend(CUDA, "linear")[0] == "torch"
-    assert choose_backend(CPU, "mlp")[0] == "torch"
+            assert chosen(CPU, "mlp")[0] == "triton"
+        assert chosen(CUDA, "mlp")[0] == "torch"
+    assert chosen(CUDA, "linear")[0] == "torch"
+    assert chosen(CPU, "mlp")[0] == "torch"
 
 
 def test_without_triton_cuda_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["ditfast.ops.dispatch"], "has_triton", lambda: False)
-    assert choose_backend(CUDA, "mlp") == ("torch", "triton is not installed")
+    decisions.forget()
+    monkeypatch.setattr(routes, "HAS_TRITON", False)
+    assert chosen(CUDA, "mlp") == ("torch", "triton is not installed")
+    decisions.forget()
 
 
 def test_is_left_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="inside"), ditfast.backend("triton"):
         raise RuntimeError("inside")
-    assert choose_backend(CPU, "mlp")[0] == "torch"
+    assert chosen(CPU, "mlp")[0] == "torch"
 
 
 def test_threads_do_not_see_each_other() -> None:
     seen = []
     with ditfast.backend("triton"):
-        thread = threading.Thread(target=lambda: seen.append(choose_backend(CPU, "mlp")[0]))
+        thread = threading.Thread(target=lambda: seen.append(chosen(CPU, "mlp")[0]))
         thread.start()
         thread.join()
     assert seen == ["torch"]
@@ -102,15 +109,15 @@ def test_a_context_can_be_entered_again() -> None:
     context = ditfast.backend("triton")
     for _ in range(2):
         with context:
-            assert choose_backend(CPU, "mlp")[0] == "triton"
-        assert choose_backend(CPU, "mlp")[0] == "torch"
+            assert chosen(CPU, "mlp")[0] == "triton"
+        assert chosen(CPU, "mlp")[0] == "torch"
 
 
 def test_gradients_of_gemms_take_the_library_by_default() -> None:
-    assert choose_backend(CUDA, "mlp", training=True)[0] == "torch"
-    assert choose_backend(CUDA, "layer_norm_modulate", training=True)[0] == "triton"
+    assert chosen(CUDA, "mlp", training=True)[0] == "torch"
+    assert chosen(CUDA, "layer_norm_modulate", training=True)[0] == "triton"
     with ditfast.backend("triton"):
-        assert choose_backend(CUDA, "mlp", training=True)[0] == "triton"
+        assert chosen(CUDA, "mlp", training=True)[0] == "triton"
 
 
 class Dispatched(TorchDispatchMode):
