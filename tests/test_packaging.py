@@ -56,6 +56,7 @@ def test_the_wheel_holds_no_top_level_kernels(wheel: Path) -> None:
         "benchmarks/bench.py",
         "ops/attention.py",
         "data/digits.safetensors",
+        "prediction/counts.json",
         "py.typed",
     ):
         assert f"ditfast/{expected}" in names
