@@ -6,9 +6,18 @@
     python benchmarks/bench.py --checkpoint DiT-XL-2-256x256.pt --batch 8
 
 Writes bench.json, throughput.png and ratios.png into --out. Rivals run interleaved, round by round, so that a machine whose
-clock drifts slows all of them; ratios are medians of each round's ratio. The first model also runs in diffusers' own class,
-before and after ditfast.accelerate. The reference's attention is torch's SDPA, as in
-the official code with a current timm: eager is no unfused-attention baseline.
+clock drifts slows all of them; ratios are medians of each round's ratio. The reference's attention is torch's SDPA, as in the
+official code with a current timm: eager is no unfused-attention baseline. max-autotune is the reference under torch.compile's
+"max-autotune-no-cudagraphs". diffusers is its own class with the same weights, ditfast-swapped that class after
+ditfast.accelerate; both are held to diffusers' arithmetic, and unless --rivals says otherwise take part for the first model.
+
+On CUDA each rival also runs as NAME+graph, captured as a CUDA graph, from inputs that the L2 cache does not hold; the GPU's own
+ceilings (a copy, a large product) are measured first. bench.json's environment has them; a row there has, beside its times:
+first_call_s (compiles, tunes, captures), launches (kernels of a forward), peak_memory_gb, joules_per_image, watts and clock_mhz
+(over a second of forwards), clock_mhz_before and clock_mhz_after its rounds, slowed_by (what held the clocks down), floor_ms
+(ditfast.flops.floor_ms at the data sheet's peaks) and floor_ms_measured (at the ceilings), and roofline_share and
+roofline_share_measured, those floors over the median. What a missing tool (NVML, the profiler) would tell is null, and a note
+says why. The default run takes hours there, most of them max-autotune's: name a few models, batch sizes or rivals.
 """
 
 from __future__ import annotations
@@ -24,24 +33,30 @@ import torch
 from rich.console import Console
 
 from ditfast import CheckpointError, DiTConfig
-from ditfast.benchmarks.environment import describe
-from ditfast.benchmarks.report import print_tables, save_json, save_plots
+from ditfast.benchmarks.environment import describe, spec_of
+from ditfast.benchmarks.gauges import Gauges, first_line
+from ditfast.benchmarks.gpu import Gpu, open_gpu
+from ditfast.benchmarks.plots import save_plots
+from ditfast.benchmarks.report import print_tables, save_json
 from ditfast.benchmarks.rivals import (
     DTYPES,
+    IN_DIFFUSERS,
     RIVALS,
-    SWAPPED,
     Case,
     available_rivals,
     checkpoint_case,
     digits_case,
+    kind_of,
     random_case,
-    swapped_case,
 )
-from ditfast.benchmarks.timing import Row, bench_case, progress_bar
+from ditfast.benchmarks.rows import Row
+from ditfast.benchmarks.timing import bench_case, progress_bar
 from ditfast.config import MODEL_NAMES
 
 CPU_MODELS = [name for name in MODEL_NAMES if name.startswith(("DiT-S", "DiT-B"))]
 CUDA_MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]
+CPU_RIVALS = ["eager", "compile", "ditfast"]
+CUDA_RIVALS = ["eager", "compile", "max-autotune", "diffusers", "ditfast"]
 FEWEST_ROUNDS = 5
 
 
@@ -51,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights to time instead of random ones; any layout")
     parser.add_argument("--batch", nargs="+", type=_positive, metavar="N", help="default: 1; on CUDA 1 8 32 128")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS + SWAPPED, default=[*RIVALS, *SWAPPED])
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: what fits the device")
     parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
     parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--out", type=_folder, default="bench-results", metavar="DIR", help="default %(default)s")
@@ -64,20 +79,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, gpu: Gpu | None = None) -> int:
+    """``gpu`` stands in for that of --device."""
     args = parse_arguments(argv)
     missing = [module for module in ("matplotlib", "sklearn") if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(f"bench needs {' and '.join(missing)}: pip install -e '.[bench]' (or 'ditfast[bench]')")
     console = Console(width=max(112, Console().width))
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)  # streams and graphs are made on the current one
     torch.backends.cudnn.allow_tf32 = False  # no rival gets to round its fp32 convolution
+    gpu = gpu or open_gpu(args.device)
     environment = describe(args.device)
+    gauges = None if gpu is None else Gauges(gpu, spec_of(args.device))
+    if gauges is not None:
+        environment |= gauges.describe()
     console.print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), highlight=False)
-    rivals, notes = available_rivals(args.rivals, args.device)
     try:
-        cases = _cases(args, rivals)
+        cases, notes = _cases(args, on_gpu=gpu is not None)
     except CheckpointError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -85,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = args.out / "bench.json"
     with progress_bar(console) as progress:
         task = progress.add_task("bench", total=len(cases), phase="")
-        for case in cases:
+        for case, rivals in cases:
             if not console.is_terminal:
                 console.print(case.title, highlight=False)
 
@@ -93,37 +110,52 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress.update(task, phase=f"{case.title}: {phase}")
 
             try:
-                names = [name for name in rivals if name.partition("+")[0] in case.rivals]
-                found, remarks = bench_case(case, names, args.rounds, show)
+                found, remarks = bench_case(case, rivals, args.rounds, show, gauges)
                 rows += found
                 notes += remarks
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
                 notes.append(f"{case.title}: skipped, out of memory")
-            save_json(report, environment, rows, notes)
+            except Exception as error:  # one case must not take the others with it
+                notes.append(f"{case.title}: skipped, {type(error).__name__}: {first_line(error)}")
+            if gpu is not None:
+                gpu.release_cache()
+            save_json(report, environment, rows, _all_notes(notes, gauges))
             progress.advance(task)
     print_tables(console, rows)
-    for note in notes:
+    for note in _all_notes(notes, gauges):
         console.print(f"note: {note}", highlight=False)
     written = [report, *save_plots(args.out, rows)]
     console.print("wrote " + ", ".join(str(path) for path in written), highlight=False)
-    return 0 if all(row.parity for row in rows) else 1
+    return 0 if rows and all(row.parity for row in rows) else 1
 
 
-def _cases(args: argparse.Namespace, rivals: Sequence[str]) -> list[Case]:
+def _all_notes(notes: list[str], gauges: Gauges | None) -> list[str]:
+    return notes if gauges is None else [*notes, *gauges.notes]
+
+
+def _cases(args: argparse.Namespace, *, on_gpu: bool) -> tuple[list[tuple[Case, list[str]]], list[str]]:
+    """What to run, each with its rivals, and a note for each rival that cannot."""
+    wanted = args.rivals or (CUDA_RIVALS if on_gpu else CPU_RIVALS)
+    rivals, notes = available_rivals(wanted, on_gpu=on_gpu)
+    more, _ = available_rivals(wanted if args.rivals else [*wanted, *IN_DIFFUSERS], on_gpu=on_gpu)
     if args.checkpoint is not None:
-        cases = [checkpoint_case(args.checkpoint, n, args.device, dtype) for dtype in args.dtype for n in args.batch]
-        first = list(cases)
+        first = [checkpoint_case(args.checkpoint, n, args.device, dtype) for dtype in args.dtype for n in args.batch]
+        others = []
     else:
         cases = [
             random_case(model, _config(model), batch, args.device, dtype)
             for model, dtype, batch in itertools.product(args.models, args.dtype, args.batch)
         ]
         first = [case for case in cases if case.model == args.models[0]]
-        cases += [digits_case(dtype, args.device) for dtype in args.dtype]
-    if any(name in SWAPPED for name in rivals):
-        cases += [swapped_case(case) for case in first if case.config.conditioning == "adaln_zero"]
-    return cases
+        others = [case for case in cases if case.model != args.models[0]]
+        others += [digits_case(dtype, args.device) for dtype in args.dtype]
+    pairs = [(case, _possible(case, more)) for case in first] + [(case, _possible(case, rivals)) for case in others]
+    return pairs, notes
+
+
+def _possible(case: Case, rivals: list[str]) -> list[str]:
+    in_diffusers = case.config.conditioning == "adaln_zero"
+    return [name for name in rivals if in_diffusers or kind_of(name) not in IN_DIFFUSERS]
 
 
 def _config(model: str) -> DiTConfig:

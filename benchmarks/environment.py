@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import ditfast
+from ditfast.flops import DEVICES, DeviceSpec
 
 
 def describe(device: torch.device) -> dict[str, str | int | float | None]:
@@ -25,6 +26,7 @@ def describe(device: torch.device) -> dict[str, str | int | float | None]:
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
         "clock_mhz": _gpu_clock_mhz(device) if on_cuda else _cpu_clock_mhz(),
         "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if on_cuda else None,
     }
 
 
@@ -63,3 +65,9 @@ def _gpu_clock_mhz(device: torch.device) -> int | None:
         return torch.cuda.clock_rate(device)
     except Exception:  # no nvidia-ml-py, no NVML in the container, or a driver that will not tell
         return None
+
+
+def spec_of(device: torch.device) -> DeviceSpec | None:
+    """The data sheet of a GPU, if it is a known one's."""
+    words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.type == "cuda" else []
+    return next((DEVICES[word] for word in words if word in DEVICES), None)

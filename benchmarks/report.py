@@ -1,26 +1,30 @@
-"""What a run leaves behind: a table to read, a JSON file to compute with, two plots to look at."""
+"""What a run leaves behind: tables to read and a JSON file to compute with."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ditfast.config import MODEL_NAMES
 from ditfast.files import whole_file
 
-from .timing import Row
+from .rivals import GRAPH, kind_of
+from .rows import Row
+
+OWN = ("ditfast", "ditfast-swapped")
 
 
 def print_tables(console: Console, rows: list[Row]) -> None:
-    """The models, every rival's speed, and how many times faster ditfast is than each rival."""
-    for table in (_models_table(rows), _speed_table(rows), _ratios_table(rows)):
+    """The models, every rival's speed, how many times faster ditfast is than each rival; and what a GPU tells beside."""
+    tables = [_models_table(rows), _speed_table(rows), _ratios_table(rows)]
+    if any(row.peak_memory_gb is not None for row in rows):
+        tables += [_costs_table(rows), _roofline_table(rows)]
+    for table in tables:
         console.print(table)
 
 
@@ -35,11 +39,72 @@ def _models_table(rows: list[Row]) -> Table:
 
 
 def _speed_table(rows: list[Row]) -> Table:
-    table = Table(title="A forward of the batch", title_justify="left", caption="Error: against the float64 reference.")
-    for column in ("model", "dtype", "batch", "rival"):
-        table.add_column(column, no_wrap=True)
+    table = _case_table("A forward of the batch", "Error: against the float64 reference.")
     for column in ("ms", "p20", "p80", "images/s", "TFLOP/s", "error"):
         table.add_column(column, justify="right", no_wrap=True)
+
+    def cells(row: Row) -> list[str]:
+        speed = (row.ms_median, row.ms_p20, row.ms_p80, row.images_per_s, row.tflops_per_s)
+        return [*map(_number, speed), f"{row.error:.1e}" if row.parity else f"[red]{row.error:.1e} RED[/red]"]
+
+    _add_cases(table, rows, cells)
+    return table
+
+
+def _ratios_table(rows: list[Row]) -> Table:
+    """Like against like: the plain ditfast over plain rivals, the one under a CUDA graph over those under a graph."""
+    own = [row for row in rows if row.rival.startswith("ditfast") and row.speedup_over]
+    kinds = list(dict.fromkeys(kind_of(rival) for row in own for rival in like(row)))
+    table = Table(title="Times faster than the rival", title_justify="left", caption="Median of each round's ratio.")
+    for column in ("model", "dtype", "batch", ""):
+        table.add_column(column, no_wrap=True)
+    for kind in kinds:
+        table.add_column(f"over {kind}", justify="right")
+    for row in own:
+        ratios = {kind_of(rival): f"{ratio:.2f}" for rival, ratio in like(row).items()}
+        table.add_row(row.model, row.dtype, str(row.batch), row.rival, *(ratios.get(kind, "") for kind in kinds))
+    return table
+
+
+def _costs_table(rows: list[Row]) -> Table:
+    caption = "Launches: kernels of a forward. GB: weights, activations, workspaces. MHz: of the multiprocessors, at work."
+    table = _case_table("Beside its time", caption)
+    for column in ("1st, s", "launches", "GB", "J/image", "W", "MHz"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def cells(row: Row) -> list[str]:
+        costs = (row.first_call_s, row.launches, row.peak_memory_gb, row.joules_per_image, row.watts, row.clock_mhz)
+        return [_number(value) for value in costs]
+
+    _add_cases(table, rows, cells)
+    return table
+
+
+def _roofline_table(rows: list[Row]) -> Table:
+    caption = (
+        "Floor: the least time of the fused data flow at the data sheet's peaks, and at what this GPU was measured to reach."
+    )
+    table = _case_table("Share of the roofline", caption)
+    for column in ("floor, ms", "share", "measured floor, ms", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def cells(row: Row) -> list[str]:
+        measured = (_number(row.floor_ms_measured), _percent(row.roofline_share_measured))
+        return [_number(row.floor_ms), _percent(row.roofline_share), *measured]
+
+    _add_cases(table, rows, cells)
+    return table
+
+
+def _case_table(title: str, caption: str) -> Table:
+    table = Table(title=title, title_justify="left", caption=caption)
+    for column in ("model", "dtype", "batch", "rival"):
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _add_cases(table: Table, rows: list[Row], cells: Callable[[Row], list[str]]) -> None:
+    """A section for each case, which is named once."""
     previous = None
     for row in rows:
         case = (row.model, row.dtype, str(row.batch))
@@ -47,30 +112,17 @@ def _speed_table(rows: list[Row]) -> Table:
             table.add_section()
         head = case if case != previous else ("", "", "")
         previous = case
-        speed = [_number(value) for value in (row.ms_median, row.ms_p20, row.ms_p80, row.images_per_s, row.tflops_per_s)]
-        error = f"{row.error:.1e}" if row.parity else f"[red]{row.error:.1e} RED[/red]"
-        table.add_row(*head, row.rival, *speed, error, style="bold" if row.rival.startswith("ditfast") else None)
-    return table
-
-
-def _ratios_table(rows: list[Row]) -> Table:
-    """Like against like: the plain ditfast over plain rivals, the one under a CUDA graph over those under a graph."""
-    own = [row for row in rows if row.rival.startswith("ditfast") and row.speedup_over]
-    kinds = list(dict.fromkeys(rival.partition("+")[0] for row in own for rival in like(row)))
-    table = Table(title="Times faster than the rival", title_justify="left", caption="Median of each round's ratio.")
-    for column in ("model", "dtype", "batch", ""):
-        table.add_column(column, no_wrap=True)
-    for kind in kinds:
-        table.add_column(f"over {kind}", justify="right", no_wrap=True)
-    for row in own:
-        ratios = {rival.partition("+")[0]: f"{ratio:.2f}" for rival, ratio in like(row).items()}
-        table.add_row(row.model, row.dtype, str(row.batch), row.rival, *(ratios.get(kind, "") for kind in kinds))
-    return table
+        table.add_row(*head, row.rival, *cells(row), style="bold" if row.rival.startswith("ditfast") else None)
 
 
 def like(row: Row) -> dict[str, float]:
-    """A row's ratios to the rivals that run as it does: both under a CUDA graph, or neither."""
-    return {rival: ratio for rival, ratio in row.speedup_over.items() if ("+" in rival) == ("+" in row.rival)}
+    """A row's ratios to others' rivals that run as it does: both under a CUDA graph, or neither."""
+    graphed = row.rival.endswith(GRAPH)
+    return {
+        rival: ratio
+        for rival, ratio in row.speedup_over.items()
+        if rival.endswith(GRAPH) == graphed and kind_of(rival) not in OWN
+    }
 
 
 def save_json(path: Path, environment: dict[str, Any], rows: Sequence[Any], notes: list[str]) -> Path:
@@ -81,61 +133,9 @@ def save_json(path: Path, environment: dict[str, Any], rows: Sequence[Any], note
     return path
 
 
-def save_plots(folder: Path, rows: list[Row]) -> list[Path]:
-    """throughput.png and ratios.png of the paper's models, a panel for each batch size and dtype."""
-    timed = [row for row in rows if row.ms_median is not None and row.model.partition("@")[0] in MODEL_NAMES]
-    if not timed:
-        return []
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"figure.dpi": 150, "axes.grid": True, "grid.alpha": 0.3, "savefig.bbox": "tight"})
-    panels = list(dict.fromkeys((row.dtype, row.batch) for row in timed))
-    paths = [folder / "throughput.png", folder / "ratios.png"]
-    for path, draw in zip(paths, (_draw_throughput, _draw_ratios), strict=True):
-        figure, axes = pyplot.subplots(len(panels), figsize=(9, 4.5 * len(panels)), squeeze=False, layout="constrained")
-        for place, (dtype, batch) in zip(axes.flat, panels, strict=True):
-            draw(place, [row for row in timed if (row.dtype, row.batch) == (dtype, batch)])
-            place.set_title(f"{dtype}, batch {batch}, {timed[0].device}")
-        figure.savefig(path)
-        pyplot.close(figure)
-    return paths
-
-
-def _draw_throughput(axes: Any, rows: list[Row]) -> None:
-    """Images a second over the work of one: colour is the patch size, line and marker the rival."""
-    colours = {"2": "tab:blue", "4": "tab:orange", "8": "tab:green"}
-    styles = dict(zip(dict.fromkeys(row.rival for row in rows), ("o:", "s--", "D-", "^:", "v--", "*-"), strict=False))
-    for rival, style in styles.items():
-        for patch, colour in colours.items():
-            line = sorted((r.gmacs, r.images_per_s) for r in rows if r.rival == rival and _patch(r) == patch)
-            if line:
-                axes.plot(*zip(*line, strict=True), style, color=colour, markersize=5, label=f"{rival}, patch {patch}")
-    axes.set(xscale="log", yscale="log", xlabel="GMACs an image (the paper's Gflops)", ylabel="images / s")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def _draw_ratios(axes: Any, rows: list[Row]) -> None:
-    """How many times faster ditfast is than each rival, a group of bars a model."""
-    own = [row for row in rows if row.rival.startswith("ditfast")]
-    models = list(dict.fromkeys(row.model for row in own))
-    pairs = list(dict.fromkeys((row.rival, rival) for row in own for rival in like(row)))
-    for i, (name, rival) in enumerate(pairs):
-        width = 0.8 / len(pairs)
-        ratios = {row.model: like(row)[rival] for row in own if row.rival == name and rival in like(row)}
-        places = [models.index(model) - 0.4 + (i + 0.5) * width for model in ratios]
-        axes.bar_label(axes.bar(places, list(ratios.values()), width, label=f"{name} over {rival}"), fmt="%.2f", fontsize=6)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.margins(y=0.15)
-    axes.set_xticks(range(len(models)), models, fontsize=7, rotation=45 if len(models) > 8 else 0)
-    axes.set(ylabel="times faster (median of each round's ratio)")
-    if pairs:
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def _patch(row: Row) -> str:
-    return row.model.partition("@")[0].rpartition("/")[2]
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.1 else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"

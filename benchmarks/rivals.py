@@ -21,11 +21,14 @@ from ditfast import DiTConfig, reference
 from ditfast.diffusion import GaussianDiffusion
 from ditfast.digits import real_digits
 
-RIVALS = ("eager", "compile", "ditfast")
-SWAPPED = ("diffusers", "ditfast-swapped")  # diffusers' own model, as it is and after ditfast.accelerate
+from .gpu import Gpu, Replay
+
+COMPILED = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # torch.compile's modes
+IN_DIFFUSERS = ("diffusers", "ditfast-swapped")  # its own model, as it is and after ditfast.accelerate
+RIVALS = ("eager", *COMPILED, "ditfast", *IN_DIFFUSERS)
+GRAPH = "+graph"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIGITS = "digits"
-IN_DIFFUSERS = ", in diffusers"
 DIGITS_BATCH = 64
 
 Run = Callable[..., Tensor]
@@ -43,7 +46,6 @@ class Case:
     device: torch.device
     weights: Callable[[], dict[str, Tensor]]
     inputs: Callable[[], tuple[Tensor, Tensor, Tensor]]
-    rivals: tuple[str, ...] = RIVALS
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,19 +58,23 @@ class Case:
     def reference(self, dtype: torch.dtype | None = None) -> reference.DiT:
         return self._loaded(reference.DiT, dtype)
 
-    def rival(self, name: str, others: dict[str, Run]) -> Run:
-        """A rival as a function of (x, t, y); ``NAME+graph`` captures the one of ``others`` called NAME."""
-        kind, _, graphed = name.partition("+")
-        if graphed:
-            return _under_cuda_graph(others[kind], self.inputs())
-        if kind in SWAPPED:
-            return self._in_diffusers(swapped=kind == "ditfast-swapped")
+    def arithmetic_of(self, rival: str) -> Case:
+        """The same weights with the arithmetic of a rival, which for diffusers' model is diffusers'."""
+        flavour = "diffusers" if kind_of(rival) in IN_DIFFUSERS else self.config.flavour
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, flavour=flavour))
+
+    def rival(self, name: str, others: dict[str, Run], gpu: Gpu | None = None) -> Run:
+        """A rival as a function of (x, t, y); ``NAME+graph`` captures the one of ``others`` called NAME, at its first call."""
+        kind = kind_of(name)
+        if gpu is not None and name.endswith(GRAPH):
+            return Captured(others[kind], gpu)
+        if kind in IN_DIFFUSERS:
+            return self.arithmetic_of(kind)._in_diffusers(swapped=kind == "ditfast-swapped")
         if kind == "ditfast":
             return self._loaded(ditfast.DiT)
         model = self.reference()
-        if kind == "compile":
-            torch._dynamo.reset()  # else the cases before this one count against torch.compile's recompilation limit
-            model.compile(dynamic=False)
+        if kind in COMPILED:
+            model.compile(dynamic=False, mode=COMPILED[kind])
         return model
 
     def _in_diffusers(self, swapped: bool) -> Run:
@@ -125,12 +131,6 @@ def checkpoint_case(path: Path, batch: int, device: torch.device, dtype_name: st
     return dataclasses.replace(random, weights=model.state_dict)
 
 
-def swapped_case(case: Case) -> Case:
-    """The same weights in diffusers' own model, with diffusers' arithmetic, before and after ``ditfast.accelerate``."""
-    config = dataclasses.replace(case.config, flavour="diffusers")
-    return dataclasses.replace(case, model=f"{case.model}{IN_DIFFUSERS}", config=config, rivals=SWAPPED)
-
-
 def digits_case(dtype_name: str, device: torch.device) -> Case:
     """The trained checkpoint on scans of real digits, at every depth of noise."""
     trained = ditfast.load_digits()
@@ -145,37 +145,41 @@ def digits_case(dtype_name: str, device: torch.device) -> Case:
     return Case(DIGITS, trained.config, DIGITS_BATCH, dtype_name, device, trained.state_dict, inputs)
 
 
-def available_rivals(wanted: Sequence[str], device: torch.device) -> tuple[list[str], list[str]]:
-    """The rivals that can run here, on CUDA each also under a CUDA graph; and a note for each that cannot."""
+def available_rivals(wanted: Sequence[str], *, on_gpu: bool) -> tuple[list[str], list[str]]:
+    """The rivals that can run here, on a GPU each also under a CUDA graph; and a note for each that cannot."""
     names, notes = list(dict.fromkeys(wanted)), []
     compiler = os.environ.get("CXX", "g++")
-    if "compile" in names and device.type == "cpu" and not shutil.which(compiler):
-        names.remove("compile")
-        notes.append(f"compile: skipped, torch.compile needs a C++ compiler on CPU and {compiler!r} is not installed")
-    if any(name in SWAPPED for name in names) and importlib.util.find_spec("diffusers") is None:
-        names = [name for name in names if name not in SWAPPED]
+    if not on_gpu and not shutil.which(compiler):
+        lost, names = [name for name in names if name in COMPILED], [name for name in names if name not in COMPILED]
+        notes += [
+            f"{name}: skipped, torch.compile needs a C++ compiler on CPU and {compiler!r} is not installed" for name in lost
+        ]
+    if any(name in IN_DIFFUSERS for name in names) and importlib.util.find_spec("diffusers") is None:
+        names = [name for name in names if name not in IN_DIFFUSERS]
         notes.append("diffusers: skipped, it is not installed (pip install diffusers)")
-    if device.type == "cuda":
-        names += [f"{name}+graph" for name in names]
+    if on_gpu:
+        names += [f"{name}{GRAPH}" for name in names]
     return names, notes
 
 
-def _under_cuda_graph(run: Run, inputs: tuple[Tensor, Tensor, Tensor]) -> Run:
-    """``run`` captured once on inputs of its own; a call copies its arguments in, replays, and returns the same output."""
-    warm_up = torch.cuda.Stream()
-    warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):
-        for _ in range(3):
-            run(*inputs)
-    torch.cuda.current_stream().wait_stream(warm_up)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run(*inputs)
+def kind_of(rival: str) -> str:
+    """What runs, under a CUDA graph or not."""
+    return rival.removesuffix(GRAPH)
 
-    def replay(*arguments: Tensor) -> Tensor:
-        for buffer, argument in zip(inputs, arguments, strict=True):
+
+class Captured:
+    """``run`` as a CUDA graph on inputs of its own; a call copies its arguments in, replays, and returns the same output."""
+
+    def __init__(self, run: Run, gpu: Gpu):
+        self.run, self.gpu = run, gpu
+        self.replay: Replay | None = None
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        if self.replay is None:
+            buffers = [argument.clone() for argument in arguments]
+            self.output, self.replay = self.gpu.capture(lambda: self.run(*buffers))
+            self.buffers = buffers
+        for buffer, argument in zip(self.buffers, arguments, strict=True):
             buffer.copy_(argument)
-        graph.replay()
-        return output
-
-    return replay
+        self.replay()
+        return self.output

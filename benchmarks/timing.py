@@ -1,12 +1,12 @@
-"""Parity first, then interleaved rounds."""
+"""Parity first, then interleaved rounds, then what a GPU tells beside time."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,137 +14,183 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import Tensor
 
 from ditfast import flops
+from ditfast.config import Flavour
+from ditfast.flops import DeviceSpec
 
-from .rivals import Case, Run
+from .gauges import Gauges, Inputs, first_line
+from .gpu import Gpu
+from .rivals import COMPILED, GRAPH, Case, Run, kind_of
+from .rows import Row, fill, new_row
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ORACLE_SAMPLES = (0, 1, -2, -1)  # of the batch: samples are independent, and float64 is slow on a GPU
 SHORTEST_ROUND_S = 0.05
 
-
-@dataclass
-class Row:
-    """One rival on one case. Times are of one forward of the whole batch; they are None where parity is red."""
-
-    model: str
-    rival: str
-    dtype: str
-    batch: int
-    device: str
-    gmacs: float
-    gflops: float
-    parameters: int
-    error: float
-    allowed_error: float
-    parity: bool
-    ms_median: float | None = None
-    ms_p20: float | None = None
-    ms_p80: float | None = None
-    images_per_s: float | None = None
-    tflops_per_s: float | None = None
-    speedup_over: dict[str, float] = field(default_factory=dict)
+Call = Callable[[], object]
 
 
-def bench_case(case: Case, names: list[str], rounds: int, show: Callable[[str], None]) -> tuple[list[Row], list[str]]:
-    """The rows of one case and remarks on rivals that failed; ``show`` is told each phase."""
-    show("float64 reference")
-    x, t, y = case.inputs()
+class Bar(NamedTuple):
+    """What outputs are held to."""
+
+    exact: Tensor
+    allowed: float
+
+
+class First(NamedTuple):
+    """A rival's first call."""
+
+    run: Run
+    output: Tensor
+    seconds: float
+    weights: int  # bytes
+    peak: int  # bytes, weights among them
+
+
+def bench_case(
+    case: Case, names: list[str], rounds: int, show: Callable[[str], None], gauges: Gauges | None = None
+) -> tuple[list[Row], list[str]]:
+    """The rows of one case and remarks on rivals that failed; ``show`` is told each phase, ``gauges`` read a GPU."""
+    if any(kind_of(name) in COMPILED for name in names):
+        torch._dynamo.reset()  # else the cases before this one count against torch.compile's recompilation limit
+    gpu = None if gauges is None else gauges.gpu
+    inputs = case.inputs()
     compared = torch.tensor(sorted({i % case.batch for i in ORACLE_SAMPLES}), device=case.device)
     with torch.inference_mode():
-        exact = case.reference(torch.float64)(x[compared].double(), t[compared], y[compared])
-        eager_error = _error(case.reference()(x[compared], t[compared], y[compared]), exact)
-        allowed = 1.1 * eager_error + UNIT_ROUNDOFF[case.dtype]
+        bars: dict[str | Flavour, Bar] = {}
         rows: list[Row] = []
-        runs: dict[str, Run] = {}
+        started: dict[str, First] = {}
         remarks = []
         for name in names:
+            theirs = case.arithmetic_of(name)
+            if theirs.config.flavour not in bars:
+                show("float64 reference")
+                bars[theirs.config.flavour] = _bar(theirs, [tensor[compared] for tensor in inputs])
+            exact, allowed = bars[theirs.config.flavour]
             show(f"{name}: first call and parity")
             try:
-                run = case.rival(name, runs)
-                row = _row(case, name, _error(run(x, t, y)[compared], exact), allowed)
+                first = _start(case, name, started, inputs, gpu)
+                row = new_row(case, name, _error(first.output[compared], exact), allowed)
             except Exception as error:  # a rival that cannot run must not take the others with it
-                first_line = str(error).strip().partition("\n")[0]
-                remarks.append(f"{case.title}: {name} failed: {type(error).__name__}: {first_line}")
-                if case.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                remarks.append(f"{case.title}: {name} failed: {type(error).__name__}: {first_line(error)}")
+                if gpu is not None:
+                    gpu.release_cache()
                 continue
+            row.first_call_s = first.seconds
+            row.peak_memory_gb = None if gpu is None else first.peak / 1e9
             rows.append(row)
             if row.parity:
-                runs[name] = run
+                started[name] = first
             else:
                 remarks.append(f"{case.title}: {name} is off by {row.error:.1e}, {allowed:.1e} allowed; not timed")
-        if runs:
-            times = _interleaved(runs, (x, t, y), case.device, rounds, show)
-            for row in rows:
-                if row.rival in times:
-                    fill(row, times)
+        if started:
+            rotation = itertools.cycle([inputs] if gauges is None else gauges.rotated(inputs))
+            calls = {name: _call(first.run, rotation) for name, first in started.items()}
+            timed = [row for row in rows if row.rival in started]
+            if gauges is None:
+                _fill_times(timed, calls, None, rounds, show)
+            else:
+                remarks += _fill_from_gpu(case, timed, calls, gauges, rounds, show)
     return rows, remarks
 
 
-def _interleaved(
-    runs: dict[str, Run], inputs: tuple[Tensor, ...], device: torch.device, rounds: int, show: Callable[[str], None]
+def _bar(case: Case, inputs: list[Tensor]) -> Bar:
+    """1.1 times eager PyTorch's error in the case's dtype, plus one unit roundoff."""
+    x, t, y = inputs
+    exact = case.reference(torch.float64)(x.double(), t, y)
+    return Bar(exact, 1.1 * _error(case.reference()(x, t, y), exact) + UNIT_ROUNDOFF[case.dtype])
+
+
+def _start(case: Case, name: str, others: dict[str, First], inputs: Inputs, gpu: Gpu | None) -> First:
+    before = 0 if gpu is None else gpu.allocated_bytes()
+    run = case.rival(name, {other: first.run for other, first in others.items()}, gpu)
+    weights = 0 if gpu is None else gpu.allocated_bytes() - before
+    if gpu is not None:
+        gpu.wait()
+        gpu.reset_peak()
+    start = time.perf_counter()
+    output = run(*inputs)
+    if gpu is None:
+        return First(run, output, time.perf_counter() - start, 0, 0)
+    gpu.wait()
+    seconds = time.perf_counter() - start
+    if name.endswith(GRAPH):  # whose capture is the one call that allocates
+        weights += others[kind_of(name)].weights
+        return First(run, output, seconds, weights, gpu.peak_bytes() - before + weights)
+    gpu.reset_peak()
+    run(*inputs)
+    return First(run, output, seconds, weights, gpu.peak_bytes() - before)
+
+
+def _call(run: Run, rotation: itertools.cycle[Inputs]) -> Call:
+    return lambda: run(*next(rotation))
+
+
+def _fill_from_gpu(
+    case: Case, rows: list[Row], calls: dict[str, Call], gauges: Gauges, rounds: int, show: Callable[[str], None]
+) -> list[str]:
+    """Times and all else; returns a remark if something held the clocks down."""
+    gauges.slowed_by.clear()
+    before = gauges.clock_mhz()
+    times = _fill_times(rows, calls, gauges.gpu, rounds, show)
+    after = gauges.clock_mhz()
+    for row in rows:
+        show(f"{row.rival}: launches and energy")
+        row.launches = gauges.launches(calls[row.rival])
+        busy = gauges.busy(calls[row.rival], times[row.rival][-1])
+        if busy is not None:
+            row.joules_per_image, row.watts, row.clock_mhz = busy.joules / row.batch, busy.watts, busy.clock_mhz
+    for row in rows:
+        row.clock_mhz_before, row.clock_mhz_after, row.slowed_by = before, after, sorted(gauges.slowed_by)
+        row.floor_ms, row.roofline_share = _roofline(row, case, gauges.data_sheet)
+        row.floor_ms_measured, row.roofline_share_measured = _roofline(row, case, gauges.ceilings)
+    if not gauges.slowed_by:
+        return []
+    return [f"{case.title}: clocks held down by {', '.join(sorted(gauges.slowed_by))}; {before} MHz before, {after} MHz after"]
+
+
+def _roofline(row: Row, case: Case, peaks: DeviceSpec | None) -> tuple[float | None, float | None]:
+    """The least time that peaks allow, and how near to it a row comes."""
+    if peaks is None or row.ms_median is None:
+        return None, None
+    floor = flops.floor_ms(case.config, case.batch, case.dtype, peaks)
+    return floor, floor / row.ms_median
+
+
+def _fill_times(
+    rows: list[Row], calls: dict[str, Call], gpu: Gpu | None, rounds: int, show: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Seconds for one forward, a value each round; who begins a round moves on with each."""
-    repeats = {}
-    for name, run in runs.items():
-        _timed(run, inputs, device, 1)
-        repeats[name] = max(1, math.ceil(SHORTEST_ROUND_S / _timed(run, inputs, device, 1)))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for i in range(rounds):
-        show(f"round {i + 1} of {rounds}")
-        for name in order[i % len(order) :] + order[: i % len(order)]:
-            times[name].append(_timed(runs[name], inputs, device, repeats[name]))
+    times = _interleaved(calls, gpu, rounds, show)
+    for row in rows:
+        fill(row, times)
     return times
 
 
-def _timed(run: Run, inputs: tuple[Tensor, ...], device: torch.device, repeats: int) -> float:
-    _synchronize(device)
+def _interleaved(calls: dict[str, Call], gpu: Gpu | None, rounds: int, show: Callable[[str], None]) -> dict[str, list[float]]:
+    """Seconds for one forward, a value each round; who begins a round moves on with each."""
+    repeats = {}
+    for name, call in calls.items():
+        _timed(call, gpu, 1)
+        repeats[name] = max(1, math.ceil(SHORTEST_ROUND_S / _timed(call, gpu, 1)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for i in range(rounds):
+        show(f"round {i + 1} of {rounds}")
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            times[name].append(_timed(calls[name], gpu, repeats[name]))
+    return times
+
+
+def _timed(call: Call, gpu: Gpu | None, repeats: int) -> float:
+    if gpu is not None:
+        return gpu.seconds(call, repeats) / repeats
     start = time.perf_counter()
     for _ in range(repeats):
-        run(*inputs)
-    _synchronize(device)
+        call()
     return (time.perf_counter() - start) / repeats
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _error(out: Tensor, exact: Tensor) -> float:
     return ((out.double() - exact).norm() / exact.norm()).item()
-
-
-def _row(case: Case, name: str, error: float, allowed: float) -> Row:
-    return Row(
-        model=case.model,
-        rival=name,
-        dtype=case.dtype_name,
-        batch=case.batch,
-        device=case.device.type,
-        gmacs=flops.macs(case.config) / 1e9,
-        gflops=flops.flops(case.config) / 1e9,
-        parameters=flops.parameters(case.config),
-        error=error,
-        allowed_error=allowed,
-        parity=error <= allowed,
-    )
-
-
-def fill(row: Row, times: dict[str, list[float]]) -> None:
-    """A row's speed from the seconds a forward of every rival in every round."""
-    own = times[row.rival]
-    fifths = statistics.quantiles(own, n=5, method="inclusive")
-    median = statistics.median(own)
-    row.ms_median, row.ms_p20, row.ms_p80 = 1e3 * median, 1e3 * fifths[0], 1e3 * fifths[3]
-    row.images_per_s = row.batch / median
-    row.tflops_per_s = row.gflops * row.batch / median / 1e3
-    row.speedup_over = {
-        rival: statistics.median(theirs / mine for theirs, mine in zip(others, own, strict=True))
-        for rival, others in times.items()
-        if rival != row.rival
-    }
 
 
 def progress_bar(console: Console) -> Progress:

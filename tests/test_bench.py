@@ -1,6 +1,7 @@
 """The main job, on small models: its files, its refusals, and that nothing wrong is ever timed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,22 @@ from support import randomize
 import ditfast
 from ditfast import DiT, DiTConfig
 from ditfast.benchmarks import bench, rivals
-from ditfast.benchmarks.report import Row
-from ditfast.benchmarks.timing import bench_case, fill
+from ditfast.benchmarks.gpu import open_gpu
+from ditfast.benchmarks.rows import Row, fill
+from ditfast.benchmarks.timing import bench_case
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_the_command_writes_table_json_and_plots(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/bench.py", "--models", "DiT-S/8", "--rivals", "eager", "ditfast", "--rounds", "5"]
-    done = subprocess.run(
-        [*command, "--device", "cpu", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command += ["--dtype", "fp32"]  # which no CPU is slow at
+    command += ["--device", "cpu", "--out", str(tmp_path)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for expected in ("DiT-S/8", "digits", "GMACs", "TFLOP/s", "over eager", "ditfast"):
         assert expected in done.stdout
@@ -36,7 +41,7 @@ def test_the_command_writes_table_json_and_plots(tmp_path: Path) -> None:
         ("digits", "ditfast"),
     ]
     for row in report["rows"]:
-        assert row["dtype"] == "bf16"
+        assert row["dtype"] == "fp32"
         assert row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_median"])
         assert row["tflops_per_s"] == pytest.approx(row["gflops"] * row["batch"] / row["ms_median"])
@@ -56,12 +61,17 @@ def test_a_checkpoint_alone_and_swapped_into_diffusers(tmp_path: Path, capsys: p
     assert [(row["model"], row["rival"]) for row in rows] == [
         ("tiny.safetensors", "eager"),
         ("tiny.safetensors", "ditfast"),
-        ("tiny.safetensors, in diffusers", "diffusers"),
-        ("tiny.safetensors, in diffusers", "ditfast-swapped"),
+        ("tiny.safetensors", "diffusers"),
+        ("tiny.safetensors", "ditfast-swapped"),
     ]
     assert all(row["parity"] for row in rows)
-    assert rows[3]["speedup_over"].keys() == {"diffusers"}
-    assert "over diffusers" in capsys.readouterr().out
+    assert all(row["first_call_s"] > 0 for row in rows)
+    assert rows[0]["allowed_error"] != rows[2]["allowed_error"]  # diffusers' arithmetic is another
+    printed = capsys.readouterr().out
+    assert "over diffusers" in printed
+    assert "over ditfast" not in printed
+    for only_on_a_gpu in ("Beside its time", "Share of the roofline"):
+        assert only_on_a_gpu not in printed
 
 
 def test_a_bad_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,13 +117,27 @@ def test_a_red_parity_prints_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compile_is_skipped_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    names, notes = rivals.available_rivals(["eager", "compile", "ditfast"], CPU)
+    names, notes = rivals.available_rivals(["eager", "compile", "max-autotune", "ditfast"], on_gpu=False)
     assert names == ["eager", "ditfast"]
+    assert [note.partition(":")[0] for note in notes] == ["compile", "max-autotune"]
     assert "needs a C++ compiler" in notes[0]
 
 
+def test_diffusers_is_skipped_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    names, notes = rivals.available_rivals(["ditfast", "diffusers", "ditfast-swapped"], on_gpu=False)
+    assert names == ["ditfast"]
+    assert notes == ["diffusers: skipped, it is not installed (pip install diffusers)"]
+
+
+def test_diffusers_takes_adaln_zero_only() -> None:
+    config = DiTConfig(depth=1, hidden_size=64, num_heads=2, input_size=8, conditioning="in_context")
+    case = rivals.random_case("tiny", config, 1, CPU, "fp32")
+    assert bench._possible(case, ["eager", "diffusers", "diffusers+graph"]) == ["eager"]
+
+
 def test_cuda_adds_graphs_and_more_models() -> None:
-    names, _ = rivals.available_rivals(["eager", "ditfast"], torch.device("cuda"))
+    names, _ = rivals.available_rivals(["eager", "ditfast"], on_gpu=True)
     assert names == ["eager", "ditfast", "eager+graph", "ditfast+graph"]
     assert len(bench.CUDA_MODELS) == 13
 
@@ -122,8 +146,8 @@ def test_cuda_adds_graphs_and_more_models() -> None:
 def test_on_a_gpu_with_every_rival(tmp_path: Path) -> None:
     assert bench.main(["--device", "cuda", "--models", "DiT-S/8", "--batch", "2", "--rounds", "5", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert len(report["rows"]) == 2 * 6 + 4
-    assert not report["notes"]
+    assert len(report["rows"]) == 2 * 6 + 2 * 5  # DiT-S/8 also swapped, and the digits
+    assert all(row["parity"] and row["launches"] and row["joules_per_image"] for row in report["rows"])
 
 
 @pytest.mark.gpu
@@ -131,7 +155,7 @@ def test_a_graph_follows_its_arguments() -> None:
     case = rivals.digits_case("bf16", torch.device("cuda"))
     with torch.inference_mode():
         plain = case.rival("ditfast", {})
-        graph = case.rival("ditfast+graph", {"ditfast": plain})
+        graph = case.rival("ditfast+graph", {"ditfast": plain}, open_gpu(case.device))
         x, t, y = case.inputs()
         for inputs in ((x, t, y), (x.flip(0), t.flip(0), y.flip(0))):
             torch.testing.assert_close(graph(*inputs), plain(*inputs))
@@ -141,7 +165,10 @@ def test_defaults_on_cpu() -> None:
     args = bench.parse_arguments(["--device", "cpu"])
     assert args.models == [f"DiT-{size}/{patch}" for size in "SB" for patch in (2, 4, 8)]
     assert (args.batch, args.dtype) == ([1], ["bf16"])
-    assert args.rivals == ["eager", "compile", "ditfast", "diffusers", "ditfast-swapped"]
+    args.models = args.models[:2]
+    (first, second, digits), _ = bench._cases(args, on_gpu=False)
+    assert first[1] == ["eager", "compile", "ditfast", "diffusers", "ditfast-swapped"]
+    assert second[1] == digits[1] == ["eager", "compile", "ditfast"]
 
 
 @pytest.mark.parametrize(
