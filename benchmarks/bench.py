@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 
 from ditfast import CheckpointError, DiTConfig
-from ditfast.benchmarks.environment import describe, spec_of
+from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.gauges import Gauges, first_line
 from ditfast.benchmarks.gpu import Gpu, open_gpu
 from ditfast.benchmarks.plots import save_plots
@@ -52,6 +52,7 @@ from ditfast.benchmarks.rivals import (
 from ditfast.benchmarks.rows import Row
 from ditfast.benchmarks.timing import bench_case, progress_bar
 from ditfast.config import MODEL_NAMES
+from ditfast.prediction import spec_of
 
 CPU_MODELS = [name for name in MODEL_NAMES if name.startswith(("DiT-S", "DiT-B"))]
 CUDA_MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 import ditfast
-from ditfast.flops import DEVICES, DeviceSpec
 
 
 def describe(device: torch.device) -> dict[str, str | int | float | None]:
@@ -65,9 +64,3 @@ def _gpu_clock_mhz(device: torch.device) -> int | None:
         return torch.cuda.clock_rate(device)
     except Exception:  # no nvidia-ml-py, no NVML in the container, or a driver that will not tell
         return None
-
-
-def spec_of(device: torch.device) -> DeviceSpec | None:
-    """The data sheet of a GPU, if it is a known one's."""
-    words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.type == "cuda" else []
-    return next((DEVICES[word] for word in words if word in DEVICES), None)
