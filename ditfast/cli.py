@@ -1,4 +1,4 @@
-"""``ditfast doctor | sample | train | extract-latents | evaluate | convert | compile | bench``"""
+"""``ditfast doctor | sample | train | extract-latents | evaluate | convert | compile | tune | bench``"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import compile, convert, doctor, evaluate, extract_latents, sample, train
+from .commands import compile, convert, doctor, evaluate, extract_latents, sample, train, tune
 
 EXAMPLES = """examples:
   ditfast doctor                                  versions, device, and which engine each op takes, and why
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   ditfast evaluate images --reference digits      Frechet distance, precision and recall of a folder of samples
   ditfast convert dit.pt dit --to diffusers       official weights as a folder for diffusers, or the other way
   ditfast compile --arch sm_90 --model DiT-XL/2   its kernels into Triton's cache, without a GPU: for containers
+  ditfast tune                                    measure every op on this GPU; the fastest are taken from then on
   ditfast bench --models DiT-S/2 --batch 1 8      takes the arguments of benchmarks/bench.py
 
 `ditfast COMMAND --help` has more. `torchrun --nproc-per-node 8 -m ditfast sample ...` samples on eight devices.
@@ -31,6 +32,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "convert": convert,
     "compile": compile,
+    "tune": tune,
 }
 
 

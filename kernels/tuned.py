@@ -59,11 +59,15 @@ def asking() -> Iterator[dict[Key, tuple[tuple[int, ...], ...]]]:
 
 @contextlib.contextmanager
 def trying(tiles: Mapping[Key, tuple[int, ...]]) -> Iterator[None]:
-    """Launches inside the ``with`` block, on any thread, take these tiles; of all others what they took before."""
+    """Launches inside the ``with`` block, on any thread, take these tiles, all others the built-in ones."""
     before = dict(TILES)
-    TILES.update(tiles)
+    _replace(tiles)
     try:
         yield
     finally:
-        TILES.clear()
-        TILES.update(before)
+        _replace(before)
+
+
+def _replace(tiles: Mapping[Key, tuple[int, ...]]) -> None:
+    TILES.clear()
+    TILES.update(tiles)

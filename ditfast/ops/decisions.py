@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -90,3 +91,5 @@ def forget() -> None:
     """Records are read again at the next choice; what torch.compile has traced stays as it is."""
     for cached in (evidence, decide, use_tiles):
         cached.cache_clear()
+    if "ditfast.kernels" in sys.modules:
+        sys.modules["ditfast.kernels"].tuned.TILES.clear()

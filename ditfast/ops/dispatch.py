@@ -68,10 +68,10 @@ class Force:
 def backend(name: str) -> Force:
     """Forces every op inside the ``with`` block, in this thread, onto plain torch or onto the Triton kernels.
 
-    Without it CPU tensors take torch, and CUDA tensors what is fastest: as ``ditfast tune`` measured it, else as
-    predicted, else Triton for all but plain products; ``ditfast doctor`` shows which, and why. ``"triton"`` on CPU tensors runs in Triton's
-    interpreter (TRITON_INTERPRET=1 before the first import of ditfast). A backward runs on the backend of its forward; the
-    recomputation of ``torch.utils.checkpoint`` does if it is given ``context_fn=ditfast.checkpoint_contexts``.
+    Without it CPU tensors take torch, and CUDA tensors what is fastest: as ``ditfast tune`` measured it, else as predicted,
+    else Triton for all but plain products; ``ditfast doctor`` shows which, and why. ``"triton"`` on CPU tensors runs in
+    Triton's interpreter (TRITON_INTERPRET=1 before the first import of ditfast). A backward runs on the backend of its
+    forward; the recomputation of ``torch.utils.checkpoint`` does if it is given ``context_fn=ditfast.checkpoint_contexts``.
 
     Raises:
         ValueError: the name is neither ``"torch"`` nor ``"triton"``.

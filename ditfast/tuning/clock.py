@@ -1,0 +1,79 @@
+"""How long a call takes: on CUDA inside a graph, so that the host's time is not in it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..sampling.graph import Capture, cuda_capture
+
+ROUNDS = 11
+ROUND_MS = 2.0
+MOST_REPEATS = 1000
+MOST_COPIES = 32
+CACHES = 2  # that the inputs of one round of calls fill, so that none is still in the cache when its turn comes again
+
+
+class Clock(Protocol):
+    """What tuning asks of a device."""
+
+    device: torch.device
+
+    def copies(self, nbytes: int) -> int:
+        """Of inputs of so many bytes, for ``median_ms`` to find them outside of the cache."""
+
+    def median_ms(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Of one call; they take turns."""
+
+    def seconds(self) -> float:
+        """Since some time."""
+
+
+class GraphClock:
+    """Of a CUDA device. All calls are captured into one graph, which is replayed a few times a round.
+
+    Args:
+        device: the one to measure on, which is the current one.
+        capture: into a graph.
+        cuda: ``torch.cuda``, or what stands in for it.
+    """
+
+    def __init__(self, device: torch.device, capture: Capture = cuda_capture, cuda: Any = torch.cuda):
+        self.device = device
+        self._capture, self._cuda = capture, cuda
+        self._cache = cuda.get_device_properties(device).L2_cache_size
+
+    def copies(self, nbytes: int) -> int:
+        return max(1, min(MOST_COPIES, math.ceil(CACHES * self._cache / max(nbytes, 1))))
+
+    def median_ms(self, calls: Sequence[Callable[[], object]]) -> float:
+        nothing = torch.empty(0, device=self.device)
+
+        def once() -> Tensor:
+            for call in calls:
+                call()
+            return nothing
+
+        _, replay = self._capture(once)
+        self._ms(replay, 1)  # the first replay uploads the graph
+        repeats = max(1, min(MOST_REPEATS, math.ceil(ROUND_MS / self._ms(replay, 1))))
+        rounds = [self._ms(replay, repeats) for _ in range(ROUNDS)]
+        return statistics.median(rounds) / repeats / len(calls)
+
+    def seconds(self) -> float:
+        return time.monotonic()
+
+    def _ms(self, replay: Callable[[], None], repeats: int) -> float:
+        start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            replay()
+        end.record()
+        end.synchronize()
+        return max(start.elapsed_time(end), 1e-6)
