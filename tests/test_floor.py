@@ -21,7 +21,7 @@ ROOFLINES = [
     ("DiT-B/4", 256, 32, "H200", 0.662, 0.468),
     ("DiT-S/2", 256, 32, "H100", 1.212, 0.658),
 ]
-PEAKLESS = DeviceSpec("", fp32=math.inf, half=math.inf, bandwidth=math.inf, arch="", multiprocessors=1, issue=math.inf)
+PEAKLESS = DeviceSpec("", fp32=math.inf, half=math.inf, bandwidth=math.inf, memory=0, arch="", multiprocessors=1, issue=1)
 ENDLESS_BANDWIDTH = PEAKLESS._replace(fp32=1e12, half=1e12)
 ENDLESS_PRODUCTS = PEAKLESS._replace(bandwidth=1e9)
 BF16 = torch.bfloat16

@@ -12,6 +12,7 @@ class DeviceSpec(NamedTuple):
     fp32: float  # operations a second: vectors, no tf32
     half: float  # operations a second of bf16 and fp16 products, dense, accumulated in fp32
     bandwidth: float  # bytes a second
+    memory: float  # bytes
     arch: str  # what kernels compile for
     multiprocessors: int
     issue: float  # warp instructions a second and multiprocessor
@@ -25,10 +26,10 @@ class DeviceSpec(NamedTuple):
 DEVICES = {
     spec.name: spec
     for spec in (
-        DeviceSpec("A100", 19.5e12, 312e12, 2.039e12, "sm_80", 108, 4 * 1.41e9),  # SXM, 80 GB
-        DeviceSpec("H100", 66.9e12, 989.4e12, 3.35e12, "sm_90", 132, 4 * 1.755e9),  # SXM, 80 GB
-        DeviceSpec("H200", 66.9e12, 989.4e12, 4.8e12, "sm_90", 132, 4 * 1.755e9),  # SXM, 141 GB
-        DeviceSpec("B200", 75e12, 2250e12, 8e12, "sm_100", 148, 4 * 1.85e9),  # HGX, 192 GB
-        DeviceSpec("MI300X", 163.4e12, 1307.4e12, 5.3e12, "gfx942", 304, 2.1e9),  # 192 GB
+        DeviceSpec("A100", 19.5e12, 312e12, 2.039e12, 80e9, "sm_80", 108, 4 * 1.41e9),  # SXM
+        DeviceSpec("H100", 66.9e12, 989.4e12, 3.35e12, 80e9, "sm_90", 132, 4 * 1.755e9),  # SXM
+        DeviceSpec("H200", 66.9e12, 989.4e12, 4.8e12, 141e9, "sm_90", 132, 4 * 1.755e9),  # SXM
+        DeviceSpec("B200", 75e12, 2250e12, 8e12, 192e9, "sm_100", 148, 4 * 1.85e9),  # HGX
+        DeviceSpec("MI300X", 163.4e12, 1307.4e12, 5.3e12, 192e9, "gfx942", 304, 2.1e9),
     )
 }
