@@ -29,16 +29,17 @@ FUSED = {"eager": False, "ditfast": True}  # the rivals of bench.json that have 
 INFERENCE = """\
 ## A forward, bf16
 
-Under a CUDA graph: floor / eager PyTorch / ditfast in ms, then ditfast's images/s. Launched from Python: eager PyTorch / ditfast
-in ms, where the host's launches take the time if they take longer than the device. Floors are `ditfast.flops.floor_ms` of the
-fused data flow at the data sheets' peaks. In ditfast each op takes the route that is predicted to be fastest on the device;
-eager attention is SDPA."""
+Under a CUDA graph: floor / eager PyTorch / ditfast in ms, then ditfast's images/s. Launched from Python: eager PyTorch /
+ditfast in ms, where the host's launches take the time if they take longer than the device; there ditfast's Python costs more
+at small batches than the launches that it saves. Floors are `ditfast.flops.floor_ms` of the fused data flow at data sheets'
+peaks. In ditfast each op takes the route that is predicted to be fastest on the device; eager attention is SDPA."""
 STEP = """\
 ## A step of training, bf16 autocast, one GPU
 
 Launched from Python: floor / eager PyTorch / ditfast in ms, then ditfast's images/s. Forward, backward, AdamW and one average
 of the weights. With an asterisk: blocks' activations are computed again (`--checkpoint-activations`), because they do not fit
-the device's memory less a tenth."""
+the device's memory less a tenth. Probably too fast: for DiT-XL/2 in PyTorch at batch 128 on one A100, 107 images/s are
+published with every block computed again (chuanyangjin/fast-DiT), which is a third more work; here it is twice as many."""
 ASSUMED = """\
 ## What is assumed
 
