@@ -22,6 +22,7 @@ from .decisions import decide, use_tiles
 from .routes import Choice, has_triton, library_attention, why_not
 
 BACKENDS = ("torch", "triton")
+NOT_CUDA = Choice("torch", "only CUDA tensors take Triton unless ditfast.backend forces it")
 
 
 class Forced(NamedTuple):
@@ -135,7 +136,7 @@ def choose(device: torch.device, problem: Problem) -> Choice:
     elif choice.backend is not None:
         return Choice(choice.backend, "forced by ditfast.backend")
     elif device.type != "cuda":
-        return Choice("torch", "only CUDA tensors take Triton unless ditfast.backend forces it")
+        return NOT_CUDA
     if torch.compiler.is_compiling():
         return Choice(_decided(device, *problem.bucket()), "as when it was traced")
     return decide(device, problem)

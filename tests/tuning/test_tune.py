@@ -1,0 +1,375 @@
+"""`ditfast tune` without a GPU: a stub says how long calls take; Triton runs on the simulator where a test needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stub_clock import StubClock
+from support import TARGETS, WHERE, Runner
+from torch import Tensor
+
+from ditfast import DiTConfig, cli
+from ditfast.commands import tune as command
+from ditfast.ops import decisions, dispatch, linear_gelu
+from ditfast.problem import SIZES, Problem
+from ditfast.tuning import measure, record
+from ditfast.tuning.clock import GraphClock
+from ditfast.tuning.collect import problems
+from ditfast.tuning.examples import example
+from ditfast.tuning.measure import Measured, Wrong, check, measure_routes, measure_tiles
+from ditfast.tuning.record import Entry
+from ditfast.tuning.tune import one_a_bucket, tune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+NORM = Problem("layer_norm_modulate", torch.float32, 8, (4, 128))
+LINEAR = Problem("linear", torch.float32, 8, (16, 32))
+GELU = Problem("linear_gelu", torch.float32, 8, (16, 32))
+VERSIONS = {"device": "Stub 1", "torch": "2"}
+TINY = {
+    "layer_norm_modulate": (4, 32),
+    "gated_residual": (4, 32),
+    "gated_residual_layer_norm_modulate": (4, 32),
+    "linear": (16, 32),
+    "linear_gelu": (16, 32),
+    "linear_gated_residual": (16, 32),
+    "mlp": (16, 32, 32),
+    "attention": (4, 2, 16),
+    "cross_attention": (4, 2, 2, 16),
+    "patch_embed": (32, 16),
+    "final_layer": (32, 32),
+    "linear_unpatchify": (32, 32),
+    "unpatchify": (32,),
+    "timestep_embedding": (32,),
+    "classifier_free_guidance": (64,),
+    "denoise_update": (64,),
+}
+WITHOUT_BACKWARD = ("final_layer", "linear_gated_residual", "timestep_embedding", "denoise_update")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    decisions.forget()
+    yield
+    decisions.forget()
+
+
+def tuned(posed: dict[Problem, int], clock: StubClock, budget: float = 1e9) -> tuple[list[Measured], dict[Problem, Entry]]:
+    entries: dict[Problem, Entry] = {}
+    found = tune(posed, clock, budget, entries.update, lambda *_: None)
+    return found, entries
+
+
+# ------------------------------------------------------------------------------------------------ what is posed
+@pytest.mark.parametrize(
+    ("op", "training"),
+    [(op, False) for op in SIZES if op != "mlp"] + [(op, True) for op in SIZES if op not in WITHOUT_BACKWARD],
+)
+def test_every_op_has_an_example_that_poses_the_problem(op: str, training: bool) -> None:
+    problem = Problem(op, torch.float32, 8, TINY[op], training)
+    one = example(problem, CPU, seed=1)
+    seen: list[Problem] = []
+    with dispatch.watching(seen.append):
+        found = one.run()
+    assert problem in seen
+    assert all(tensor.isfinite().all() and not tensor.requires_grad for tensor in found)
+    assert len(found) > (1 if training else 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, example(problem, CPU, seed=1).run(), strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_model_s_problems_are_those_of_its_forward(training: bool) -> None:
+    config = DiTConfig(depth=3, hidden_size=64, num_heads=4, input_size=8)
+    found = problems(config, 2, torch.bfloat16, training)
+    assert found[Problem("attention", torch.bfloat16, 32, (16, 4, 16), training)] == 3
+    joint = Problem("gated_residual_layer_norm_modulate", torch.float32 if training else torch.bfloat16, 32, (16, 64), training)
+    assert found[joint] == 6
+    assert {problem.op for problem in found} >= ({"mlp"} if training else {"linear_gelu"})
+
+
+def test_of_a_bucket_the_largest_is_measured_and_the_longest_first() -> None:
+    small = [LINEAR._replace(rows=rows) for rows in (1000, 1024, 600)]
+    large = LINEAR._replace(rows=4096)
+    assert list(one_a_bucket([*((problem, 2) for problem in small), (large, 2)])) == [large, small[1]]
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+def test_without_a_device_for_triton_its_route_is_excluded_and_named() -> None:
+    found, entries = tuned({NORM: 2}, StubClock(lambda op, route: 1.0))
+    assert found[0].ms == {"torch": 1.0}
+    assert "Triton" in found[0].excluded["triton"] or "TRITON" in found[0].excluded["triton"]
+    assert entries == {NORM.bucket(): found[0].entry}
+
+
+@pytest.mark.skipif(WHERE == "gpu", reason="on the simulator")
+def test_tiles_are_tried_and_the_fastest_kept() -> None:
+    def ms(op: str, route: str) -> float:
+        if route == "torch":
+            return 5.0
+        return 1.0 if (4, 128, 2) in dispatch.kernels().tuned.TILES.values() else 4.0
+
+    with Runner.open(TARGETS[0]):
+        clock = StubClock(ms)
+        found, entries = tuned({NORM: 1}, clock)
+        assert found[0].ms == {"torch": 5.0, "triton": 1.0}
+        assert not found[0].excluded
+        assert not found[0].notes
+        ((key, tile),) = entries[NORM.bucket()].tiles.items()
+        assert (key[0], key[2:], tile) == ("layer_norm_modulate", (torch.float32, 8, (128,)), (4, 128, 2))
+        assert len(clock.measured) == (9 if WHERE == "simulator" else 2)
+        assert not dispatch.kernels().tuned.TILES
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="counts what is asked of compiled kernels")
+def test_a_step_s_kernels_are_all_tuned() -> None:
+    problem = Problem("mlp", torch.bfloat16, 16, (32, 32, 32), training=True)
+    with Runner.open(TARGETS[0]):
+        posed = measure._Posed(Measured(problem, 1), StubClock(lambda op, route: 1.0))
+        asked = posed.asked()
+    names = {key[0] for key in asked}
+    assert names == {"linear_gelu_training", "linear", "input_gradient_through_gelu", "input_gradient", "weight_gradient"}
+    assert all(len(tiles) > 1 for tiles in asked.values())
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="launches compiled kernels")
+def test_a_recorded_tile_is_launched() -> None:
+    import ptxsim
+
+    one = example(NORM, CPU, seed=0)
+    with Runner.open(TARGETS[0]):
+        tuned = dispatch.kernels().tuned
+        with tuned.asking() as asked:
+            expected = one.run()[0]
+        (key,) = asked
+        grids = []
+        for tile in (None, (2, 128, 1)):
+            with tuned.trying({} if tile is None else {key: tile}), ptxsim.record() as recorded:
+                assert torch.equal(one.run()[0], expected)
+            grids.append(recorded["layer_norm_modulate_kernel"].grid[0])
+    assert grids == [1, 4]
+
+
+def test_a_wrong_route_is_excluded_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU the library's epilogue computes the other GELU, and one row in eight may be wrong."""
+
+    def wrong(bias: Tensor, x: Tensor, weight: Tensor, use_gelu: bool) -> Tensor:
+        out = torch.nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+        out[3] += 1
+        return out
+
+    monkeypatch.setattr(measure, "why_not", lambda route, *_: "" if route != "triton" else "not here")
+    found = Measured(GELU, 1)
+    measure_routes(found, StubClock(lambda op, route: 1.0))
+    assert "result 0 is off by" in found.excluded["cublaslt"]  # the erf form
+    monkeypatch.setattr(linear_gelu_module().torch, "_addmm_activation", wrong)
+    found = Measured(GELU, 1)
+    measure_routes(found, StubClock(lambda op, route: 1.0))
+    assert found.ms == {"torch": 1.0}
+    assert "result 0 is off by" in found.excluded["cublaslt"]
+
+
+def linear_gelu_module() -> Any:
+    import sys
+
+    return sys.modules[linear_gelu.__module__]
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        pytest.param(torch.ones(4, 8, 1), "is .4, 8, 1. torch.float32", id="shape"),
+        pytest.param(torch.ones(4, 8).half(), "torch.float16, plain torch's", id="dtype"),
+        pytest.param(torch.full((4, 8), torch.nan), "off by nan", id="nan"),
+        pytest.param(torch.ones(4, 8) * torch.tensor([1.0, 1.0, 1.0, 1.001])[:, None], "off by 1.0e-03", id="one row"),
+    ],
+)
+def test_what_counts_as_wrong(found: Tensor, why: str) -> None:
+    check([torch.ones(4, 8) + 1e-6], [torch.ones(4, 8)], torch.float32)
+    with pytest.raises(Wrong, match=why):
+        check([found], [torch.ones(4, 8)], torch.float32)
+
+
+def test_a_problem_that_memory_does_not_hold_is_skipped() -> None:
+    def ms(op: str, route: str) -> float:
+        if op == "linear":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    found, entries = tuned({LINEAR: 1, NORM: 1}, StubClock(ms))
+    assert found[0].notes == ["skipped: the device has too little memory"]
+    assert set(entries) == {NORM.bucket()}
+
+
+def test_a_problem_that_plain_torch_cannot_do_is_skipped() -> None:
+    def ms(op: str, route: str) -> float:
+        raise RuntimeError("device-side assert\nand more")
+
+    found, entries = tuned({LINEAR: 1}, StubClock(ms))
+    assert found[0].notes == ["skipped: plain torch failed: RuntimeError: device-side assert"]
+    assert not entries
+
+
+def test_a_short_budget_measures_what_comes_first() -> None:
+    clock = StubClock(lambda op, route: 1.0, takes=10.0)
+    found, entries = tuned({LINEAR: 1, NORM: 1}, clock, budget=5.0)
+    assert clock.measured == [("linear", "torch")]
+    assert found[1].notes == ["skipped: the budget is spent"]
+    assert set(entries) == {LINEAR.bucket()}
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="compiles tiles")
+def test_no_tile_is_begun_when_the_budget_is_spent() -> None:
+    with Runner.open(TARGETS[0]):
+        clock = StubClock(lambda op, route: 1.0)
+        tuned({NORM: 1}, clock, budget=3.5)
+    assert clock.measured == [("layer_norm_modulate", "torch"), *[("layer_norm_modulate", "triton")] * 3]
+
+
+@pytest.mark.skipif(WHERE != "simulator", reason="compiles tiles")
+def test_a_tile_that_raises_is_named_and_not_kept() -> None:
+    found = Measured(NORM, 1, ms={"torch": 1.0, "triton": 1.0})
+
+    def ms(op: str, route: str) -> float:
+        if (2, 128, 1) in dispatch.kernels().tuned.TILES.values():
+            raise RuntimeError("out of resource: registers")
+        return 2.0
+
+    with Runner.open(TARGETS[0]):
+        measure_tiles(found, StubClock(ms), lambda: len(found.notes) == 0)
+    assert found.notes == ["layer_norm_modulate in tiles of 2x128x1 excluded: RuntimeError: out of resource: registers"]
+    assert not found.tiles
+
+
+def test_measured_times_decide_and_torch_is_never_beaten_by_hope(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "why_not", lambda route, *_: "" if route != "triton" else "not here")
+    monkeypatch.setattr(measure, "check", lambda *_: None)
+    _, entries = tuned({GELU: 1}, StubClock(lambda op, route: {"torch": 1.0, "cublaslt": 1.5}[route]))
+    monkeypatch.setattr(decisions, "evidence", lambda device: decisions.Evidence(entries))
+    assert dispatch.choose(torch.device("cuda"), GELU) == ("torch", "measured 1e+03 us, cublaslt 1.5e+03 us")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+def arguments(*given: str) -> argparse.Namespace:
+    return cli._parser().parse_args(["tune", *given])
+
+
+@pytest.fixture
+def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("DITFAST_TUNING", str(tmp_path / "record.json"))
+    return tmp_path / "record.json"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DiTConfig(depth=2, hidden_size=64, num_heads=4, input_size=8)
+    monkeypatch.setattr(command.DiTConfig, "from_name", lambda *_, **__: config)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("training", [(), ("--training",)], ids=["inference", "training"])
+def test_the_command(path: Path, training: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    args = arguments("--batch", "1", "2", "--dtype", "fp32", *training)
+    assert command.measure(args, StubClock(lambda op, route: 0.002 if route == "triton" else 0.004), VERSIONS) == 0
+    out = capsys.readouterr().out
+    written = json.loads(path.read_text("utf-8"))
+    assert written["versions"] == VERSIONS
+    assert {entry["rows"] for entry in written["entries"] if entry["op"] == "attention"} == {16, 32}
+    assert "triton excluded: " in out
+    assert "problems are in" in out
+    assert record.load(path, VERSIONS)
+
+
+@pytest.mark.usefixtures("small")
+def test_interrupted_it_keeps_what_it_has(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ms(op: str, route: str) -> float:
+        if op == "attention":
+            raise KeyboardInterrupt
+        return 1.0
+
+    assert command.measure(arguments("--batch", "1", "--dtype", "fp32"), StubClock(ms), VERSIONS) == 130
+    assert f"interrupted; what was measured is in {path}" in capsys.readouterr().err
+    assert record.load(path, VERSIONS)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_that_cannot_be_written_ends_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.mkdir()
+    assert command.measure(arguments("--batch", "1"), StubClock(lambda op, route: 1.0), VERSIONS) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_without_a_place_for_the_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("DITFAST_TUNING", "off")
+    assert command.measure(arguments(), StubClock(lambda op, route: 1.0), VERSIONS) == 2
+    assert "DITFAST_TUNING=off" in capsys.readouterr().err
+
+
+def test_an_image_size_that_is_none(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.measure(arguments("--image-size", "100"), StubClock(lambda op, route: 1.0), VERSIONS) == 2
+    assert "image_size: got 100" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(WHERE == "gpu", reason="there is a GPU")
+def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune"]) == 2
+    assert capsys.readouterr().err.startswith("ditfast tune: needs a GPU")
+
+
+# ------------------------------------------------------------------------------------------------ the clock of CUDA
+class FakeCuda:
+    """Of ``torch.cuda`` what the clock uses; every replay takes a millisecond."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.replays = self.captures = 0
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        return argparse.Namespace(L2_cache_size=50_000_000)
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        self.captures += 1
+        output = run()
+
+        def replay() -> None:
+            self.replays += 1
+            self.now += 1.0
+
+        return output, replay
+
+    def Event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        return _Event(self)
+
+
+class _Event:
+    def __init__(self, cuda: FakeCuda):
+        self.cuda = cuda
+
+    def record(self) -> None:
+        self.at = self.cuda.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _Event) -> float:
+        return end.at - self.at
+
+
+def test_the_clock_divides_by_calls_and_repeats() -> None:
+    cuda, called = FakeCuda(), []
+    clock = GraphClock(CPU, cuda.capture, cuda)
+    assert clock.median_ms([lambda: called.append(0), lambda: called.append(1)]) == 0.5
+    assert called == [0, 1]
+    assert (cuda.captures, cuda.replays) == (1, 2 + 11 * 2)
+
+
+@pytest.mark.parametrize(("nbytes", "copies"), [(0, 32), (2**20, 32), (20_000_000, 5), (100_000_000, 1), (10**9, 1)])
+def test_inputs_of_a_round_do_not_fit_the_cache(nbytes: int, copies: int) -> None:
+    cuda = FakeCuda()
+    assert GraphClock(CPU, cuda.capture, cuda).copies(nbytes) == copies
