@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(_versions_table(device))
     console.print(_engines_table(device))
-    console.print(_record(device), highlight=False, soft_wrap=True)
+    console.print(
+        _record(torch.cuda.get_device_name(device) if device.type == "cuda" else None), highlight=False, soft_wrap=True
+    )
     healthy, line = _parity(device)
     console.print(line, highlight=False)
     return 0 if healthy else 1
@@ -90,13 +92,13 @@ def _named(choice: Choice) -> tuple[str, str]:
     return f"triton ({kernels().target()})" if choice.route == "triton" else choice.route, choice.why
 
 
-def _record(device: torch.device) -> str:
-    if device.type != "cuda":
+def _record(device_name: str | None) -> str:
+    if device_name is None:
         return "tuning record: none, without a CUDA device"
-    path = record.path_of(torch.cuda.get_device_name(device))
+    path = record.path_of(device_name)
     if path is None:
         return f"tuning record: not read, since {record.VARIABLE}={record.OFF}"
-    entries = record.of_device(device)
+    entries = record.of_device(device_name)
     return (
         f"tuning record: {path}, {len(entries)} problems"
         if entries

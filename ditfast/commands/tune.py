@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         return ended(NAME, Ranks(), "needs a GPU that torch can use (CUDA or ROCm): there is nothing to measure on here", 2)
     device = torch.device("cuda", torch.cuda.current_device())
-    return measure(args, GraphClock(device), record.versions_of(device))
+    return measure(args, GraphClock(device), record.versions_of(torch.cuda.get_device_name(device)))
 
 
 def measure(args: argparse.Namespace, clock: Clock, versions: Mapping[str, str]) -> int:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..flops import DeviceSpec
+from ..prediction import predicted_ms, spec_of
 from ..problem import Problem
 from ..tuning import record
 from ..tuning.record import Entry
@@ -29,13 +31,14 @@ def evidence(device: torch.device) -> Evidence:
     """The device's tuning record, read once, and predictions for it; nothing where there is no such device."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return Evidence()
-    from .. import prediction
+    return evidence_of(torch.cuda.get_device_name(device), spec_of(device))
 
-    spec = prediction.spec_of(device)
-    entries = record.of_device(device)
+
+def evidence_of(device_name: str, spec: DeviceSpec | None) -> Evidence:
+    entries = record.of_device(device_name)
     if spec is None:
         return Evidence(entries)
-    return Evidence(entries, lambda problem, route: prediction.predicted_ms(problem, route, spec))
+    return Evidence(entries, lambda problem, route: predicted_ms(problem, route, spec))
 
 
 @functools.lru_cache(4096)

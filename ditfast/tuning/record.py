@@ -48,10 +48,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def versions_of(device: torch.device) -> dict[str, str]:
-    """Of all that a measurement on a CUDA device depends on."""
-    found = {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda or torch.version.hip)}
-    found["driver"] = _driver()
+def versions_of(device_name: str) -> dict[str, str]:
+    """Of all that a measurement on a device depends on."""
+    found = {"device": device_name, "driver": _driver(), "cuda": str(torch.version.cuda or torch.version.hip)}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -61,19 +60,18 @@ def versions_of(device: torch.device) -> dict[str, str]:
 
 
 def _driver() -> str:
-    for line in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
+    for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
         try:
-            return Path(line).read_text("ascii").strip()
+            return Path(path).read_text("ascii").strip()
         except OSError:
             continue
     return "unknown"
 
 
-def of_device(device: torch.device) -> dict[Problem, Entry]:
-    """The record of a CUDA device; empty where there is none that serves."""
-    versions = versions_of(device)
-    path = path_of(versions["device"])
-    return {} if path is None else load(path, versions)
+def of_device(device_name: str) -> dict[Problem, Entry]:
+    """The record of a device; empty where there is none that serves."""
+    path = path_of(device_name)
+    return {} if path is None else load(path, versions_of(device_name))
 
 
 def load(path: Path, versions: Mapping[str, str]) -> dict[Problem, Entry]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import timeit
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor
 
 import ditfast
 from ditfast import ops
+from ditfast.flops import DEVICES
 from ditfast.ops import decisions, dispatch, routes
 from ditfast.ops.decisions import Evidence
 from ditfast.ops.dispatch import choose
 from ditfast.problem import SIZES, Problem
+from ditfast.tuning import record
 from ditfast.tuning.record import Entry
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -152,3 +156,36 @@ def test_choosing_again_costs_microseconds(know: Know) -> None:
 
     asked()
     assert min(timeit.repeat(asked, number=1000, repeat=5)) / 1000 < 20e-6  # about 1.5 us; a shared machine may be slow
+
+
+def test_a_device_s_record_and_predictions_are_its_evidence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the first choice on CUDA does, for a device that is not here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("DITFAST_TUNING", raising=False)
+    name, entries = "NVIDIA H100 80GB HBM3", {LINEAR: Entry({"torch": 0.04, "triton": 0.03})}
+    known = decisions.evidence_of(name, DEVICES["H100"])
+    assert not known.entries
+    assert known.predict(LINEAR, "torch")
+    path = record.path_of(name)
+    assert path is not None
+    record.save(path, record.versions_of(name), entries)
+    assert decisions.evidence_of(name, None).entries == entries
+    assert decisions.evidence_of(name, None).predict(LINEAR, "torch") is None
+    assert not decisions.evidence_of("NVIDIA H200", None).entries
+
+
+@pytest.mark.skipif(not routes.HAS_TRITON, reason="needs triton")
+def test_a_record_s_tiles_reach_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = {("linear", "sm_90", torch.bfloat16, 2048, (3456, 1152)): (128, 256, 64, 8, 4)}
+    monkeypatch.setattr(decisions, "evidence", lambda device: Evidence({LINEAR: Entry({"triton": 0.03}, {}, tiles)}))
+    decisions.use_tiles.cache_clear()
+    kernels = dispatch.kernels()
+    decisions.use_tiles(CUDA)
+    assert tiles == kernels.tuned.TILES
+    x, weight = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, 2048, 1152), (3456, 1152)))
+    with importlib.import_module("ditfast.kernels.ahead").compiling_for("sm_90") as builds:
+        kernels.linear(x, weight, weight[:, 0])
+    assert (builds[0].constants["BLOCK_N"], builds[0].options["num_stages"]) == (256, 4)
+    monkeypatch.undo()
+    decisions.forget()
+    assert not kernels.tuned.TILES

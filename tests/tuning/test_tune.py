@@ -321,6 +321,19 @@ def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.startswith("ditfast tune: needs a GPU")
 
 
+def test_on_cuda_it_measures_on_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Stub {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", FakeCuda().get_device_properties)
+    monkeypatch.setattr(command, "measure", lambda args, clock, versions: seen.append((clock.device, versions)) or 0)
+    assert cli.main(["tune", "--batch", "2"]) == 0
+    ((device, versions),) = seen
+    assert device == torch.device("cuda", 1)
+    assert (versions["device"], versions["torch"]) == ("Stub 1", torch.__version__)
+
+
 # ------------------------------------------------------------------------------------------------ the clock of CUDA
 class FakeCuda:
     """Of ``torch.cuda`` what the clock uses; every replay takes a millisecond."""
