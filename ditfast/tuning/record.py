@@ -17,7 +17,7 @@ from ..files import whole_file
 from ..problem import SIZES, Problem
 
 FORMAT = 1
-PACKAGES = ("ditfast", "torch", "triton", "flash-attn")
+PACKAGES = ("ditfast", "triton", "flash-attn")
 VARIABLE = "DITFAST_TUNING"
 OFF = "off"
 
@@ -50,7 +50,7 @@ def slug(name: str) -> str:
 
 def versions_of(device_name: str) -> dict[str, str]:
     """Of all that a measurement on a device depends on."""
-    found = {"device": device_name, "driver": _driver(), "cuda": str(torch.version.cuda or torch.version.hip)}
+    found = {"device": device_name, "driver": _driver(), "torch": torch.__version__}  # which names its CUDA or ROCm
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
