@@ -59,12 +59,13 @@ def launches(config: DiTConfig, arch: str, batches: Sequence[int], dtype: torch.
     from .kernels.ahead import compiling_for
 
     kinds = [Kind(dtype, None)] if dtype == torch.float32 else [Kind(dtype, None), Kind(torch.float32, dtype)]
+    solvers = _solvers(config)
     with compiling_for(arch) as builds:
         for kind, batch in itertools.product(kinds, batches):
             model = _without_data(config, kind.weights)
             with backend("triton"), FakeTensorMode(allow_non_fake_inputs=True), _Launching(), _autocast(kind):
                 with torch.no_grad():
-                    _sample(model.eval(), batch)
+                    _sample(model.eval(), batch, solvers)
                 if training:
                     _train(model.train(), batch)
     return builds
@@ -99,19 +100,18 @@ def _inputs(model: DiT, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.empty(batch), torch.empty(batch, dtype=torch.int64)
 
 
-def _sample(model: DiT, batch: int) -> None:
+def _sample(model: DiT, batch: int, solvers: Sequence[Sequence[Step]]) -> None:
     x, t, y = _inputs(model, batch)
-    for time in (t, t.long()):
-        output = model(x, time, y)  # [B, C', H, W]
+    output = model(x, t, y)  # [B, C', H, W]
+    model.t_embedder(t.long())
     if model.config.class_dropout_prob:
         model.forward_with_cfg(*_inputs(model, 2 * batch), cfg_scale=4.0)
     if model.config.modulation_vectors:
         _, many_t, many_y = _inputs(model, ROWS)
         width = model.modulation_vectors(many_t, many_y).shape[1]
-        table = x.new_empty(2, 2 * batch, width)
-        for vectors, samples in itertools.product(table, (batch, 2 * batch)):
-            model.forward_modulated(x, vectors[:samples])
-    _denoise(_Answers(model.config, model.pos_embed, output.dtype), y)
+        for samples in (batch, 2 * batch):
+            model.forward_modulated(x, x.new_empty(samples, width))
+    _denoise(_Answers(model.config, model.pos_embed, output.dtype), y, solvers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +126,13 @@ class _Answers:
         return x.new_empty(len(y), self.config.out_channels, *x.shape[2:], dtype=self.dtype)
 
 
-def _denoise(model: _Answers, labels: Tensor) -> None:
+def _denoise(model: _Answers, labels: Tensor, solvers: Sequence[Sequence[Step]]) -> None:
     """Steps as ``sampling`` takes them, and the one kernel in the step of a diffusers scheduler."""
     batch, config = len(labels), model.config
     scales = [None, torch.empty(batch)] if config.class_dropout_prob else [None]
     for clip, scale in itertools.product((False, True), scales):
         run = Run(cast(DiT, model), clip, (-math.inf, math.inf), config.guidance_channels, seed=0, table_bytes=0)
-        for solver in _solvers(config):
+        for solver in solvers:
             for _ in run.solved(solver, Batch(labels, range(batch), scale)):
                 pass
         samples, guided = (batch, 0) if scale is None else (2 * batch, config.guidance_channels)
@@ -143,14 +143,11 @@ def _denoise(model: _Answers, labels: Tensor) -> None:
 
 
 def _solvers(config: DiTConfig) -> list[list[Step]]:
-    """With noise and without, from rows of numbers that are aligned to 16 bytes and that are not."""
+    """With noise and without, from rows of numbers that are aligned to 16 bytes and that are not. Reads numbers of tensors."""
     process, flow = GaussianDiffusion("3", learn_sigma=config.learn_sigma), FlowMatching(num_steps=2)
     return [*(steps(process, solver) for solver in process.solvers), *(steps(flow, solver) for solver in flow.solvers)]
 
 
 def _train(model: DiT, batch: int) -> None:
-    x, t, y = _inputs(model, batch)
-    for time in (t, t.long()):
-        out = model(x, time, y)
-        out.backward(torch.empty_like(out))
-        model.zero_grad()
+    out = model(*_inputs(model, batch))
+    out.backward(torch.empty_like(out))
