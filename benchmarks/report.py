@@ -45,7 +45,7 @@ def _speed_table(rows: list[Row]) -> Table:
 
     def cells(row: Row) -> list[str]:
         speed = (row.ms_median, row.ms_p20, row.ms_p80, row.images_per_s, row.tflops_per_s)
-        return [*map(_number, speed), f"{row.error:.1e}" if row.parity else f"[red]{row.error:.1e} RED[/red]"]
+        return [*map(number, speed), f"{row.error:.1e}" if row.parity else f"[red]{row.error:.1e} RED[/red]"]
 
     _add_cases(table, rows, cells)
     return table
@@ -74,7 +74,7 @@ def _costs_table(rows: list[Row]) -> Table:
 
     def cells(row: Row) -> list[str]:
         costs = (row.first_call_s, row.launches, row.peak_memory_gb, row.joules_per_image, row.watts, row.clock_mhz)
-        return [_number(value) for value in costs]
+        return [number(value) for value in costs]
 
     _add_cases(table, rows, cells)
     return table
@@ -89,8 +89,8 @@ def _roofline_table(rows: list[Row]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
 
     def cells(row: Row) -> list[str]:
-        measured = (_number(row.floor_ms_measured), _percent(row.roofline_share_measured))
-        return [_number(row.floor_ms), _percent(row.roofline_share), *measured]
+        measured = (number(row.floor_ms_measured), _percent(row.roofline_share_measured))
+        return [number(row.floor_ms), _percent(row.roofline_share), *measured]
 
     _add_cases(table, rows, cells)
     return table
@@ -133,7 +133,7 @@ def save_json(path: Path, environment: dict[str, Any], rows: Sequence[Any], note
     return path
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.1 else f"{value:.4f}"
 
 

@@ -114,8 +114,8 @@ def _start(case: Case, name: str, others: dict[str, First], inputs: Inputs, gpu:
     gpu.wait()
     seconds = time.perf_counter() - start
     if name.endswith(GRAPH):  # whose capture is the one call that allocates
-        weights += others[kind_of(name)].weights
-        return First(run, output, seconds, weights, gpu.peak_bytes() - before + weights)
+        captured = others[kind_of(name)]
+        return First(run, output, seconds, captured.weights, gpu.peak_bytes() - before + captured.weights)
     gpu.reset_peak()
     run(*inputs)
     return First(run, output, seconds, weights, gpu.peak_bytes() - before)

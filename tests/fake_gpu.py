@@ -13,8 +13,8 @@ from torch import Tensor
 SECONDS = 0.25  # of every run
 WATTS = 300
 KERNELS = 7
-BYTES = 1000  # that every call seems to allocate at its height
-SPEED = 2 / SECONDS  # that a copy or product of size one reaches
+WEIGHTS = 100  # bytes that seem to come with every rival
+ACTIVATIONS = 1000  # bytes that every call seems to allocate at its height
 
 
 class FakeGpu:
@@ -23,7 +23,7 @@ class FakeGpu:
     def __init__(self, *broken: str, counts_energy: bool = True, slowed: int = 0):
         self.device = torch.device("cpu")
         self.counts_energy, self.slowed = counts_energy, slowed
-        self.now = 0.0
+        self.now, self.allocated = 0.0, 0
         self.captures = self.replays = self.released = 0
         for name in broken:
             setattr(self, name, self._fail)
@@ -63,10 +63,11 @@ class FakeGpu:
         return 2**18
 
     def allocated_bytes(self) -> int:
-        return 0
+        self.allocated += WEIGHTS
+        return self.allocated
 
     def peak_bytes(self) -> int:
-        return BYTES
+        return self.allocated + ACTIVATIONS
 
     def reset_peak(self) -> None:
         pass
