@@ -111,6 +111,13 @@ def test_nothing_is_predicted_for(op: str, dtype: torch.dtype, sizes: tuple[int,
     assert predicted_ms(Problem(op, dtype, 512, sizes), route, DEVICES["H100"]) is None
 
 
+@pytest.mark.parametrize(("op", "route"), [("linear_gelu", "cublaslt"), ("patch_embed", "triton"), ("final_layer", "triton")])
+def test_nothing_is_predicted_for_training(op: str, route: str) -> None:
+    problem = Problem(op, BF16, 512, XL_SIZES[op])
+    assert predicted_ms(problem, route, DEVICES["H100"]) is not None
+    assert predicted_ms(problem._replace(training=True), route, DEVICES["H100"]) is None
+
+
 def test_another_architecture() -> None:
     device = DEVICES["H100"]._replace(arch="sm_75")
     assert predicted_ms(Problem("linear", BF16, 512, (384, 384)), "torch", device) is None
@@ -268,7 +275,8 @@ def test_the_command_writes_what_is_read(tmp_path: Path, capsys: pytest.CaptureF
     assert inspect.main(["--arch", "sm_90", "--kernel", "timestep_embedding", "--json", "--counts", str(path)]) == 0
     written = json.loads(path.read_text("utf-8"))
     assert len(written["rows"]) == len(json.loads(capsys.readouterr().out))
-    assert written["fields"] == FILE["fields"]
+    assert set(written) == set(FILE)
+    assert (written["fields"], written["heads"]) == (FILE["fields"], FILE["heads"])
     assert written["tiles"]["sm_90"] == FILE["tiles"]["sm_90"]
 
 

@@ -30,12 +30,11 @@ def tables(text: str) -> list[list[list[str]]]:
 
 def bench_json(path: Path, device: str = "NVIDIA H100 80GB HBM3", **fields: Any) -> Path:
     """Made up, as benchmarks/bench.py would write it."""
-    rows = [
-        {"model": "DiT-XL/2@512", "rival": rival, "dtype": "bf16", "batch": 8, "ms_median": 10.0 + i}
-        for i, rival in enumerate(RIVALS)
-    ]
-    rows.append({"model": "DiT-S/2", "rival": "ditfast", "dtype": "fp32", "batch": 1, "ms_median": None})
-    rows.append({"model": "digits", "rival": "ditfast", "dtype": "bf16", "batch": 64, "ms_median": 1.0})
+    shape = {"model": "DiT-S/2", "dtype": "bf16", "batch": 1}
+    rows = [{**shape, "rival": rival, "ms_median": 10.0 + i} for i, rival in enumerate(RIVALS)]
+    rows.append({**shape, "rival": "ditfast", "model": "DiT-XL/2@512", "ms_median": 15.0})
+    rows.append({**shape, "rival": "ditfast", "dtype": "fp32", "ms_median": None})
+    rows.append({**shape, "rival": "ditfast", "model": "digits", "ms_median": 1.0})
     path.write_text(json.dumps({"environment": {"device": device}, "rows": rows, "notes": [], **fields}))
     return path
 
@@ -77,11 +76,14 @@ def test_predicted_beside_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     (found,) = tables(printed(capsys, "--measured", bench_json(tmp_path / "bench.json")))
     head, *rows = found
     assert head[0] == "NVIDIA H100 80GB HBM3, as H100"
-    assert [(cells[3], cells[4]) for cells in rows] == [(r, f"{10.0 + i:.1f}") for i, r in enumerate(RIVALS) if r != "compile"]
+    *small, large = rows
+    assert [(cells[3], cells[4]) for cells in small] == [(r, f"{10.0 + i:.1f}") for i, r in enumerate(RIVALS) if r != "compile"]
+    assert (large[0], large[4]) == ("DiT-XL/2@512", "15.0")
     for cells in rows:
         assert float(cells[6]) == pytest.approx(float(cells[4]) / float(cells[5]), rel=0.02)
-    by_rival = {cells[3]: float(cells[5]) for cells in rows}
-    assert by_rival["ditfast+graph"] < by_rival["eager+graph"]
+    predicted = {cells[3]: float(cells[5]) for cells in small}
+    assert predicted["ditfast+graph"] < predicted["eager+graph"] < predicted["eager"]
+    assert predicted["ditfast+graph"] < predicted["ditfast"]
 
 
 @pytest.mark.parametrize(
