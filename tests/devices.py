@@ -1,0 +1,135 @@
+"""Where the bodies of GPU tests run: on a GPU, and on a CPU in its place, so that no line of them is new to the first GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from support import randomize
+from torch import Tensor
+
+from ditfast import DiT, DiTConfig
+
+Capture = tuple[Sequence[Tensor], Callable[[], None]]  # what a function returned, and what computes it anew in place
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DELAY = 50_000_000  # clock cycles: some 30 ms
+
+
+class Place(Protocol):
+    device: torch.device
+    many: int  # steps of a test of what grows
+
+    def allocated(self) -> int:
+        """Bytes of the tensors on the device."""
+
+    def captured(self, run: Callable[[], Sequence[Tensor]]) -> Capture:
+        """A CUDA graph of the function."""
+
+    def late_copy(self, source: Tensor, target: Tensor) -> AbstractContextManager[object]:
+        """Inside, on a stream of its own, the copy comes late: what other streams do comes before it."""
+
+    def without_waiting(self) -> AbstractContextManager[object]:
+        """Inside, whatever waits for the device raises."""
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Nothing here is asynchronous."""
+
+    device: torch.device = CPU
+    many: int = 4
+
+    def allocated(self) -> int:
+        gc.collect()
+        storages = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    def captured(self, run: Callable[[], Sequence[Tensor]]) -> Capture:
+        outputs = run()
+
+        def replay() -> None:
+            for output, again in zip(outputs, run(), strict=True):
+                output.detach().copy_(again)
+
+        return outputs, replay
+
+    def late_copy(self, source: Tensor, target: Tensor) -> AbstractContextManager[object]:
+        target.copy_(source)
+        return contextlib.nullcontext()
+
+    def without_waiting(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The current CUDA device; ``cuda`` is a stand-in for ``torch.cuda`` where there is none."""
+
+    device: torch.device = CUDA
+    many: int = 1000
+    cuda: Any = torch.cuda
+
+    def allocated(self) -> int:
+        gc.collect()
+        self.cuda.synchronize()
+        return self.cuda.memory_allocated()
+
+    def captured(self, run: Callable[[], Sequence[Tensor]]) -> Capture:
+        warm_up = self.cuda.Stream()
+        warm_up.wait_stream(self.cuda.current_stream())
+        with self.cuda.stream(warm_up):
+            run()
+        self.cuda.current_stream().wait_stream(warm_up)
+        graph = self.cuda.CUDAGraph()
+        with self.cuda.graph(graph):
+            outputs = run()
+
+        def replay() -> None:
+            graph.replay()
+            self.cuda.synchronize()
+
+        return outputs, replay
+
+    @contextlib.contextmanager
+    def late_copy(self, source: Tensor, target: Tensor) -> Any:
+        self.cuda.synchronize()
+        with self.cuda.stream(self.cuda.Stream()):
+            self.cuda._sleep(DELAY)
+            target.copy_(source)
+            yield
+        self.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def without_waiting(self) -> Any:
+        self.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            self.cuda.set_sync_debug_mode("default")
+
+
+CONFIG = DiTConfig(depth=2, hidden_size=144, num_heads=2, input_size=(8, 12), num_classes=7)
+
+
+def new_model(place: Place, dtype: torch.dtype = torch.float32) -> DiT:
+    return randomize(DiT(CONFIG)).to(place.device, dtype).eval()
+
+
+def inputs(place: Place, dtype: torch.dtype = torch.float32, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(batch, *CONFIG.input_shape).to(place.device, dtype)
+    return x, (torch.rand(batch) * 999).to(place.device), torch.randint(7, (batch,)).to(place.device)
+
+
+def growth(place: Place, step: Callable[[], object], warm_up: int = 3) -> int:
+    """Bytes that many steps leave, beyond what the first few do."""
+    for _ in range(warm_up):
+        step()
+    before = place.allocated()
+    for _ in range(place.many):
+        step()
+    return place.allocated() - before

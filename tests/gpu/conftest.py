@@ -1,0 +1,25 @@
+"""Every body runs on a CPU, where it shows that it can, and on a GPU, where it shows what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from devices import Cpu, Gpu, Place
+
+from ditfast import threads
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    with threads.one_thread():
+        yield Cpu() if request.param == "cpu" else Gpu()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Torch's own products and sums in a fixed order, as far as it has such ones; what it lacks is a warning."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
