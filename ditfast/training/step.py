@@ -80,7 +80,7 @@ class Stepper:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-            self.averages.update()
+            self.averages.update(step)
             self.objective.sampler.observe(t.cpu(), by_part[0])
         self.optimizer.zero_grad()
         self.scale.update(taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -23,12 +24,24 @@ from ditfast.training.stopping import asked_to_stop
 def test_averages_follow_at_their_own_pace() -> None:
     weight = torch.zeros(3, requires_grad=True)
     averages = Averages({"w": weight}, [0.5, 0.9])
-    for _ in range(2):
+    for step in (1000, 1001):
         weight.data.fill_(1.0)
-        averages.update()
+        averages.update(step)
     torch.testing.assert_close(averages.by_decay[0.5]["w"], torch.full((3,), 0.75))
     torch.testing.assert_close(averages.by_decay[0.9]["w"], torch.full((3,), 0.19))
     assert not averages.by_decay[0.5]["w"].requires_grad
+
+
+def test_averages_soon_forget_what_the_run_began_with() -> None:
+    weight = torch.ones(3)
+    averages = Averages({"w": weight}, [0.0, 0.9999])
+    weight.zero_()
+    for step in range(100):
+        averages.update(step)
+    assert averages.by_decay[0.0]["w"].eq(0).all()
+    left = math.prod((1 + step) / (10 + step) for step in range(100))
+    torch.testing.assert_close(averages.by_decay[0.9999]["w"], torch.full((3,), left))
+    assert left < 1e-8
 
 
 def test_the_loss_scale_halves_at_once_and_doubles_with_patience() -> None:
