@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 import torch
-from support import WHERE, Runner, raises_naming
+from support import WHERE, raises_naming
 from torch import Tensor
 
 if WHERE == "interpreter":
@@ -59,7 +60,7 @@ def launched() -> Iterator[Asked]:
     asked, knobs = Asked(), triton.knobs.compilation
     before, knobs.listener = knobs.listener, asked.listen
     try:
-        with Runner.open(ARCH, checks=False):
+        with support.Runner.open(ARCH, checks=False):
             for kernel in {id(value): value for value in jitted()}.values():
                 loaded.append(kernel.device_caches.copy())
                 kernel.device_caches.clear()

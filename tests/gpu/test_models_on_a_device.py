@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import foreign
 import pytest
+import support
 import torch
 from devices import CONFIG, Place, inputs, new_model
-from support import DTYPES, Runner, assert_as_good_as, error
+from support import DTYPES, assert_as_good_as, error
 from test_whole_models import check_training_step
 
 import ditfast
@@ -18,7 +19,7 @@ from ditfast.config import CONDITIONINGS
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_output_and_gradients(conditioning: str, dtype: str, place: Place) -> None:
     config = DiTConfig(depth=2, hidden_size=144, num_heads=2, input_size=8, num_classes=7, conditioning=conditioning)
-    check_training_step(config, 2, DTYPES[dtype], Runner("the default", "the default", place.device))
+    check_training_step(config, 2, DTYPES[dtype], support.Runner("the default", "the default", place.device))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
