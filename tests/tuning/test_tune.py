@@ -206,6 +206,19 @@ def test_a_problem_that_memory_does_not_hold_is_skipped() -> None:
     assert set(entries) == {NORM.bucket()}
 
 
+def test_memory_that_ends_at_the_second_route_skips_the_problem_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ms(op: str, route: str) -> float:
+        if route == "cublaslt":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    monkeypatch.setattr(measure, "why_not", lambda route, *_: "" if route != "triton" else "not here")
+    monkeypatch.setattr(measure, "check", lambda *_: None)
+    found, entries = tuned({GELU: 1}, StubClock(ms))
+    assert found[0].notes == ["skipped: the device has too little memory"]
+    assert not entries
+
+
 def test_a_problem_that_plain_torch_cannot_do_is_skipped() -> None:
     def ms(op: str, route: str) -> float:
         raise RuntimeError("device-side assert\nand more")
