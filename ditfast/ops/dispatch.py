@@ -142,10 +142,13 @@ def choose(device: torch.device, problem: Problem) -> Choice:
     return decide(device, problem)
 
 
-@torch.compiler.assume_constant_result
 def _decided(device: torch.device, op: str, dtype: torch.dtype, rows: int, sizes: tuple[int, ...], training: bool) -> str:
     """For a compiled graph, which holds what was known when it was traced."""
     return decide(device, Problem(op, dtype, rows, sizes, training)).route
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch.compile for it.
+vars(_decided)["_dynamo_marked_constant"] = True
 
 
 def route(x: Tensor, op: str, rows: int, sizes: tuple[int, ...], training: bool = False) -> str:
