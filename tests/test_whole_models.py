@@ -69,7 +69,8 @@ def test_dit_s2_training_step_at_256px(target: str) -> None:
         check_training_step(DiTConfig.from_name("DiT-S/2", image_size=256), 1, torch.bfloat16, runner)
 
 
-@pytest.mark.parametrize("target", AT_FULL_SIZE)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 @torch.inference_mode()
 def test_dit_xl2_forward_at_256px(target: str) -> None:
     with Runner.open(target, checks=False) as runner:
