@@ -65,7 +65,7 @@ class Gauges:
         return [inputs, *(tuple(tensor.clone() for tensor in inputs) for _ in range(copies - 1))]
 
     def launches(self, run: Callable[[], object]) -> int | None:
-        """Kernels of one run, whether a graph launches them or not."""
+        """Kernels of one run."""
         return self._read("launches", lambda: count_kernels(self.gpu, run))
 
     def busy(self, run: Callable[[], object], seconds: float) -> Busy | None:

@@ -35,7 +35,7 @@ class Row:
     tflops_per_s: float | None = None
     speedup_over: dict[str, float] = field(default_factory=dict)
     first_call_s: float | None = None  # compiles, tunes or captures
-    launches: int | None = None  # kernels of a forward
+    launches: int | None = None  # kernels of a forward; for a graph, of what it captured
     peak_memory_gb: float | None = None  # weights, activations and workspaces of this rival alone
     joules_per_image: float | None = None
     watts: float | None = None

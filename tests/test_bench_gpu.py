@@ -21,6 +21,7 @@ from ditfast.benchmarks import bench, gpu
 from ditfast.benchmarks.ceilings import measure_ceilings
 from ditfast.benchmarks.gauges import MOST_COPIES, SLOWDOWNS, Gauges, count_kernels
 from ditfast.benchmarks.report import print_tables
+from ditfast.benchmarks.rivals import Captured
 from ditfast.benchmarks.rows import Row
 from ditfast.flops import DEVICES, floor_ms
 
@@ -197,6 +198,23 @@ def test_tables_fit_112_columns() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ its parts
+def test_a_graph_follows_its_arguments() -> None:
+    graph = Captured(lambda x, y: 2 * x + y, FakeGpu())
+    x, y = torch.arange(3.0), torch.ones(3)
+    for inputs in ((x, y), (y, x), (x + 7, y)):
+        assert torch.equal(graph(*inputs), 2 * inputs[0] + inputs[1])
+    assert (graph.gpu.captures, graph.gpu.replays) == (1, 3)
+
+
+def test_the_profiler_comes_last_and_sees_no_graph(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, order = FakeGpu(), []
+    for name in ("trace", "energy_mj"):
+        plain = getattr(fake, name)
+        monkeypatch.setattr(fake, name, lambda *a, name=name, plain=plain: order.append(name) or plain(*a))
+    run_bench(checkpoint, fake, "--rivals", "ditfast")
+    assert order == ["energy_mj"] * 4 + ["trace"]  # before and after the window of ditfast and of ditfast+graph
+
+
 def test_inputs_are_rotated_past_the_cache() -> None:
     gauges = Gauges(FakeGpu(), None)
     large, small = torch.arange(1000.0), torch.zeros(1)
