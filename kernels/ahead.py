@@ -108,7 +108,7 @@ class Argument:
         self._tensor = tensor
 
     def data_ptr(self) -> int:
-        return self._tensor.storage_offset() * self._tensor.itemsize
+        return int(self._tensor.storage_offset() * self._tensor.itemsize)
 
     def ptr_range(self) -> int:
         """Bytes of the storage: AMD's compiler takes other loads within 2 GB."""
