@@ -8,5 +8,10 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["ditfast", "ditfast.*"]), "ditfast.kernels", "ditfast.benchmarks"],
     package_dir={"ditfast": "ditfast", "ditfast.kernels": "kernels", "ditfast.benchmarks": "benchmarks"},
-    package_data={"ditfast.data": ["*.safetensors"], "ditfast.prediction": ["*.json"], "ditfast": ["py.typed"]},
+    package_data={
+        "ditfast": ["py.typed"],
+        "ditfast.cpu": ["src/*"],
+        "ditfast.data": ["*.safetensors"],
+        "ditfast.prediction": ["*.json"],
+    },
 )

@@ -8,13 +8,12 @@ output layer, so a block reads and writes its [B, T, D] stream 8 times where eag
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import cpu, ops
 from .config import FIRST_NORM_EPS
 from .plain import is_plain
 
@@ -74,7 +73,7 @@ class Sublayer(NamedTuple):
     """``x + gate * transform(norm(x))``"""
 
     norm: Norm
-    transform: Callable[[Tensor], Tensor]
+    transform: SelfAttention | AttentionTo | Mlp
     gate: Tensor | None
 
 
@@ -94,6 +93,9 @@ def run_alone(x: Tensor, chain: Sequence[Sublayer]) -> Tensor:
     """x [B, T, D] through a chain that somebody else's code surrounds."""
     if not chain:
         return x
+    steps = cpu_steps(x, chain)
+    if steps:
+        return cpu.run(x, steps, cpu.Final(None, None, FIRST_NORM_EPS))[0]  # [B, T, D]
     *others, last = chain
     x = x.contiguous()
     u = ops.layer_norm_modulate(x, *chain[0].norm)  # [B, T, D]
@@ -110,43 +112,95 @@ def run_through(x: Tensor, stops: Sequence[Stop], final: Norm) -> Tensor:
             chain = []
         else:
             chain += stop
+    steps = cpu_steps(x, chain)
+    if steps:
+        return cpu.run(x, steps, cpu.Final(*final))[1]  # [B, T, D]
     x = x.contiguous()
     u = ops.layer_norm_modulate(x, *(chain[0].norm if chain else final))  # [B, T, D]
     return run(x, u, chain, final)[1]  # [B, T, D]
 
 
+def cpu_steps(x: Tensor, chain: Sequence[Sublayer]) -> list[cpu.Step]:
+    """The chain for the CPU engine; empty where it does not take x, or somebody wants one of the linears to be called."""
+    if not cpu.takes(x):
+        return []
+    products = [sublayer.transform.products() for sublayer in chain]
+    steps = [
+        cpu.Step(found, sublayer.norm.shift, sublayer.norm.scale, sublayer.gate, sublayer.norm.eps)
+        for sublayer, found in zip(chain, products, strict=True)
+        if found is not None
+    ]
+    return steps if len(steps) == len(chain) and all(cpu.fits(x, step) for step in steps) else []
+
+
 def sublayers(block: Block, modulation: Modulation, context: Tensor | None = None) -> list[Sublayer]:
     """A block as its two sublayers, or three with cross-attention to the context [B, 2, D]."""
     attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-    chain = [Sublayer(Norm(attn_shift, attn_scale, block.attn_norm_eps), partial(self_attention, block=block), attn_gate)]
+    chain = [Sublayer(Norm(attn_shift, attn_scale, block.attn_norm_eps), SelfAttention(block), attn_gate)]
     if block.cross is not None and context is not None:
-        attend = partial(cross_attention, context=context, weights=block.cross, num_heads=block.num_heads)
-        chain.append(Sublayer(Norm(), attend, None))
-    chain.append(Sublayer(Norm(mlp_shift, mlp_scale, block.mlp_norm_eps), partial(mlp, block=block), mlp_gate))
+        chain.append(Sublayer(Norm(), AttentionTo(context, block.cross, block.num_heads), None))
+    chain.append(Sublayer(Norm(mlp_shift, mlp_scale, block.mlp_norm_eps), Mlp(block), mlp_gate))
     return chain
 
 
-def self_attention(u: Tensor, block: Block) -> Tensor:
-    heads = (block.num_heads, -1)
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor]
-    if isinstance(block.qkv, SeparateQKV):
-        q, k, v = (project(u, projection).unflatten(-1, heads) for projection in block.qkv)  # 3 x [B, T, H, d]
-        qkv = (q, k, v)
-    else:
-        qkv = project(u, block.qkv).unflatten(-1, (3, *heads))  # [B, T, 3, H, d]
-    return project(ops.attention(qkv, block.attention_engine), block.proj)  # [B, T, D]
+class SelfAttention(NamedTuple):
+    block: Block
+
+    def __call__(self, u: Tensor) -> Tensor:
+        block = self.block
+        heads = (block.num_heads, -1)
+        qkv: Tensor | tuple[Tensor, Tensor, Tensor]
+        if isinstance(block.qkv, SeparateQKV):
+            q, k, v = (project(u, projection).unflatten(-1, heads) for projection in block.qkv)  # 3 x [B, T, H, d]
+            qkv = (q, k, v)
+        else:
+            qkv = project(u, block.qkv).unflatten(-1, (3, *heads))  # [B, T, 3, H, d]
+        return project(ops.attention(qkv, block.attention_engine), block.proj)  # [B, T, D]
+
+    def products(self) -> cpu.Products | None:
+        block = self.block
+        first = linears(*block.qkv) if isinstance(block.qkv, SeparateQKV) else linears(block.qkv)
+        second = linears(block.proj)
+        if block.attention_engine is not None or not (first and second):
+            return None
+        return cpu.Products(cpu.SELF_ATTENTION, first, second, block.num_heads)
 
 
-def cross_attention(u: Tensor, context: Tensor, weights: CrossAttention, num_heads: int) -> Tensor:
-    q = project(u, weights.q).unflatten(-1, (num_heads, -1))  # [B, T, H, d]
-    kv = project(context, weights.kv).unflatten(-1, (2, num_heads, -1))  # [B, 2, 2, H, d]
-    return project(ops.cross_attention(q, kv), weights.proj)  # [B, T, D]
+class AttentionTo(NamedTuple):
+    context: Tensor
+    weights: CrossAttention
+    num_heads: int
+
+    def __call__(self, u: Tensor) -> Tensor:
+        q = project(u, self.weights.q).unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
+        kv = project(self.context, self.weights.kv).unflatten(-1, (2, self.num_heads, -1))  # [B, 2, 2, H, d]
+        return project(ops.cross_attention(q, kv), self.weights.proj)  # [B, T, D]
+
+    def products(self) -> cpu.Products | None:
+        first, second, kv = linears(self.weights.q), linears(self.weights.proj), linears(self.weights.kv)
+        if not (first and second and kv):
+            return None
+        return cpu.Products(cpu.CROSS_ATTENTION, first, second, self.num_heads, self.context, kv[0])
 
 
-def mlp(u: Tensor, block: Block) -> Tensor:
-    if isinstance(block.fc1, Linear) and isinstance(block.fc2, Linear):
-        return ops.mlp(u, *block.fc1, *block.fc2)  # [B, T, D]
-    return project(F.gelu(project(u, block.fc1), approximate="tanh"), block.fc2)  # [B, T, D]
+class Mlp(NamedTuple):
+    block: Block
+
+    def __call__(self, u: Tensor) -> Tensor:
+        fc1, fc2 = self.block.fc1, self.block.fc2
+        if isinstance(fc1, Linear) and isinstance(fc2, Linear):
+            return ops.mlp(u, *fc1, *fc2)  # [B, T, D]
+        return project(F.gelu(project(u, fc1), approximate="tanh"), fc2)  # [B, T, D]
+
+    def products(self) -> cpu.Products | None:
+        first, second = linears(self.block.fc1), linears(self.block.fc2)
+        return cpu.Products(cpu.MLP, first, second) if first and second else None
+
+
+def linears(*projections: Projection) -> cpu.Linears:
+    """Their weights and biases; none where one of them wants to be called."""
+    found = [projection for projection in projections if isinstance(projection, Linear)]
+    return tuple((linear.weight, linear.bias) for linear in found) if len(found) == len(projections) else ()
 
 
 def project(x: Tensor, projection: Projection) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import blocks, ops
+from . import blocks, cpu, ops
 from .activation_checkpointing import checkpointed
 from .blocks import view
 from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
 from .config import DiTConfig
 from .ops.checks import check_dtype
-from .plain import is_plain
+from .plain import is_plain, is_silent
 
 ADALN_ORDER = ("attn_shift", "attn_scale", "mlp_shift", "mlp_scale")
 
@@ -74,9 +74,9 @@ class Block(nn.Module):
         self, x: Tensor, u: Tensor, modulation: blocks.Modulation, following: blocks.Norm, context: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The stream x and u, its norm, both [B, T, D]: behind this block u is the norm ``following`` it."""
-        return blocks.run(x, u, blocks.sublayers(self._views(), modulation, context), following)  # 2 x [B, T, D]
+        return blocks.run(x, u, blocks.sublayers(self.views(), modulation, context), following)  # 2 x [B, T, D]
 
-    def _views(self) -> blocks.Block:
+    def views(self) -> blocks.Block:
         attn, mlp, cross_attn = self.attn, self.mlp, self.cross_attn
         return blocks.Block(
             num_heads=self.num_heads,
@@ -180,13 +180,23 @@ class DiT(nn.Module):
         modulations, final = self._modulations(vectors)  # depth x up to 6 x [B, D], 2 x [B, D]
         if self.config.conditioning == "in_context":
             x = torch.cat([x, context], dim=1)  # [B, T+2, D]
+        if cpu.takes(x) and all(map(is_silent, self.blocks)):
+            pairs = zip(self.blocks, modulations, strict=True)
+            chain = [s for block, vectors in pairs for s in blocks.sublayers(cast(Block, block).views(), vectors, context)]
+            u = blocks.run_through(x, [chain], final)  # [B, T, D]
+        else:
+            u = self._run_blocks(x, modulations, final, context)  # [B, T, D]
+        u = u[:, : self.config.num_tokens]  # [B, T, D]
+        return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
+
+    def _run_blocks(self, x: Tensor, modulations: Sequence[blocks.Modulation], final: blocks.Norm, context: Tensor) -> Tensor:
+        """One by one, as modules that are called."""
         first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
         u = ops.layer_norm_modulate(x, *first)  # [B, T, D]
         for block, modulation, following in zip(self.blocks, modulations, [*others, final], strict=True):
             run = checkpointed(block) if self.checkpoint_activations and torch.is_grad_enabled() else block
             x, u = run(x, u, modulation, following, context)  # 2 x [B, T, D]
-        u = u[:, : self.config.num_tokens]  # [B, T, D]
-        return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
+        return u
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guidance_channels: int | None = None

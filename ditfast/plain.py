@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_unhooked(module: nn.Module) -> bool:
     own = vars(module)
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
+
+
+def is_silent(module: nn.Module) -> bool:
+    """Whether nobody would notice that a module is not called: no hooks, no forward of its own, not compiled."""
+    return (
+        is_unhooked(module)
+        and "forward" not in vars(module)
+        and module._compiled_call_impl is None
+        and not _has_any_global_hook()
+    )
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__, reference
+from .. import __version__, cpu, reference
 from ..config import DiTConfig
 from ..model import DiT
 from ..ops.cpu_products import OPS_WITH_PRODUCTS, in_fp32
@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         _record(torch.cuda.get_device_name(device) if device.type == "cuda" else None), highlight=False, soft_wrap=True
     )
+    if device.type == "cpu":
+        console.print(f"blocks without gradients: {cpu.found()[1] or 'the CPU engine, all in one call'}", highlight=False)
     healthy, line = _parity(device)
     console.print(line, highlight=False)
     return 0 if healthy else 1

@@ -1,0 +1,18 @@
+"""The CPU engine: a chain of sublayers in one call of a small C++ library, over packed weights."""
+
+from .engine import CROSS_ATTENTION, MLP, SELF_ATTENTION, Final, Products, Step, fits, found, run, takes
+from .packed import Linears
+
+__all__ = [
+    "CROSS_ATTENTION",
+    "MLP",
+    "SELF_ATTENTION",
+    "Final",
+    "Linears",
+    "Products",
+    "Step",
+    "fits",
+    "found",
+    "run",
+    "takes",
+]

@@ -1,0 +1,154 @@
+"""The C++ library behind the CPU engine: built by this machine's compiler at first use, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import whole_file
+
+SOURCES = Path(__file__).with_name("src")
+OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
+AVX2 = ("avx2", "fma")
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+READ_AHEAD = 4096  # bytes behind packed weights that may be prefetched
+EXTRAS = ("avx512_bf16", "avx512_vnni")  # of AVX-512, as the kernel of the system names them
+
+
+class Unavailable(Exception):
+    """Says why in one line."""
+
+
+class Vector(ctypes.Structure):  # as rows.h has it
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
+        ("half", ctypes.c_int64),
+    ]
+
+
+class Linear(ctypes.Structure):  # as linear.h
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+    ]
+
+
+class Sublayer(ctypes.Structure):  # as engine.cpp, and the next
+    _fields_ = [
+        ("kind", ctypes.c_int64),
+        ("first", Linear),
+        ("second", Linear),
+        ("shift", Vector),
+        ("scale", Vector),
+        ("gate", Vector),
+        ("eps", ctypes.c_double),
+        ("heads", ctypes.c_int64),
+        ("context", ctypes.c_void_p),
+        ("sources", ctypes.c_int64),
+    ]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("shift", Vector), ("scale", Vector), ("eps", ctypes.c_double)]
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """What the CPU can, in Linux's names; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    if platform.machine().lower() not in ("x86_64", "amd64") or not path.exists():
+        return frozenset()
+    line = next((line for line in path.read_text().splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def options_for(features: frozenset[str]) -> tuple[str, ...]:
+    """The compiler's.
+
+    Raises:
+        Unavailable: a CPU that has too little.
+    """
+    if features >= {*AVX2, *AVX512}:
+        extras = [feature.replace("_", "") for feature in EXTRAS if feature in features]
+        return (*(f"-m{name}" for name in (*AVX2, *AVX512, *extras)), "-mprefer-vector-width=512")
+    if features >= {*AVX2}:
+        return tuple(f"-m{name}" for name in AVX2)
+    raise Unavailable("the CPU engine needs an x86 CPU with AVX2, and Linux")
+
+
+def compiler() -> str:
+    """As torch.compile finds it.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    name = os.environ.get("CXX", "g++")
+    if not shutil.which(name):
+        raise Unavailable(f"the CPU engine needs a C++ compiler, and {name!r} is not installed")
+    return name
+
+
+def build(options: Sequence[str], folder: Path) -> Path:
+    """The library in ``folder``, under a hash of its sources, options and compiler; several processes may build at once.
+
+    Raises:
+        Unavailable: the compiler fails, or the folder cannot be written.
+    """
+    command = [compiler(), *OPTIONS, *options]
+    digest = hashlib.sha256(" ".join(command).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    path = folder / f"{digest.hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            built = subprocess.run(
+                [*command, str(SOURCES / "engine.cpp"), "-o", str(temporary)], capture_output=True, text=True
+            )
+            if built.returncode:
+                first_line = built.stderr.strip().partition("\n")[0]
+                raise Unavailable(f"the CPU engine was not built, {command[0]} failed: {first_line}")
+    except OSError as error:
+        raise Unavailable(f"the CPU engine was not built: {error}") from error
+    return path
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """With the types of what it exports.
+
+    Raises:
+        Unavailable: the system's loader refuses it.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"the CPU engine does not load: {error}") from error
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.ditfast_run.argtypes = [pointer, number, *[pointer] * 4, *[number] * 6]
+    library.ditfast_pack.argtypes = [number, pointer, *[number] * 4, pointer, number]
+    library.ditfast_packed_bytes.argtypes = [number] * 3
+    library.ditfast_packed_bytes.restype = number
+    library.ditfast_spot_check.argtypes = [pointer, pointer, number]
+    library.ditfast_spot_check.restype = ctypes.c_uint64
+    library.ditfast_panel.restype = number
+    library.ditfast_attention_is_half.restype = number
+    return library
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditfast" / "cpu"

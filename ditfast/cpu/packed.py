@@ -1,0 +1,110 @@
+"""Weights as the library wants them, packed once and again whenever they change."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import library
+
+FULL, HALF, BYTE = range(3)  # products, as engine.cpp numbers them
+STORED = {FULL: torch.float32, HALF: torch.bfloat16}
+LARGEST_BYTE = 127
+SMALLEST_SCALE = 1e-12
+
+Linears: TypeAlias = tuple[tuple[Tensor, Tensor], ...]  # weights and biases, of which the outputs lie side by side
+
+
+class PackedLinear(NamedTuple):
+    """A structure that points into tensors, and the tensors."""
+
+    structure: library.Linear
+    tensors: tuple[Tensor, ...]
+
+
+class Watch:
+    """Tells whether tensors were written to since: by what autograd counts, and by looking at some of their values.
+
+    Writes through ``.data`` are not counted. A dense one changes most values, so a few from all over a tensor show it.
+    """
+
+    def __init__(self, engine: ctypes.CDLL, tensors: Sequence[Tensor]):
+        self._engine = engine
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        count = len(tensors)
+        self._pointers = (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors))
+        self._bytes = (ctypes.c_int64 * count)(*(tensor.nbytes if tensor.is_contiguous() else 0 for tensor in tensors))
+        self._seen = self._look(tensors)
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        if any(known() is not tensor for known, tensor in zip(self._tensors, tensors, strict=True)):
+            return False
+        return self._look(tensors) == self._seen
+
+    def _look(self, tensors: Sequence[Tensor]) -> object:
+        stamps = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        if [pointer for pointer, _ in stamps] != list(self._pointers):
+            return None
+        return stamps, self._engine.ditfast_spot_check(self._pointers, self._bytes, len(tensors))
+
+
+class PackedChains:
+    """Of every chain of linears that came by, as long as its weights live."""
+
+    def __init__(self, engine: ctypes.CDLL):
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._chains: dict[object, tuple[Watch, list[PackedLinear]]] = {}
+
+    def of(self, linears: Sequence[Linears], product: int) -> list[PackedLinear]:
+        """One for each, as the weights are now."""
+        tensors = [tensor for together in linears for linear in together for tensor in linear]
+        key = product, *map(id, tensors)
+        known = self._chains.get(key)
+        if known is not None and known[0].unchanged(tensors):
+            return known[1]
+        with self._lock:
+            if key not in self._chains:
+                weakref.finalize(tensors[0], self._chains.pop, key, None)
+            watch = Watch(self._engine, tensors)
+            packed = [self._pack(together, product) for together in linears]
+            self._chains[key] = watch, packed
+        return packed
+
+    def _pack(self, together: Linears, product: int) -> PackedLinear:
+        weight = torch.cat([weight.detach() for weight, _ in together]) if len(together) > 1 else together[0][0].detach()
+        bias = torch.cat([bias.detach().float() for _, bias in together])
+        outputs, inputs = weight.shape
+        columns = -(-outputs // self._engine.ditfast_panel()) * self._engine.ditfast_panel()
+        vectors = [self._padded(bias, columns)]
+        if product == BYTE:
+            weight, scale = quantised(weight)
+            vectors += [self._padded(scale, columns), self._padded(weight.sum(1, dtype=torch.int32).float(), columns)]
+        else:
+            weight = weight.to(STORED[product])
+        packed = torch.empty(
+            self._engine.ditfast_packed_bytes(product, outputs, inputs) + library.READ_AHEAD, dtype=torch.uint8
+        )
+        threads = torch.get_num_threads()
+        self._engine.ditfast_pack(product, weight.data_ptr(), outputs, inputs, *weight.stride(), packed.data_ptr(), threads)
+        tensors = (packed, *vectors)
+        pointers = [tensor.data_ptr() for tensor in tensors] + [None] * (4 - len(tensors))
+        return PackedLinear(library.Linear(*pointers, outputs, inputs), tensors)
+
+    @staticmethod
+    def _padded(vector: Tensor, columns: int) -> Tensor:
+        padded = vector.new_zeros(columns)
+        padded[: len(vector)] = vector
+        return padded
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] as int8 and a scale for each output: weight = scale * int8, to half a scale."""
+    scale = (weight.float().abs().amax(1) / LARGEST_BYTE).clamp_min(SMALLEST_SCALE)
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale

@@ -1,0 +1,334 @@
+"""The CPU engine against float64, on every instruction set it is written for."""
+
+from __future__ import annotations
+
+import threading
+from typing import TypeAlias
+
+import cpu_variants as variants
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import UNIT_ROUNDOFF, error, randomize
+from torch import Tensor
+from torch.nn import functional as F
+
+import ditfast
+from ditfast import DiT, DiTConfig, cpu, reference
+from ditfast.config import CONDITIONINGS
+from ditfast.cpu import engine, packed
+from ditfast.cpu.packed import BYTE, FULL, HALF
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = DiTConfig(depth=2, hidden_size=100, num_heads=5, input_size=(8, 12), num_classes=10)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@pytest.fixture(params=variants.VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> engine.Engine:
+    return variants.take(request.param, monkeypatch)
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> engine.Engine:
+    return variants.take("native", monkeypatch)
+
+
+@pytest.fixture
+def calls(native: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sublayers of each call of the engine."""
+    seen: list[int] = []
+    run = native.run
+
+    def count(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> tuple[Tensor, Tensor]:
+        seen.append(len(steps))
+        return run(x, steps, final)
+
+    monkeypatch.setattr(native, "run", count)
+    return seen
+
+
+def inputs(config: DiTConfig, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(batch, *config.input_shape, dtype=dtype)
+    return x, torch.rand(batch) * 999, torch.randint(config.num_classes, (batch,))
+
+
+def new_model(config: DiTConfig = SMALL, dtype: torch.dtype = torch.float32) -> DiT:
+    return randomize(DiT(config)).eval().to(dtype)
+
+
+def on_torch(model: torch.nn.Module, *given: Tensor) -> Tensor:
+    with ditfast.backend("torch"):
+        return model(*given)
+
+
+# ------------------------------------------------------------------------------------------------ parity
+@DTYPES
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@torch.inference_mode()
+def test_models(variant: engine.Engine, conditioning: str, dtype: torch.dtype) -> None:
+    config = DiTConfig(depth=2, hidden_size=100, num_heads=5, input_size=(8, 12), num_classes=10, conditioning=conditioning)
+    model = new_model(config, dtype)
+    oracle = reference.DiT(config).eval()
+    oracle.load_state_dict(model.state_dict())
+    for batch in (1, 3):
+        x, t, y = inputs(config, batch, dtype)
+        exact = oracle.double()(x.double(), t, y)
+        bar = 1.1 * error(oracle.to(dtype)(x, t, y), exact) + UNIT_ROUNDOFF[dtype]
+        assert cpu.takes(x)
+        assert error(model(x, t, y), exact) <= bar
+
+
+def exact_chain(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> tuple[Tensor, Tensor]:
+    def norm(shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
+        shift, scale = (torch.zeros_like(x[:, 0]) if v is None else v.double() for v in (shift, scale))
+        shift, scale = (v if v.dim() == 3 else v.unsqueeze(1) for v in (shift, scale))
+        return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+    x = x.double()
+    for products, shift, scale, gate, eps in steps:
+        (first,), (second,) = products.first, products.second
+        h = F.linear(norm(shift, scale, eps), *(part.double() for part in first))
+        if products.kind == cpu.MLP:
+            h = F.gelu(h, approximate="tanh")
+        else:
+            q, k, v = h.unflatten(-1, (3, products.heads, -1)).permute(2, 0, 3, 1, 4)
+            h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = F.linear(h, *(part.double() for part in second))
+        gate = torch.ones_like(x[:, 0]) if gate is None else gate.double()
+        x = x + (gate if gate.dim() == 3 else gate.unsqueeze(1)) * h
+    return x, norm(*final)
+
+
+Chain: TypeAlias = tuple[Tensor, list[cpu.Step], cpu.Final]
+
+
+def random_chain(B: int, T: int, D: int, heads: int, dtype: torch.dtype, vectors: str) -> Chain:
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape)).to(dtype)
+
+    def vector() -> Tensor | None:
+        if vectors == "none":
+            return None
+        return random(B, T, D, scale=0.3) if vectors == "token" else random(B, 6 * D, scale=0.3)[:, 2 * D : 3 * D]
+
+    def linear(outputs: int, columns: int) -> packed.Linears:
+        return ((random(outputs, columns, scale=columns**-0.5), random(outputs)),)
+
+    steps = [
+        cpu.Step(cpu.Products(cpu.SELF_ATTENTION, linear(3 * D, D), linear(D, D), heads), vector(), vector(), vector(), 1e-6),
+        cpu.Step(cpu.Products(cpu.MLP, linear(3 * D + 1, D), linear(D, 3 * D + 1)), vector(), vector(), vector(), 1e-5),
+    ]
+    return random(B, T, D), steps, cpu.Final(vector(), vector(), 1e-6)
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    B=st.integers(1, 5),
+    T=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    vectors=st.sampled_from(["sample", "token", "none"]),
+)
+def test_any_shape(name: str, B: int, T: int, heads: int, head_dim: int, dtype: torch.dtype, vectors: str) -> None:
+    chosen = variants.built(name)
+    if isinstance(chosen, str):
+        pytest.skip(chosen)
+    x, steps, final = random_chain(B, T, heads * head_dim, heads, dtype, vectors)
+    exact_x, exact_u = exact_chain(x, steps, final)
+    found_x, found_u = chosen.run(x, steps, final)
+    rounded = error(exact_x.to(dtype), exact_x)
+    bar = 3e-6 if dtype == torch.float32 else 2.5 * rounded + 1e-3  # bf16 between products as well, if that is multiplied
+    assert error(found_x, exact_x) <= bar
+    if heads * head_dim > 8:  # of two or three values the norm may be of nothing but noise
+        assert error(found_u, exact_u) <= 2 * bar
+
+
+@torch.inference_mode()
+def test_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = variants.take("emulated_avx512", monkeypatch)
+    monkeypatch.setitem(engine.PRODUCTS, torch.float32, BYTE)
+    x, steps, final = random_chain(2, 37, 100, 5, torch.float32, "sample")
+    exact, _ = exact_chain(x, steps, final)
+    found, _ = chosen.run(x, steps, final)
+    assert 1e-3 < error(found, exact) < 4e-2
+
+
+# ------------------------------------------------------------------------------------------------ the same bits
+@DTYPES
+@torch.inference_mode()
+def test_threads_and_batch_do_not_change_the_bits(native: engine.Engine, dtype: torch.dtype) -> None:
+    model = new_model(dtype=dtype)
+    x, t, y = inputs(SMALL, 7, dtype)
+    vectors = model.modulation_vectors(t, y)
+    expected = model.forward_modulated(x, vectors)
+    torch.set_num_threads(2)
+    assert torch.equal(model.forward_modulated(x, vectors), expected)
+    torch.set_num_threads(5)
+    assert torch.equal(model.forward_modulated(x, vectors), expected)
+    x, steps, final = random_chain(7, 20, 100, 5, dtype, "token")
+    whole, _ = native.run(x, steps, final)
+    assert torch.equal(native.run(x[2:3], [alone(step, 2) for step in steps], final)[0], whole[2:3])
+
+
+def alone(step: cpu.Step, sample: int) -> cpu.Step:
+    shift, scale, gate = (None if v is None else v[sample : sample + 1] for v in step[1:4])
+    return step._replace(shift=shift, scale=scale, gate=gate)
+
+
+def test_two_threads_at_once(native: engine.Engine) -> None:
+    models = [new_model(), new_model()]
+    given = inputs(SMALL, 2)
+    with torch.inference_mode():
+        expected = [on_torch(model, *given) for model in models]
+    found: list[list[Tensor]] = [[], []]
+
+    def call(i: int) -> None:
+        with torch.inference_mode():
+            for _ in range(10):
+                found[i].append(models[i](*given))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert len(found[i]) == 10
+        for out in found[i]:
+            torch.testing.assert_close(out, expected[i], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ weights that change
+def load_others(model: DiT) -> None:
+    model.load_state_dict(new_model().state_dict())
+
+
+def assign_others(model: DiT) -> None:
+    model.load_state_dict(new_model().state_dict(), assign=True)
+
+
+def take_a_step(model: DiT) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with torch.enable_grad():
+        model(*inputs(SMALL, 2)).square().mean().backward()
+    optimizer.step()
+
+
+def write_through_data(model: DiT) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+
+
+def replace_one(model: DiT) -> None:
+    fc1 = model.blocks[1].mlp.fc1
+    fc1.weight = torch.nn.Parameter(fc1.weight + 0.3)
+
+
+def write_a_bias(model: DiT) -> None:
+    model.blocks[0].attn.proj.bias.data.add_(1.0)
+
+
+@pytest.mark.parametrize(
+    "change", [load_others, assign_others, take_a_step, write_through_data, replace_one, write_a_bias], ids=lambda f: f.__name__
+)
+@torch.no_grad()
+def test_weights_are_never_stale(change: object, calls: list[int]) -> None:
+    model, given = new_model(), inputs(SMALL, 2)
+    before = model(*given)
+    change(model)  # type: ignore[operator]
+    after = model(*given)
+    assert calls == [4, 4]
+    torch.testing.assert_close(after, on_torch(model, *given), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after, before, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_packed_weights_go_with_the_model(native: engine.Engine) -> None:
+    chains = native._chains._chains
+    before = len(chains)
+    model = new_model()
+    model(*inputs(SMALL, 1))
+    assert len(chains) == before + 1
+    del model
+    assert len(chains) == before
+
+
+# ------------------------------------------------------------------------------------------------ when it steps aside
+@torch.no_grad()
+def test_one_call_for_all_blocks(calls: list[int]) -> None:
+    new_model()(*inputs(SMALL, 1))
+    assert calls == [4]
+
+
+def test_gradients_take_torch(calls: list[int]) -> None:
+    assert new_model()(*inputs(SMALL, 1)).requires_grad
+    assert calls == []
+
+
+@torch.no_grad()
+def test_hooks_are_called(calls: list[int]) -> None:
+    model, given = new_model(), inputs(SMALL, 1)
+    seen: list[object] = []
+    handle = model.blocks[1].register_forward_hook(lambda *_: seen.append(1))
+    model(*given)
+    assert (seen, calls) == ([1], [])
+    handle.remove()
+    handle = model.blocks[1].mlp.fc1.register_forward_hook(lambda *_: seen.append(2))
+    model(*given)
+    assert (seen, calls) == ([1, 2], [])
+    handle.remove()
+    model(*given)
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@torch.no_grad()
+def test_forced_elsewhere(name: str) -> None:
+    with ditfast.backend(name):
+        assert not cpu.takes(torch.randn(1, 2, 3))
+
+
+@torch.no_grad()
+def test_other_tensors(native: engine.Engine) -> None:
+    assert cpu.takes(torch.randn(1, 2, 3))
+    assert not cpu.takes(torch.randn(0, 2, 3))
+    assert not cpu.takes(torch.randn(1, 2, 3, device="meta"))
+    assert not cpu.takes(torch.randn(1, 2, 3).half())
+    assert not cpu.takes(torch.randn(1, 2, 3).double())
+    seen: list[bool] = []
+    torch.vmap(lambda x: (seen.append(cpu.takes(x)), x)[1])(torch.randn(2, 1, 2, 3))
+    assert seen == [False]
+
+
+@torch.no_grad()
+def test_autocast(calls: list[int]) -> None:
+    model, given = new_model(), inputs(SMALL, 2)
+    exact = on_torch(model, *given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(*given)
+    assert calls == [4]
+    assert 1e-5 < error(found, exact) < 1e-2
+    with torch.autocast("cpu", torch.float16):
+        model(*given)
+    assert calls == [4]
+
+
+@torch.no_grad()
+def test_wrong_shapes_are_named_as_elsewhere(native: engine.Engine) -> None:
+    model = new_model()
+    model.blocks[0].mlp.fc1.weight = torch.nn.Parameter(torch.randn(400, 99))
+    with pytest.raises(ValueError, match="fc1_weight"):
+        model(*inputs(SMALL, 1))
+
+
+@torch.no_grad()
+def test_an_empty_batch(native: engine.Engine) -> None:
+    assert new_model()(*inputs(SMALL, 0)).shape[0] == 0
+
+
+def test_products_are_numbered_as_in_the_library() -> None:
+    assert (FULL, HALF, BYTE) == (0, 1, 2)

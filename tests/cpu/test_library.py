@@ -1,0 +1,77 @@
+"""Building the CPU engine: by whom, where it is kept, and what is said where it cannot be built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditfast.cpu import library
+
+NATIVE = frozenset({*library.AVX2, *library.AVX512, *library.EXTRAS})
+
+
+def test_options_follow_the_cpu() -> None:
+    assert library.options_for(frozenset(library.AVX2)) == ("-mavx2", "-mfma")
+    everything = library.options_for(NATIVE)
+    assert {"-mavx512f", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"} <= set(everything)
+    assert "-mavx512bf16" not in library.options_for(NATIVE - {"avx512_bf16"})
+    with pytest.raises(library.Unavailable, match="AVX2"):
+        library.options_for(frozenset({"sse4_2"}))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(library.Unavailable, match="needs a C\\+\\+ compiler, and 'no-such-compiler' is not installed"):
+        library.build(("-mavx2",), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(library.Unavailable, match=r"failed: .*no-such-option"):
+        library.build(("--no-such-option",), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(library.Unavailable, match="was not built"):
+        library.build(("-mavx2",), tmp_path / "file" / "cache")
+
+
+def test_built_once_by_whoever_is_first(tmp_path: Path) -> None:
+    options = ("-O0", "-mavx2", "-mfma")
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: library.build(options, tmp_path), range(2)))
+    assert paths[0] == paths[1]
+    assert list(tmp_path.iterdir()) == [paths[0]]
+    stamp = paths[0].stat().st_mtime_ns
+    assert library.build(options, tmp_path).stat().st_mtime_ns == stamp
+    library.load(paths[0])
+
+
+def test_a_damaged_library_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.so"
+    path.write_bytes(b"no library")
+    with pytest.raises(library.Unavailable, match="does not load"):
+        library.load(path)
+
+
+def test_a_machine_without_a_compiler_runs_on_torch(tmp_path: Path) -> None:
+    code = (
+        "import torch, ditfast; from ditfast import cpu\n"
+        "model = ditfast.load_digits()\n"
+        "with torch.inference_mode(): out = model(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 10]))\n"
+        "print(cpu.takes(out)); print(cpu.found()[1]); print(bool(out.isfinite().all()))"
+    )
+    environment = os.environ | {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    takes, why, finite = done.stdout.splitlines()
+    assert (takes, finite) == ("False", "True")
+    assert why == "the CPU engine needs a C++ compiler, and 'no-such-compiler' is not installed"
+    assert torch.cuda.is_available() or not done.stderr
