@@ -93,9 +93,9 @@ def run_alone(x: Tensor, chain: Sequence[Sublayer]) -> Tensor:
     """x [B, T, D] through a chain that somebody else's code surrounds."""
     if not chain:
         return x
-    steps = cpu_steps(x, chain)
-    if steps:
-        return cpu.run(x, steps, cpu.Final(None, None, FIRST_NORM_EPS))[0]  # [B, T, D]
+    found = run_on_cpu(x, chain, Norm())
+    if found is not None:
+        return found[0]  # [B, T, D]
     *others, last = chain
     x = x.contiguous()
     u = ops.layer_norm_modulate(x, *chain[0].norm)  # [B, T, D]
@@ -112,25 +112,25 @@ def run_through(x: Tensor, stops: Sequence[Stop], final: Norm) -> Tensor:
             chain = []
         else:
             chain += stop
-    steps = cpu_steps(x, chain)
-    if steps:
-        return cpu.run(x, steps, cpu.Final(*final))[1]  # [B, T, D]
+    found = run_on_cpu(x, chain, final)
+    if found is not None:
+        return found[1]  # [B, T, D]
     x = x.contiguous()
     u = ops.layer_norm_modulate(x, *(chain[0].norm if chain else final))  # [B, T, D]
     return run(x, u, chain, final)[1]  # [B, T, D]
 
 
-def cpu_steps(x: Tensor, chain: Sequence[Sublayer]) -> list[cpu.Step]:
-    """The chain for the CPU engine; empty where it does not take x, or somebody wants one of the linears to be called."""
+def run_on_cpu(x: Tensor, chain: Sequence[Sublayer], following: Norm) -> tuple[Tensor, Tensor] | None:
+    """``run`` by the CPU engine; None where it does not take x, or somebody wants one of the linears to be called."""
     if not cpu.takes(x):
-        return []
-    products = [sublayer.transform.products() for sublayer in chain]
-    steps = [
-        cpu.Step(found, sublayer.norm.shift, sublayer.norm.scale, sublayer.gate, sublayer.norm.eps)
-        for sublayer, found in zip(chain, products, strict=True)
-        if found is not None
-    ]
-    return steps if len(steps) == len(chain) and all(cpu.fits(x, step) for step in steps) else []
+        return None
+    steps = []
+    for (shift, scale, eps), transform, gate in chain:
+        products = transform.products()
+        if products is None:
+            return None
+        steps.append(cpu.Step(products, shift, scale, gate, eps))
+    return cpu.run(x, steps, cpu.Final(*following))
 
 
 def sublayers(block: Block, modulation: Modulation, context: Tensor | None = None) -> list[Sublayer]:

@@ -1,6 +1,6 @@
 """The CPU engine: a chain of sublayers in one call of a small C++ library, over packed weights."""
 
-from .engine import CROSS_ATTENTION, MLP, SELF_ATTENTION, Final, Products, Step, fits, found, run, takes
+from .engine import CROSS_ATTENTION, MLP, SELF_ATTENTION, Final, Products, Step, found, run, takes
 from .packed import Linears
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Linears",
     "Products",
     "Step",
-    "fits",
     "found",
     "run",
     "takes",

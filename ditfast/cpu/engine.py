@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..ops.dispatch import autocast_dtype, forced
 from . import library
-from .packed import BYTE, FULL, HALF, Linears, PackedChains
+from .packed import BYTE, FULL, HALF, Linears, PackedChains, PackedLinear
 
 SELF_ATTENTION, CROSS_ATTENTION, MLP = range(3)  # kinds, as engine.cpp numbers them
 PRODUCTS = {torch.float32: FULL, torch.bfloat16: HALF}
@@ -75,24 +75,8 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def fits(x: Tensor, step: Step) -> bool:
-    """Whether all shapes and dtypes are as the ops want them, which say what is wrong where they are not."""
-    B, T, D = x.shape
-    dtype = autocast_dtype(x.device) or x.dtype
-    first, second = step.products.first, step.products.second
-    outputs = sum(len(weight) for weight, _ in first)
-    inputs = outputs if step.products.kind == MLP else D
-    expected = {SELF_ATTENTION: 3 * D, CROSS_ATTENTION: D, MLP: outputs}[step.products.kind]
-    weights = [weight for weight, _ in (*first, *second)]
-    return (
-        outputs == expected
-        and all(weight.shape[1] == D for weight, _ in first)
-        and all(weight.shape == (D, inputs) for weight, _ in second)
-        and D % step.products.heads == 0
-        and all(weight.dtype == x.dtype or dtype != x.dtype for weight in weights)
-        and all(len(bias) == len(weight) for weight, bias in (*first, *second))
-        and all(v is None or v.shape in ((B, D), (B, T, D)) for v in (step.shift, step.scale, step.gate))
-    )
+class DoesNotFit(Exception):
+    """A shape or dtype is not what the ops want, which say what is wrong."""
 
 
 class Engine:
@@ -109,30 +93,45 @@ class Engine:
         in fp32.
 
         Raises:
+            DoesNotFit: weights or vectors that are not for x.
             MemoryError: for the activations of a few samples.
         """
         product = PRODUCTS[autocast_dtype(x.device) or x.dtype]
         x = x.contiguous()
         B, T, D = x.shape
-        linears = [each for step in steps for each in (step.products.first, step.products.second)]
-        packed = self._chains.of(linears, product)
+        packed = self._packed(x, [step.products for step in steps], product)
+        vectors = _Vectors(B, T, D)
         chain = (library.Sublayer * len(steps))()
-        alive: list[Tensor] = []  # what only the structures point to
-        for i, (sublayer, step) in enumerate(zip(chain, steps, strict=True)):
-            sublayer.kind, sublayer.heads, sublayer.eps = step.products.kind, step.products.heads, step.eps
+        for i, (products, shift, scale, gate, eps) in enumerate(steps):
+            sublayer = chain[i]
+            sublayer.kind, sublayer.heads, sublayer.eps = products.kind, products.heads, eps
             sublayer.first, sublayer.second = packed[2 * i].structure, packed[2 * i + 1].structure
-            sublayer.shift, sublayer.scale, sublayer.gate = (_vector(v, alive) for v in (step.shift, step.scale, step.gate))
-            if step.products.context is not None and step.products.context_linear is not None:
-                keys_values = self._keys_values(step.products.context, step.products.context_linear, product)
-                alive.append(keys_values)
+            sublayer.shift, sublayer.scale, sublayer.gate = vectors.of(shift), vectors.of(scale), vectors.of(gate)
+            if products.context is not None and products.context_linear is not None:
+                keys_values = self._keys_values(products.context, products.context_linear, product)
+                vectors.alive.append(keys_values)
                 sublayer.context, sublayer.sources = keys_values.data_ptr(), keys_values.shape[1]
-        norm = library.Norm(_vector(final.shift, alive), _vector(final.scale, alive), final.eps)
+        norm = library.Norm(vectors.of(final.shift), vectors.of(final.scale), final.eps)
         x_out, u_out = torch.empty_like(x), torch.empty_like(x)
         pointers = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
         sizes = x.dtype == torch.bfloat16, product, B, T, D, torch.get_num_threads()
         if self._functions.ditfast_run(chain, len(steps), ctypes.byref(norm), *pointers, *sizes):
             raise MemoryError(f"the CPU engine found no memory for {B} x {T} tokens of width {D}")
         return x_out, u_out
+
+    def _packed(self, x: Tensor, products: Sequence[Products], product: int) -> list[PackedLinear]:
+        linears = [each for p in products for each in (p.first, p.second)]
+        tensors = [tensor for together in linears for linear in together for tensor in linear]
+        known = self._chains.find(tensors, product)
+        if known is None:
+            dtype = x.dtype if autocast_dtype(x.device) is None else None
+            if not all(_fits(p, dtype) for p in products):
+                raise DoesNotFit
+            known = self._chains.pack(tensors, linears, product)
+        width = x.shape[2]
+        if any(packed.structure.inputs != width for packed in known[::2]):
+            raise DoesNotFit
+        return known
 
     def _keys_values(self, context: Tensor, linear: tuple[Tensor, Tensor], product: int) -> Tensor:
         """[B, S, 2 * D], as the engine's attention multiplies them."""
@@ -141,18 +140,50 @@ class Engine:
         return F.linear(context.to(weight.dtype), weight, bias).to(torch.bfloat16 if half else torch.float32).contiguous()
 
 
-def run(x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor]:
-    """``Engine.run`` of this machine's, where ``takes(x)``."""
+def run(x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor] | None:
+    """``Engine.run`` of this machine's, where ``takes(x)``; None where something does not fit."""
     engine, _ = found()
     assert engine is not None
-    return engine.run(x, steps, final)
+    try:
+        return engine.run(x, steps, final)
+    except DoesNotFit:
+        return None
 
 
-def _vector(vector: Tensor | None, alive: list[Tensor]) -> library.Vector:
-    if vector is None:
-        return library.Vector()
-    if vector.dtype not in PRODUCTS or vector.stride(-1) != 1:
-        vector = vector.float().contiguous()
-        alive.append(vector)
-    token_stride = vector.stride(1) if vector.dim() == 3 else 0
-    return library.Vector(vector.data_ptr(), vector.stride(0), token_stride, vector.dtype == torch.bfloat16)
+def _fits(products: Products, dtype: torch.dtype | None) -> bool:
+    """Whether a sublayer's weights, of one dtype unless it is None, go together."""
+    D = products.first[0][0].shape[1]
+    outputs = sum(len(weight) for weight, _ in products.first)
+    inputs = outputs if products.kind == MLP else D
+    expected = {SELF_ATTENTION: 3 * D, CROSS_ATTENTION: D, MLP: outputs}[products.kind]
+    linears = (*products.first, *products.second)
+    return (
+        outputs == expected
+        and D % products.heads == 0
+        and all(weight.shape[1] == D for weight, _ in products.first)
+        and all(weight.shape == (D, inputs) for weight, _ in products.second)
+        and all(bias.shape == weight.shape[:1] for weight, bias in linears)
+        and all(tensor.dtype == dtype or dtype is None for linear in linears for tensor in linear)
+    )
+
+
+class _Vectors:
+    """Structures for modulation vectors, and what only they point to."""
+
+    def __init__(self, B: int, T: int, D: int):
+        self._shapes = torch.Size((B, D)), torch.Size((B, T, D))
+        self.alive: list[Tensor] = []
+
+    def of(self, vector: Tensor | None) -> library.Vector:
+        if vector is None:
+            return library.Vector()
+        shape = vector.shape
+        if shape != self._shapes[0] and shape != self._shapes[1]:
+            raise DoesNotFit
+        *strides, inner = vector.stride()
+        if inner != 1 or vector.dtype not in PRODUCTS:
+            vector = vector.float().contiguous()
+            self.alive.append(vector)
+            *strides, _ = vector.stride()
+        token_stride = strides[1] if len(strides) == 2 else 0
+        return library.Vector(vector.data_ptr(), strides[0], token_stride, vector.dtype == torch.bfloat16)

@@ -37,21 +37,22 @@ class Watch:
     def __init__(self, engine: ctypes.CDLL, tensors: Sequence[Tensor]):
         self._engine = engine
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
-        count = len(tensors)
-        self._pointers = (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors))
-        self._bytes = (ctypes.c_int64 * count)(*(tensor.nbytes if tensor.is_contiguous() else 0 for tensor in tensors))
-        self._seen = self._look(tensors)
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        sizes = [tensor.nbytes if tensor.is_contiguous() else 0 for tensor in tensors]
+        self._spots = (ctypes.c_void_p * len(tensors))(*pointers), (ctypes.c_int64 * len(tensors))(*sizes), len(tensors)
+        self._stamps = self._stamps_of(tensors)
+        self._seen = engine.ditfast_spot_check(*self._spots)
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
-        if any(known() is not tensor for known, tensor in zip(self._tensors, tensors, strict=True)):
-            return False
-        return self._look(tensors) == self._seen
+        return (
+            all(known() is tensor for known, tensor in zip(self._tensors, tensors, strict=True))
+            and self._stamps_of(tensors) == self._stamps
+            and self._engine.ditfast_spot_check(*self._spots) == self._seen
+        )
 
-    def _look(self, tensors: Sequence[Tensor]) -> object:
-        stamps = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        if [pointer for pointer, _ in stamps] != list(self._pointers):
-            return None
-        return stamps, self._engine.ditfast_spot_check(self._pointers, self._bytes, len(tensors))
+    @staticmethod
+    def _stamps_of(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 class PackedChains:
@@ -62,13 +63,14 @@ class PackedChains:
         self._lock = threading.Lock()
         self._chains: dict[object, tuple[Watch, list[PackedLinear]]] = {}
 
-    def of(self, linears: Sequence[Linears], product: int) -> list[PackedLinear]:
-        """One for each, as the weights are now."""
-        tensors = [tensor for together in linears for linear in together for tensor in linear]
+    def find(self, tensors: Sequence[Tensor], product: int) -> list[PackedLinear] | None:
+        """What is packed of these weights and biases, if they have not changed since."""
+        watch, packed = self._chains.get((product, *map(id, tensors)), (None, []))
+        return packed if watch is not None and watch.unchanged(tensors) else None
+
+    def pack(self, tensors: Sequence[Tensor], linears: Sequence[Linears], product: int) -> list[PackedLinear]:
+        """One for each of the linears, whose tensors they are."""
         key = product, *map(id, tensors)
-        known = self._chains.get(key)
-        if known is not None and known[0].unchanged(tensors):
-            return known[1]
         with self._lock:
             if key not in self._chains:
                 weakref.finalize(tensors[0], self._chains.pop, key, None)

@@ -23,7 +23,7 @@ struct Norm {
   double eps;
 };
 
-constexpr i64 SPOTS = 16;           // of a tensor, that tell whether it was written to
+constexpr i64 SPOTS = 4;            // of a tensor, that tell whether it was written to
 constexpr i64 ROWS_A_THREAD = 128;  // of a pass through a sublayer
 constexpr i64 ALIGNMENT = 64;
 
