@@ -73,7 +73,8 @@ class PackedChains:
         key = product, *map(id, tensors)
         with self._lock:
             if key not in self._chains:
-                weakref.finalize(tensors[0], self._chains.pop, key, None)
+                for tensor in tensors:
+                    weakref.finalize(tensor, self._chains.pop, key, None)
             watch = Watch(self._engine, tensors)
             packed = [self._pack(together, product) for together in linears]
             self._chains[key] = watch, packed
@@ -90,9 +91,8 @@ class PackedChains:
             vectors += [self._padded(scale, columns), self._padded(weight.sum(1, dtype=torch.int32).float(), columns)]
         else:
             weight = weight.to(STORED[product])
-        packed = torch.empty(
-            self._engine.ditfast_packed_bytes(product, outputs, inputs) + library.READ_AHEAD, dtype=torch.uint8
-        )
+        size = self._engine.ditfast_packed_bytes(product, outputs, inputs) + library.READ_AHEAD
+        packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
         threads = torch.get_num_threads()
         self._engine.ditfast_pack(product, weight.data_ptr(), outputs, inputs, *weight.stride(), packed.data_ptr(), threads)
         tensors = (packed, *vectors)

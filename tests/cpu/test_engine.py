@@ -255,6 +255,10 @@ def test_packed_weights_go_with_the_model(native: engine.Engine) -> None:
     model = new_model()
     model(*inputs(SMALL, 1))
     assert len(chains) == before + 1
+    for _ in range(3):
+        replace_one(model)
+        model(*inputs(SMALL, 1))
+        assert len(chains) == before + 1
     del model
     assert len(chains) == before
 
@@ -285,6 +289,18 @@ def test_hooks_are_called(calls: list[int]) -> None:
     handle.remove()
     model(*given)
     assert calls == [4]
+
+
+@torch.no_grad()
+def test_where_tensors_are_made_by_default_does_not_matter(calls: list[int]) -> None:
+    model, given = new_model(), inputs(SMALL, 1)
+    expected = on_torch(model, *given)
+    tokens = model.x_embedder(given[0], model.pos_embed)
+    vectors = model.modulation_vectors(*given[1:])
+    with torch.device("meta"):
+        found = model._denoise(tokens, vectors.split([600, 600, 200], dim=1), tokens)
+    assert calls == [4]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
