@@ -23,12 +23,14 @@ from support import DTYPES, error, raises_naming, randomize
 from torch import Tensor, nn
 
 import ditfast
+from ditfast import cpu
 from ditfast.homes import Swap
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
 ]
+ENGINE = "torch, attention sdpa" + ("" if cpu.found()[0] is None else "; without gradients the CPU engine")
 WHOLE = {name: not name.startswith(("REPA", "PixArt", "SD3")) for name in KINDS}  # the model's forward is swapped as well
 
 
@@ -387,7 +389,7 @@ def test_report() -> None:
     assert text.splitlines() == [
         "module                         family            engine, or why not",
         "(model)               swapped  official DiT      torch",
-        "blocks.0 .. blocks.1  swapped  adaLN-Zero block  torch, attention sdpa",
+        f"blocks.0 .. blocks.1  swapped  adaLN-Zero block  {ENGINE}",
         "blocks.2              left     adaLN-Zero block  attn.scale is 1.0",
     ]
     with ditfast.backend("triton"):
@@ -395,9 +397,9 @@ def test_report() -> None:
     handle = model.blocks[0].attn.register_forward_hook(lambda *_: None)
     rows = ditfast.acceleration_report(model).rows
     assert "its own forward runs" in rows[1].engine
-    assert rows[2].engine == "torch, attention sdpa"
+    assert rows[2].engine == ENGINE
     handle.remove()
-    assert ditfast.acceleration_report(model).rows[1].engine == "torch, attention sdpa"
+    assert ditfast.acceleration_report(model).rows[1].engine == ENGINE
     inside = nn.ModuleDict({"net": model, "other": nn.Linear(2, 2)})
     assert names_of(ditfast.acceleration_report(inside).rows) == ["net", "net.blocks.0", "net.blocks.1", "net.blocks.2"]
     ditfast.accelerate(model, attention="flash")

@@ -1,6 +1,6 @@
 """The CPU engine: a chain of sublayers in one call of a small C++ library, over packed weights."""
 
-from .engine import CROSS_ATTENTION, MLP, SELF_ATTENTION, Final, Products, Step, found, run, takes
+from .engine import CROSS_ATTENTION, MLP, SELF_ATTENTION, Final, Products, Step, found, run, runs_on, takes
 from .packed import Linears
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "Step",
     "found",
     "run",
+    "runs_on",
     "takes",
 ]

@@ -56,6 +56,12 @@ def found() -> tuple[Engine | None, str]:
         return None, str(error)
 
 
+def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is an engine for tensors of this kind, and nothing else is forced."""
+    free = forced().backend is None and forced().attention is None
+    return free and device.type == "cpu" and dtype in PRODUCTS and found()[0] is not None
+
+
 def takes(x: Tensor) -> bool:
     """Whether the engine runs sublayers of plain linears for x [B, T, D]: without gradients, on a CPU it was built for."""
     return (
@@ -65,13 +71,10 @@ def takes(x: Tensor) -> bool:
         and type(x) is Tensor
         and x.numel() > 0
         and (autocast_dtype(x.device) or x.dtype) in PRODUCTS
-        and x.dtype in PRODUCTS
-        and forced().backend is None
-        and forced().attention is None
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and found()[0] is not None
+        and runs_on(x.device, x.dtype)
     )
 
 

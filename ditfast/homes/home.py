@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import blocks
+from .. import blocks, cpu
 from ..conditioning import wide_linear
 from ..ops.attention import choose_engine
 from ..ops.dispatch import choose
@@ -206,7 +206,9 @@ class Swap:
             engine = choose_engine(weight.device, attention, self.options.engine).route
         except RuntimeError as error:
             return str(error)
-        return f"{backend}, attention {engine}"
+        known = f"{backend}, attention {engine}"
+        in_one = isinstance(self.home, BlockHome) and self.options.engine is None and cpu.runs_on(weight.device, dtype)
+        return f"{known}; without gradients the CPU engine" if in_one else known
 
 
 def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
