@@ -1,14 +1,9 @@
-import subprocess
-import sys
 from importlib import resources
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from ditfast import load_digits, reference
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_checkpoint_is_small_and_in_official_layout() -> None:
@@ -27,13 +22,3 @@ def test_loads_ready_to_use() -> None:
     assert (model.config.input_shape, model.config.num_classes, model.config.null_class) == ((1, 8, 8), 10, 10)
     with torch.no_grad():
         assert model(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 10])).shape == (2, 2, 8, 8)
-
-
-def test_the_training_script_runs(tmp_path: Path) -> None:
-    out = tmp_path / "digits.safetensors"
-    script = ROOT / "examples" / "train_digits.py"
-    subprocess.run(
-        [sys.executable, str(script), "--steps", "2", "--out", str(out)], check=True, capture_output=True, cwd=tmp_path
-    )
-    with safe_open(out, framework="pt") as checkpoint:
-        assert set(checkpoint.keys()) == set(load_digits().state_dict())

@@ -71,7 +71,7 @@ def test_the_trainings_examples_run(
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     train, read_log = re.findall(r"```python\n(.*?)```", TRAINING, re.DOTALL)
-    exec(train.replace("steps=1000, batch=128", "steps=2, batch=4"), names := {})
+    exec(train.replace("steps=5000, batch=128", "steps=2, batch=4"), names := {})
     assert names["weights"].is_file()
     exec(read_log, {})
     assert 0.5 < float(capsys.readouterr().out) < 2
@@ -90,6 +90,12 @@ def test_the_predictions_are_as_computed(capsys: pytest.CaptureFixture[str]) -> 
     assert command in GUIDES["predictions.md"]
     assert predictions.main([]) == 0
     assert capsys.readouterr().out == GUIDES["predictions.md"]
+
+
+def test_the_readme_s_predictions_are_as_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`python benchmarks/predictions.py --summary`" in GUIDES["README.md"].replace("\n", " ")
+    assert predictions.main(["--summary"]) == 0
+    assert capsys.readouterr().out.strip() in GUIDES["README.md"]
 
 
 def test_each_guide_has_commands() -> None:
