@@ -35,7 +35,8 @@ _TOLD_BY_NO_SHAPE = ("input_size", "num_heads")
 
 
 def to_metadata(config: DiTConfig) -> dict[str, str]:
-    return {METADATA_KEY: json.dumps(dataclasses.asdict(config)), "format": "pt"}
+    """One entry: of several, safetensors writes now one first, now another, and files of the same weights would differ."""
+    return {METADATA_KEY: json.dumps(dataclasses.asdict(config))}
 
 
 def from_metadata(metadata: Mapping[str, str]) -> DiTConfig | None:
