@@ -115,10 +115,15 @@ struct Head {
     clear(tile);
     const char* from = (const char*)&values[vector * LANES * DEPTH];
     accumulate<P>(tile, &weights[row * padded], padded, from, vectors * LANES * CELL, groups * DEPTH);
+    Lanes found[VALUE_ROWS][V];  // a tile that is also read at a place known only later would not stay in registers
+    UNROLL
+    for (int m = 0; m < VALUE_ROWS; m++)
+      UNROLL
+      for (int v = 0; v < V; v++) found[m][v] = tile[m][v];
     for (int m = 0; m < rows; m++)
       for (int v = 0; v < V; v++) {
         const i64 column = (vector + v) * LANES;
-        store_first(out + (row + m) * stride + column, mul(tile[m][v], all(inverse[row + m])), d - column);
+        store_first(out + (row + m) * stride + column, mul(found[m][v], all(inverse[row + m])), d - column);
       }
   }
 };

@@ -119,15 +119,16 @@ struct Byte {
     for (int m = 0; m < M; m++) {
       const __m512i x = bits(broadcast(a + m * stride));
       UNROLL
-      for (int v = 0; v < V; v++) add_products(tile[m][v], x, weights[v]);
+      for (int v = 0; v < V; v++) tile[m][v] = plus_products(tile[m][v], x, weights[v]);
     }
   }
 
-  INLINE void add_products(Lanes& tile, __m512i x, __m512i weight) {
+  INLINE Lanes plus_products(Lanes sums, __m512i x, __m512i weight) {
 #ifdef EMULATED
-    tile = _mm512_castsi512_ps(_mm512_dpbusd_epi32(bits(tile), x, weight));
+    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(bits(sums), x, weight));
 #else
-    asm("vpdpbusd %2, %1, %0" : "+v"(tile) : "v"(x), "v"(weight));  // gcc 12 spills the intrinsic's accumulators
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(weight));  // gcc 12 spills the intrinsic's accumulators
+    return sums;
 #endif
   }
 };
