@@ -184,19 +184,14 @@ class DiT(nn.Module):
             pairs = zip(self.blocks, modulations, strict=True)
             chain = [s for block, vectors in pairs for s in blocks.sublayers(cast(Block, block).views(), vectors, context)]
             u = blocks.run_through(x, [chain], final)  # [B, T, D]
-        else:
-            u = self._run_blocks(x, modulations, final, context)  # [B, T, D]
+        else:  # one by one, as modules that are called
+            first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
+            u = ops.layer_norm_modulate(x, *first)  # [B, T, D]
+            for block, modulation, following in zip(self.blocks, modulations, [*others, final], strict=True):
+                run = checkpointed(block) if self.checkpoint_activations and torch.is_grad_enabled() else block
+                x, u = run(x, u, modulation, following, context)  # 2 x [B, T, D]
         u = u[:, : self.config.num_tokens]  # [B, T, D]
         return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
-
-    def _run_blocks(self, x: Tensor, modulations: Sequence[blocks.Modulation], final: blocks.Norm, context: Tensor) -> Tensor:
-        """One by one, as modules that are called."""
-        first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
-        u = ops.layer_norm_modulate(x, *first)  # [B, T, D]
-        for block, modulation, following in zip(self.blocks, modulations, [*others, final], strict=True):
-            run = checkpointed(block) if self.checkpoint_activations and torch.is_grad_enabled() else block
-            x, u = run(x, u, modulation, following, context)  # 2 x [B, T, D]
-        return u
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guidance_channels: int | None = None
