@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import ditfast
+from ditfast import cpu
 
 
 def describe(device: torch.device) -> dict[str, str | int | float | None]:
@@ -21,12 +22,20 @@ def describe(device: torch.device) -> dict[str, str | int | float | None]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "flash-attn": _version("flash-attn"),
+        "openvino": _version("openvino"),
+        "nncf": _version("nncf"),
+        "cpu engine": None if on_cuda else _cpu_engine(),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
         "clock_mhz": _gpu_clock_mhz(device) if on_cuda else _cpu_clock_mhz(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if on_cuda else None,
     }
+
+
+def _cpu_engine() -> str:
+    engine, why = cpu.found()
+    return f"none: {why}" if engine is None else "found"
 
 
 def _version(package: str) -> str | None:

@@ -22,10 +22,14 @@ from ditfast.diffusion import GaussianDiffusion
 from ditfast.digits import real_digits
 
 from .gpu import Gpu, Replay
+from .in_openvino import InOpenVino
 
 COMPILED = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # torch.compile's modes
 IN_DIFFUSERS = ("diffusers", "ditfast-swapped")  # its own model, as it is and after ditfast.accelerate
-RIVALS = ("eager", *COMPILED, "ditfast", *IN_DIFFUSERS)
+IN_OPENVINO = {"openvino": ("openvino",), "openvino-int8": ("openvino", "nncf")}  # and the packages that each needs
+TABULATED = "ditfast+table"
+RIVALS = ("eager", *COMPILED, *IN_OPENVINO, "ditfast", TABULATED, *IN_DIFFUSERS)
+LOOSE_BAR = 0.3  # of rivals whose arithmetic is coarser by design: shown beside their error, not judged by it
 GRAPH = "+graph"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIGITS = "digits"
@@ -72,10 +76,22 @@ class Case:
             return self.arithmetic_of(kind)._in_diffusers(swapped=kind == "ditfast-swapped")
         if kind == "ditfast":
             return self._loaded(ditfast.DiT)
+        if kind == TABULATED:
+            return self._tabulated()
+        if kind in IN_OPENVINO:
+            exact = functools.partial(self.reference, torch.float32)
+            return InOpenVino(exact, self.dtype_name, self.config.num_classes, int8=kind == "openvino-int8")
         model = self.reference()
         if kind in COMPILED:
             model.compile(dynamic=False, mode=COMPILED[kind])
         return model
+
+    def _tabulated(self) -> Run:
+        """ditfast with the modulation of this case's t and y computed beforehand, as sampling does."""
+        model = self._loaded(ditfast.DiT)
+        _, t, y = self.inputs()
+        vectors = model.modulation_vectors(t, y)
+        return lambda x, t, y: model.forward_modulated(x, vectors)
 
     def _in_diffusers(self, swapped: bool) -> Run:
         from diffusers import DiTTransformer2DModel
@@ -113,6 +129,7 @@ def random_case(model: str, config: DiTConfig, batch: int, device: torch.device,
 
 
 @functools.lru_cache(maxsize=1)  # one model's at a time: every rival and batch size of it asks again
+@torch.inference_mode(False)  # OpenVINO converts a model outside of that mode
 def _random_weights(config: DiTConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
@@ -157,9 +174,20 @@ def available_rivals(wanted: Sequence[str], *, on_gpu: bool) -> tuple[list[str],
     if any(name in IN_DIFFUSERS for name in names) and importlib.util.find_spec("diffusers") is None:
         names = [name for name in names if name not in IN_DIFFUSERS]
         notes.append("diffusers: skipped, it is not installed (pip install diffusers)")
+    for rival, packages in IN_OPENVINO.items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if rival in names and (on_gpu or missing):
+            names = [name for name in names if name != rival]
+            why = "it runs on CPU only" if on_gpu else f"it needs {' and '.join(missing)} (pip install 'ditfast[openvino]')"
+            notes.append(f"{rival}: skipped, {why}")
     if on_gpu:
         names += [f"{name}{GRAPH}" for name in names]
     return names, notes
+
+
+def loose(rival: str) -> bool:
+    """Whether a rival is timed up to ``LOOSE_BAR``: OpenVINO, which chooses what to round, and in fp32 misses eager's error."""
+    return rival in IN_OPENVINO
 
 
 def kind_of(rival: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_checkpoint_alone_and_swapped_into_diffusers(tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert "over diffusers" in printed
     assert "over ditfast" not in printed
-    for only_on_a_gpu in ("Beside its time", "Share of the roofline"):
+    for only_on_a_gpu in ("launches", "Share of the roofline"):
         assert only_on_a_gpu not in printed
 
 
@@ -128,6 +129,62 @@ def test_diffusers_is_skipped_where_it_is_not_installed(monkeypatch: pytest.Monk
     names, notes = rivals.available_rivals(["ditfast", "diffusers", "ditfast-swapped"], on_gpu=False)
     assert names == ["ditfast"]
     assert notes == ["diffusers: skipped, it is not installed (pip install diffusers)"]
+
+
+def test_openvino_is_skipped_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = rivals.importlib.util.find_spec
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None if name == "nncf" else find_spec("torch"))
+    names, notes = rivals.available_rivals(["openvino", "openvino-int8", "ditfast"], on_gpu=False)
+    assert names == ["openvino", "ditfast"]
+    assert notes == ["openvino-int8: skipped, it needs nncf (pip install 'ditfast[openvino]')"]
+    names, notes = rivals.available_rivals(["openvino", "ditfast"], on_gpu=True)
+    assert "openvino" not in names
+    assert notes == ["openvino: skipped, it runs on CPU only"]
+
+
+class FakeOpenVino(types.ModuleType):
+    """Converts nothing: runs the model that it was given, in NumPy arrays."""
+
+    def __init__(self) -> None:
+        super().__init__("openvino")
+        self.settings: dict[str, object] = {}
+
+    def convert_model(
+        self, model: torch.nn.Module, *, example_input: tuple[torch.Tensor, ...], input: list[torch.Size]
+    ) -> object:
+        assert [part.shape for part in example_input] == input
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+        return model
+
+    def Core(self) -> "FakeOpenVino":
+        return self
+
+    def compile_model(self, model: torch.nn.Module, device: str, settings: dict[str, object]) -> "FakeOpenVino":
+        assert device == "CPU"
+        self.model, self.settings = model, settings
+        return self
+
+    def create_infer_request(self) -> "FakeOpenVino":
+        return self
+
+    def infer(self, arrays: list[object], *, share_inputs: bool, share_outputs: bool) -> list[object]:
+        return [self.model(*map(torch.as_tensor, arrays)).numpy()]
+
+
+@pytest.mark.usefixtures("one_thread")
+@torch.inference_mode()
+def test_openvino_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeOpenVino()
+    monkeypatch.setitem(sys.modules, "openvino", fake)
+    config = DiTConfig(depth=1, hidden_size=32, num_heads=2, input_size=4, num_classes=10)
+    case = rivals.random_case("tiny", config, 2, torch.device("cpu"), "fp32")
+    rows, notes = bench_case(case, ["eager", "openvino", rivals.TABULATED], 5, lambda phase: None)
+    assert notes == []
+    assert [row.rival for row in rows] == ["eager", "openvino", "ditfast+table"]
+    assert rows[1].error == rows[0].error
+    assert all(row.ms_median for row in rows)
+    assert fake.settings["INFERENCE_PRECISION_HINT"] == "f32"
+    assert fake.settings["INFERENCE_NUM_THREADS"] == 1
 
 
 def test_diffusers_takes_adaln_zero_only() -> None:
