@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import flops
 from ..config import DiTConfig
+from ..ops.cpu_products import SLOW_DTYPES
 from ..ops.dispatch import has_triton
 
 BACKWARD = 2  # times a forward's products
@@ -58,7 +59,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         known = DEVICES.get(f"sm_{properties.major}{properties.minor}")
         if known is not None:
             return 2 * properties.multi_processor_count * known.multiply_adds * known.clock * 1e9
-    a = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
+    slow = device.type == "cpu" and dtype in SLOW_DTYPES  # the ops take fp32 products then
+    a = torch.ones(_SIZE, _SIZE, dtype=torch.float32 if slow else dtype, device=device)
     return max(2 * _SIZE**3 / _seconds_of_product(a) for _ in range(_TRIES))
 
 

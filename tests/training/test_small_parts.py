@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditfast.training import RunError
+from ditfast.training import RunError, speed
 from ditfast.training.averages import Averages
 from ditfast.training.folder import claim
 from ditfast.training.log import JsonLines, RunLog
@@ -148,3 +148,18 @@ def test_signals_are_heard_and_ctrl_c_is_obeyed_at_once_the_second_time(first: s
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_peak_is_of_the_products_that_ops_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: list[torch.dtype] = []
+
+    def seconds(a: torch.Tensor) -> float:
+        multiplied.append(a.dtype)
+        return 1.0
+
+    monkeypatch.setattr(speed, "_seconds_of_product", seconds)
+    for slow, expected in ((frozenset({torch.bfloat16}), torch.float32), (frozenset(), torch.bfloat16)):
+        monkeypatch.setattr(speed, "SLOW_DTYPES", slow)
+        assert speed.peak_flops(torch.device("cpu"), torch.bfloat16) == 2 * 512**3
+        assert set(multiplied) == {expected}
+        multiplied.clear()
