@@ -211,7 +211,9 @@ def test_the_tests_are_counted(tmp_path: Path) -> None:
         "def test_a(): pass\n"
         "def test_b(): assert 1 == 2\n"
         "@pytest.mark.skip\ndef test_c(): pass\n"
-        "def test_d(): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def test_d():\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who runs this may be deaf to it
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
         "def test_e(): pass\ndef test_f(): pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-m", "not gpu", "--junit-xml", "tests.xml", "test_it.py"]
