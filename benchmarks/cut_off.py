@@ -32,7 +32,14 @@ def run(
     deadline = time.monotonic() + seconds
     with (folder / "stdout.txt").open("wb") as out, (folder / "stderr.txt").open("wb") as err:
         process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_hear_interrupts,
         )
         try:
             if _ended(process, deadline - min(GRACE_S, seconds / 4), show):
@@ -43,6 +50,11 @@ def run(
         finally:
             _signal(process, signal.SIGKILL)  # what it started may have outlived it
             process.wait()
+
+
+def _hear_interrupts() -> None:
+    """Else a report that a shell started in the background, deaf to Ctrl-C, would pass that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ended(process: subprocess.Popen[bytes], deadline: float, show: Callable[[], None]) -> bool:
