@@ -41,7 +41,6 @@ from ditfast.benchmarks.gpu import Gpu, open_gpu
 from ditfast.benchmarks.plots import save_plots
 from ditfast.benchmarks.report import print_tables, save_json
 from ditfast.benchmarks.rivals import (
-    DTYPES,
     IN_DIFFUSERS,
     RIVALS,
     Case,
@@ -54,6 +53,7 @@ from ditfast.benchmarks.rivals import (
 from ditfast.benchmarks.rows import Row
 from ditfast.benchmarks.timing import bench_case, progress_bar
 from ditfast.config import MODEL_NAMES
+from ditfast.dtypes import DTYPES
 from ditfast.prediction import spec_of
 
 CPU_MODELS = [name for name in MODEL_NAMES if name.startswith(("DiT-S", "DiT-B"))]

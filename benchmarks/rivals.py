@@ -20,6 +20,7 @@ import ditfast
 from ditfast import DiTConfig, reference
 from ditfast.diffusion import GaussianDiffusion
 from ditfast.digits import real_digits
+from ditfast.dtypes import DTYPES
 
 from .gpu import Gpu, Replay
 from .in_openvino import InOpenVino
@@ -31,7 +32,6 @@ TABULATED = "ditfast+table"
 RIVALS = ("eager", *COMPILED, *IN_OPENVINO, "ditfast", TABULATED, *IN_DIFFUSERS)
 LOOSE_BAR = 0.3  # of rivals whose arithmetic is coarser by design: shown beside their error, not judged by it
 GRAPH = "+graph"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIGITS = "digits"
 DIGITS_BATCH = 64
 

@@ -12,6 +12,11 @@ from pathlib import Path
 PART = ".part"
 
 
+def cache_folder(name: str) -> Path:
+    """The user's, for what a name stands for; perhaps not there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditfast" / name
+
+
 @contextmanager
 def whole_file(path: Path, *, keep: bool = False) -> Iterator[Path]:
     """A name beside ``path``; the file or folder made there takes the path's place, or goes if an exception ends the block.

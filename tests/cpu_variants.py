@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ditfast.cpu import engine, library
+from ditfast.files import cache_folder
 
 EMULATED = ("-O1", "-mavx2", "-mfma", "-DEMULATED", f"-I{Path(__file__).with_name('cpu')}")
 WITHOUT = {"avx2": {*library.AVX512, *library.EXTRAS}, "avx512_without_extras": {*library.EXTRAS}, "native": set()}
@@ -35,7 +36,7 @@ def load(options: tuple[str, ...]) -> engine.Engine:
     sanitizers = os.environ.get("CPU_SANITIZERS", "")  # docs/cpu.md has the command
     if sanitizers:
         options += ("-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all")
-    return engine.Engine(library.load(library.build(options, library.cache_folder())))
+    return engine.Engine(library.load(library.build(options, cache_folder("cpu"))))
 
 
 def take(variant: str, monkeypatch: pytest.MonkeyPatch) -> engine.Engine:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files import cache_folder
 from ..ops.dispatch import autocast_dtype, forced
 from . import library
 from .packed import BYTE, FULL, HALF, Linears, PackedChains, PackedLinear
@@ -51,7 +52,7 @@ def found() -> tuple[Engine | None, str]:
     """This machine's engine, built at the first call; or None, and why."""
     try:
         options = library.options_for(library.cpu_features())
-        return Engine(library.load(library.build(options, library.cache_folder()))), ""
+        return Engine(library.load(library.build(options, cache_folder("cpu")))), ""
     except library.Unavailable as error:
         return None, str(error)
 

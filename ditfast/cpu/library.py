@@ -148,7 +148,3 @@ def load(path: Path) -> ctypes.CDLL:
     library.ditfast_panel.restype = number
     library.ditfast_attention_is_half.restype = number
     return library
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditfast" / "cpu"

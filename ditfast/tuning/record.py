@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from ..files import whole_file
+from ..files import cache_folder, whole_file
 from ..problem import SIZES, Problem
 
 FORMAT = 1
@@ -40,8 +40,7 @@ def path_of(device_name: str) -> Path | None:
         return None
     if given:
         return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "ditfast" / "tuning" / f"{slug(device_name)}.json"
+    return cache_folder("tuning") / f"{slug(device_name)}.json"
 
 
 def slug(name: str) -> str:
