@@ -217,7 +217,7 @@ def test_the_tests_are_counted(tmp_path: Path) -> None:
         "def test_e(): pass\ndef test_f(): pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-m", "not gpu", "--junit-xml", "tests.xml", "test_it.py"]
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}  # a plugin's options too
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     found = read_tests(tmp_path, done.stdout)
     counts = {"passed": 1, "failed": 1, "errors": 0, "skipped": 1, "left_out": 3}
