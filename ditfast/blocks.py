@@ -50,6 +50,7 @@ class Block(NamedTuple):
     cross: CrossAttention | None = None
     attn_norm_eps: float = FIRST_NORM_EPS
     attention_engine: str | None = None  # None: the one expected to win
+    int8: bool = False  # products on the CPU engine
 
 
 class Modulation(NamedTuple):
@@ -138,7 +139,7 @@ def sublayers(block: Block, modulation: Modulation, context: Tensor | None = Non
     attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
     chain = [Sublayer(Norm(attn_shift, attn_scale, block.attn_norm_eps), SelfAttention(block), attn_gate)]
     if block.cross is not None and context is not None:
-        chain.append(Sublayer(Norm(), AttentionTo(context, block.cross, block.num_heads), None))
+        chain.append(Sublayer(Norm(), AttentionTo(context, block.cross, block.num_heads, block.int8), None))
     chain.append(Sublayer(Norm(mlp_shift, mlp_scale, block.mlp_norm_eps), Mlp(block), mlp_gate))
     return chain
 
@@ -163,13 +164,14 @@ class SelfAttention(NamedTuple):
         second = linears(block.proj)
         if block.attention_engine is not None or not (first and second):
             return None
-        return cpu.Products(cpu.SELF_ATTENTION, first, second, block.num_heads)
+        return cpu.Products(cpu.SELF_ATTENTION, first, second, block.num_heads, int8=block.int8)
 
 
 class AttentionTo(NamedTuple):
     context: Tensor
     weights: CrossAttention
     num_heads: int
+    int8: bool = False
 
     def __call__(self, u: Tensor) -> Tensor:
         q = project(u, self.weights.q).unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
@@ -180,7 +182,7 @@ class AttentionTo(NamedTuple):
         first, second, kv = linears(self.weights.q), linears(self.weights.proj), linears(self.weights.kv)
         if not (first and second and kv):
             return None
-        return cpu.Products(cpu.CROSS_ATTENTION, first, second, self.num_heads, self.context, kv[0])
+        return cpu.Products(cpu.CROSS_ATTENTION, first, second, self.num_heads, self.context, kv[0], self.int8)
 
 
 class Mlp(NamedTuple):
@@ -194,7 +196,7 @@ class Mlp(NamedTuple):
 
     def products(self) -> cpu.Products | None:
         first, second = linears(self.block.fc1), linears(self.block.fc2)
-        return cpu.Products(cpu.MLP, first, second) if first and second else None
+        return cpu.Products(cpu.MLP, first, second, int8=self.block.int8) if first and second else None
 
 
 def linears(*projections: Projection) -> cpu.Linears:

@@ -17,6 +17,7 @@ from .config import DiTConfig
 from .ops.checks import check_dtype
 from .plain import is_plain, is_silent
 
+EXAMPLE_TIMESTEPS = (50, 500, 950)
 ADALN_ORDER = ("attn_shift", "attn_scale", "mlp_shift", "mlp_scale")
 
 
@@ -111,6 +112,7 @@ class DiT(nn.Module):
     """
 
     source: object = None  # a CheckpointSource, of a model that ``load_checkpoint`` made
+    int8 = False  # products of blocks on the CPU engine; ``quantize`` switches it on
     checkpoint_activations = False  # of blocks, in a forward whose gradients are wanted: less memory, a little more time
 
     def __init__(self, config: DiTConfig):
@@ -182,7 +184,7 @@ class DiT(nn.Module):
             x = torch.cat([x, context], dim=1)  # [B, T+2, D]
         if cpu.takes(x) and all(map(is_silent, self.blocks)):
             pairs = zip(self.blocks, modulations, strict=True)
-            chain = [s for block, vectors in pairs for s in blocks.sublayers(cast(Block, block).views(), vectors, context)]
+            chain = [s for block, vectors in pairs for s in blocks.sublayers(self._views(block), vectors, context)]
             u = blocks.run_through(x, [chain], final)  # [B, T, D]
         else:  # one by one, as modules that are called
             first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
@@ -192,6 +194,52 @@ class DiT(nn.Module):
                 x, u = run(x, u, modulation, following, context)  # 2 x [B, T, D]
         u = u[:, : self.config.num_tokens]  # [B, T, D]
         return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
+
+    def _views(self, block: nn.Module) -> blocks.Block:
+        return cast(Block, block).views()._replace(int8=self.int8)
+
+    def quantize(self, dtype: str | None = "int8") -> DiT:
+        """Has the CPU engine multiply the blocks' linears in int8, and prints what that gains and costs on a few random inputs.
+
+        Activations are rounded to 255 steps between their least and largest value, token by token; weights to 254 between
+        plus and minus their largest, output by output; sums are exact. The parameters stay as they are, and so does every
+        forward that is not the CPU engine's: one with gradients, or on a GPU.
+
+        Args:
+            dtype: ``"int8"``; None for the parameters' own again.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: another dtype, weights that are not fp32 or bf16 on a CPU, or no CPU engine here, and why.
+        """
+        if dtype not in ("int8", None):
+            raise ValueError(f"dtype: got {dtype!r}, expected 'int8' or None")
+        if dtype is None:
+            self.int8 = False
+            return self
+        cpu.check("dtype", self.parameters())
+        training = self.training
+        try:
+            print(cpu.measure(self.eval(), self._examples(), list(self.parameters()), self._switch_int8))
+        except BaseException:
+            self.int8 = False
+            raise
+        finally:
+            self.train(training)
+        return self
+
+    def _switch_int8(self, on: bool) -> None:
+        self.int8 = on
+
+    def _examples(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """One sample each, at a few timesteps."""
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(len(EXAMPLE_TIMESTEPS)) % self.config.num_classes
+        x = torch.randn(len(labels), 1, *self.config.input_shape, generator=generator, device="cpu").to(self.pos_embed.dtype)
+        t = torch.tensor(EXAMPLE_TIMESTEPS)
+        return [(x[i], t[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guidance_channels: int | None = None

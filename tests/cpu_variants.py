@@ -5,13 +5,21 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
 from ditfast.cpu import engine, library
 from ditfast.files import cache_folder
 
-EMULATED = ("-O1", "-mavx2", "-mfma", "-DEMULATED", f"-I{Path(__file__).with_name('cpu')}")
+EMULATION = Path(__file__).with_name("cpu") / "avx512_emulation.h"
+EMULATED = (
+    "-O1",
+    "-mavx2",
+    "-mfma",
+    f"-DEMULATED={crc32(EMULATION.read_bytes())}",
+    f"-I{EMULATION.parent}",
+)  # else a cached one
 WITHOUT = {"avx2": {*library.AVX512, *library.EXTRAS}, "avx512_without_extras": {*library.EXTRAS}, "native": set()}
 VARIANTS = ("native", "avx2", "avx512_without_extras", "emulated_avx512")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ class Products(NamedTuple):
     heads: int = 1
     context: Tensor | None = None  # of cross-attention: [B, S, D]
     context_linear: tuple[Tensor, Tensor] | None = None  # and its kv
+    int8: bool = False
 
 
 class Step(NamedTuple):
@@ -93,14 +94,14 @@ class Engine:
     def run(self, x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor]:
         """x [B, T, D] through the steps, and that after the final norm: both of the dtype of x.
 
-        The stream between the steps is fp32 whatever the dtype of x; products are of x's dtype or autocast's, and accumulate
-        in fp32.
+        The stream between the steps is fp32 whatever the dtype of x; products are of x's dtype or autocast's and accumulate
+        in fp32, or of int8 if the first step says so.
 
         Raises:
             DoesNotFit: weights or vectors that are not for x.
             MemoryError: for the activations of a few samples.
         """
-        product = PRODUCTS[autocast_dtype(x.device) or x.dtype]
+        product = BYTE if steps and steps[0].products.int8 else PRODUCTS[autocast_dtype(x.device) or x.dtype]
         x = x.contiguous()
         B, T, D = x.shape
         packed = self._packed(x, [step.products for step in steps], product)
@@ -123,6 +124,10 @@ class Engine:
             raise MemoryError(f"the CPU engine found no memory for {B} x {T} tokens of width {D}")
         return x_out, u_out
 
+    def forget(self, weights: Iterable[Tensor]) -> None:
+        """Drops what is packed of them."""
+        self._chains.forget(weights)
+
     def _packed(self, x: Tensor, products: Sequence[Products], product: int) -> list[PackedLinear]:
         linears = [each for p in products for each in (p.first, p.second)]
         tensors = [tensor for together in linears for linear in together for tensor in linear]
@@ -139,7 +144,7 @@ class Engine:
 
     def _keys_values(self, context: Tensor, linear: tuple[Tensor, Tensor], product: int) -> Tensor:
         """[B, S, 2 * D], as the engine's attention multiplies them."""
-        half = product == BYTE or (product == HALF and self._functions.ditfast_attention_is_half())
+        half = product != FULL and self._functions.ditfast_attention_is_half()
         weight, bias = linear
         return F.linear(context.to(weight.dtype), weight, bias).to(torch.bfloat16 if half else torch.float32).contiguous()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -61,7 +61,7 @@ class PackedChains:
     def __init__(self, engine: ctypes.CDLL):
         self._engine = engine
         self._lock = threading.Lock()
-        self._chains: dict[object, tuple[Watch, list[PackedLinear]]] = {}
+        self._chains: dict[tuple[int, ...], tuple[Watch, list[PackedLinear]]] = {}
 
     def find(self, tensors: Sequence[Tensor], product: int) -> list[PackedLinear] | None:
         """What is packed of these weights and biases, if they have not changed since."""
@@ -79,6 +79,13 @@ class PackedChains:
             packed = [self._pack(together, product) for together in linears]
             self._chains[key] = watch, packed
         return packed
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Drops every chain that one of the tensors is in."""
+        gone = {id(tensor) for tensor in tensors}
+        with self._lock:
+            for key in [key for key in self._chains if not gone.isdisjoint(key[1:])]:
+                del self._chains[key]
 
     def _pack(self, together: Linears, product: int) -> PackedLinear:
         weight = torch.cat([weight.detach() for weight, _ in together]) if len(together) > 1 else together[0][0].detach()

@@ -88,6 +88,7 @@ class DiffusersBlock(BlockHome):
             fc1=swap.view(mlp[0].proj),
             fc2=swap.view(mlp[2]),
             attention_engine=swap.options.engine,
+            int8=swap.options.int8,
         )
         return blocks.sublayers(weights, modulation)
 

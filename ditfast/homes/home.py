@@ -29,6 +29,7 @@ class Options(NamedTuple):
     dtype: torch.dtype | None = None  # of forwards without gradients; None: the parameters'
     engine: str | None = None  # of attention; None: the one expected to win
     cache_modulation: bool = False
+    int8: bool = False  # on the CPU engine, without gradients
 
 
 class Mismatch(Exception):
@@ -208,7 +209,7 @@ class Swap:
             return str(error)
         known = f"{backend}, attention {engine}"
         in_one = isinstance(self.home, BlockHome) and self.options.engine is None and cpu.runs_on(weight.device, dtype)
-        return f"{known}; without gradients the CPU engine" if in_one else known
+        return f"{known}; without gradients the CPU engine{' in int8' if self.options.int8 else ''}" if in_one else known
 
 
 def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -78,6 +78,7 @@ class OfficialBlock(BlockHome):
             fc1=swap.view(block.mlp.fc1),
             fc2=swap.view(block.mlp.fc2),
             attention_engine=swap.options.engine,
+            int8=swap.options.int8,
         )
         return blocks.sublayers(weights, modulation)
 

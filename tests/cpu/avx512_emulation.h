@@ -36,6 +36,9 @@ static inline F loadu(const void* p) {
   std::memcpy(&x, p, 64);
   return x;
 }
+static inline F all(float x) {  // by its bits, which may be those of anything: 0 + x would quiet a NaN
+  return each<F>([&](int) { return x; });
+}
 static inline uint16_t to_bf16(float x) {
   const uint32_t i = as<uint32_t>(x);
   return std::isnan(x) ? uint16_t(i >> 16 | 0x40) : uint16_t((i + 0x7fff + (i >> 16 & 1)) >> 16);
@@ -64,7 +67,7 @@ static inline I dpbusd(I sum, I a, I b) {
 #define __m512bh emulated::F
 #define _mm512_setzero_ps() (emulated::F{})
 #define _mm512_setzero_si512() (emulated::I{})
-#define _mm512_set1_ps(x) (emulated::F{} + float(x))
+#define _mm512_set1_ps(x) emulated::all(x)
 #define _mm512_set1_epi32(x) (emulated::I{} + int(x))
 #define _mm512_loadu_ps(p) emulated::loadu(p)
 #define _mm512_loadu_si512(p) emulated::as<emulated::I>(emulated::loadu(p))
@@ -94,6 +97,5 @@ static inline I dpbusd(I sum, I a, I b) {
 #define _mm512_dpbusd_epi32(sum, a, b) emulated::dpbusd(sum, a, b)
 #define _mm512_cvtepi32_ps(x) ([](emulated::I v) { return emulated::each<emulated::F>([&](int i) { return float(v[i]); }); }(x))
 #define _mm512_cvtps_epi32(x) ([](emulated::F v) { return emulated::each<emulated::I>([&](int i) { return int(std::nearbyint(v[i])); }); }(x))
-#define _mm512_max_epi32(a, b) ([](emulated::I x, emulated::I y) { return x > y ? x : y; }(a, b))
 #define _mm512_cvtusepi32_epi8(x) \
   ([](emulated::I v) { uint8_t s[16]; for (int i = 0; i < 16; i++) s[i] = uint8_t(uint32_t(v[i]) > 255 ? 255 : v[i]); return emulated::as<__m128i>(s); }(x))

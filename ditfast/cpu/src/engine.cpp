@@ -56,27 +56,17 @@ struct Scratch {
   }
 };
 
-template <class P>
-struct Attends {
-  using Product = P;
-};
-#ifdef __AVX512VNNI__
-template <>
-struct Attends<Byte> {
-  using Product = Half;
-};
-#endif
-#ifndef __AVX512BF16__
-template <>
-struct Attends<Half> {
-  using Product = Full;
-};
+// What activations are between products that are not fp32, and what attention multiplies then.
+#ifdef __AVX512BF16__
+using Narrow = Half;
+#else
+using Narrow = Full;
 #endif
 
 template <class P>
 struct Pass {
-  using Plain = typename Attends<P>::Product::Activation;  // of activations between products
-  using AttentionProduct = typename Attends<P>::Product;
+  using AttentionProduct = typename std::conditional<std::is_same<P, Full>::value, Full, Narrow>::type;
+  using Plain = typename AttentionProduct::Activation;  // of activations between products
 
   i64 samples, tokens, width, hidden, threads;
   Plain *normed, *wide, *attended;
@@ -213,16 +203,18 @@ int ditfast_run(
   switch (product) {
     case FULL: return run_stored<Full>(chain, count, *final, x, x_out, u_out, half, samples, tokens, width, threads);
     case HALF: return run_stored<Half>(chain, count, *final, x, x_out, u_out, half, samples, tokens, width, threads);
-#ifdef __AVX512VNNI__
     case BYTE: return run_stored<Byte>(chain, count, *final, x, x_out, u_out, half, samples, tokens, width, threads);
-#endif
   }
   return 2;
 }
 
 i64 ditfast_packed_bytes(i64 product, i64 outputs, i64 inputs) {
-  const i64 depth = product == FULL ? 1 : product == HALF ? 2 : 4;
-  return up(outputs, PANEL) * up(inputs, depth) / depth * CELL;
+  switch (product) {
+    case FULL: return packed_bytes<Full>(outputs, inputs);
+    case HALF: return packed_bytes<Half>(outputs, inputs);
+    case BYTE: return packed_bytes<Byte>(outputs, inputs);
+  }
+  return -1;
 }
 
 // A hash of some bytes from all over each of the tensors.
@@ -245,13 +237,11 @@ int ditfast_pack(
   switch (product) {
     case FULL: return pack<Full>((const float*)weight, outputs, inputs, row_stride, column_stride, packed, threads), 0;
     case HALF: return pack<Half>((const bf16*)weight, outputs, inputs, row_stride, column_stride, packed, threads), 0;
-#ifdef __AVX512VNNI__
     case BYTE: return pack<Byte>((const int8_t*)weight, outputs, inputs, row_stride, column_stride, packed, threads), 0;
-#endif
   }
   return 2;
 }
 
-i64 ditfast_attention_is_half() { return sizeof(Attends<Half>::Product::Activation) == 2; }
+i64 ditfast_attention_is_half() { return sizeof(Narrow::Activation) == 2; }
 
 }  // extern "C"

@@ -32,7 +32,7 @@ constexpr i64 UNITS = 4;               // of work, at least, for each thread
 template <class P, class Finish>
 INLINE void multiply_tile(
     const Linear& w, Rows<P> x, const char* b, i64 row, i64 rows, i64 column, i64 depth, const Finish& finish) {
-  constexpr i64 pitch = PANEL * CELL;
+  constexpr i64 pitch = PANEL * P::CELL;
   Lanes total[ROWS][VECTORS], tile[ROWS][VECTORS];
   clear(total);
   for (i64 k = 0; k < depth; k += DEEPEST) {
@@ -70,7 +70,7 @@ template <class P>
 static void widen(const char* panel, i64 depth, float* wide) {
   for (i64 k = 0; k < depth; k += P::DEPTH)
     for (int v = 0; v < VECTORS; v++) {
-      const Lanes pairs = load((const float*)(panel + k / P::DEPTH * PANEL * CELL) + v * LANES);
+      const Lanes pairs = load((const float*)(panel + k / P::DEPTH * PANEL * P::CELL) + v * LANES);
       store(wide + k * PANEL + v * LANES, even_bf16(pairs));
       store(wide + (k + 1) * PANEL + v * LANES, odd_bf16(pairs));
     }
@@ -80,7 +80,7 @@ static void widen(const char* panel, i64 depth, float* wide) {
 template <class P, class Finish>
 static void multiply(const Linear& w, Rows<P> x, i64 rows, i64 threads, Finish finish) {
   const i64 panels = (w.outputs + PANEL - 1) / PANEL, depth = up(w.inputs, P::DEPTH);
-  const i64 panel_bytes = depth / P::DEPTH * PANEL * CELL, cached_bytes = P::WIDENS ? depth * PANEL * CELL : panel_bytes;
+  const i64 panel_bytes = depth / P::DEPTH * PANEL * P::CELL, cached_bytes = P::WIDENS ? depth * PANEL * Full::CELL : panel_bytes;
   const i64 together = std::max<i64>(1, std::min<i64>(SHARE_OF_CACHE / cached_bytes, 3));
   const i64 parts = threads < 2 ? 1 : std::min((rows + ROWS - 1) / ROWS, (UNITS * threads + panels - 1) / panels);
   const i64 part = up((rows + parts - 1) / parts, ROWS), blocks = (rows + part - 1) / part;
@@ -105,6 +105,11 @@ static void multiply(const Linear& w, Rows<P> x, i64 rows, i64 threads, Finish f
       first += count;
     }
   });
+}
+
+template <class P>
+static i64 packed_bytes(i64 outputs, i64 inputs) {
+  return up(outputs, PANEL) * up(inputs, P::DEPTH) / P::DEPTH * P::CELL;
 }
 
 // One linear's weights [N, K], of any strides (in values), into their panels.

@@ -11,17 +11,16 @@ constexpr int ROWS = 6;  // 12 accumulators of 16 registers
 constexpr int VECTORS = 1;
 #endif
 constexpr int PANEL = VECTORS * LANES;  // columns
-constexpr int CELL = 4;                 // bytes of a column's values that one instruction multiplies
 
 #define UNROLL _Pragma("GCC unroll 24")
 
 constexpr i64 up(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
 
-// Each kind: the activation and the weight it multiplies, ``DEPTH`` of them along K at a time.
+// Each kind: the activation and the weight it multiplies, ``DEPTH`` of them along K at a time: a column's ``CELL``, in bytes.
 struct Full {
   using Activation = float;
   using Weight = float;
-  static constexpr int DEPTH = 1;
+  static constexpr int DEPTH = 1, CELL = 4;
   static constexpr bool WIDENS = false;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -45,7 +44,7 @@ struct Full {
 struct Half {
   using Activation = bf16;
   using Weight = bf16;
-  static constexpr int DEPTH = 2;
+  static constexpr int DEPTH = 2, CELL = 4;
   static constexpr bool WIDENS = false;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -71,7 +70,7 @@ struct Half {
 struct Half {
   using Activation = float;
   using Weight = bf16;
-  static constexpr int DEPTH = 2;
+  static constexpr int DEPTH = 2, CELL = 4;
   static constexpr bool WIDENS = true;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -102,10 +101,10 @@ struct Half {
 struct Byte {
   using Activation = uint8_t;
   using Weight = int8_t;
-  static constexpr int DEPTH = 4;
+  static constexpr int DEPTH = 4, CELL = 4;
   static constexpr bool WIDENS = false;
 
-  INLINE Lanes sums(Lanes tile) { return _mm512_cvtepi32_ps(bits(tile)); }
+  INLINE Lanes sums(Lanes tile) { return from_int32(tile); }
 
   template <int M, int V>
   INLINE void step(Lanes (&tile)[M][V], const uint8_t* a, i64 stride, const char* b) {
@@ -130,6 +129,29 @@ struct Byte {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(weight));  // gcc 12 spills the intrinsic's accumulators
     return sums;
 #endif
+  }
+};
+#else
+// The same sums to the bit, from pairs of 16 bits: those of bytes would saturate before they are summed.
+struct Byte {
+  using Activation = int16_t;  // 0 to 255
+  using Weight = int8_t;
+  static constexpr int DEPTH = 2, CELL = 2;
+  static constexpr bool WIDENS = false;
+
+  INLINE Lanes sums(Lanes tile) { return from_int32(tile); }
+
+  template <int M, int V>
+  INLINE void step(Lanes (&tile)[M][V], const int16_t* a, i64 stride, const char* b) {
+    Lanes weights[V];
+    UNROLL
+    for (int v = 0; v < V; v++) weights[v] = ::widen((const int8_t*)b + v * LANES * CELL);
+    UNROLL
+    for (int m = 0; m < M; m++) {
+      const Lanes x = broadcast(a + m * stride);
+      UNROLL
+      for (int v = 0; v < V; v++) tile[m][v] = plus_products(tile[m][v], x, weights[v]);
+    }
   }
 };
 #endif

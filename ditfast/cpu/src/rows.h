@@ -56,14 +56,14 @@ static void norm_modulate(
   });
 }
 
-#ifdef __AVX512VNNI__
 // Each row's own scale and zero: its least value is stored as 0, its largest as 255. Zeros up to ``padded`` are stored as zero's.
+template <class In, class Out>
 static void quantise(
-    const bf16* x, i64 x_stride, i64 rows, i64 width, i64 padded, uint8_t* out, i64 out_stride, float* scale, float* zero,
+    const In* x, i64 x_stride, i64 rows, i64 width, i64 padded, Out* out, i64 out_stride, float* scale, float* zero,
     i64 threads) {
   parallel(rows, std::min(threads, (rows + FEWEST_ROWS - 1) / FEWEST_ROWS), [&](i64 first, i64 last) {
     for (i64 r = first; r < last; r++) {
-      const bf16* in = x + r * x_stride;
+      const In* in = x + r * x_stride;
       Lanes most = zeros(), least = zeros();
       for (i64 i = 0; i < width; i += LANES) {
         const Lanes values = load_first(in + i, width - i);
@@ -75,11 +75,9 @@ static void quantise(
       zero[r] = std::nearbyint(-low / step);
       const Lanes inverse = all(1.f / step), offset = all(zero[r]);
       for (i64 i = 0; i < padded; i += LANES) {
-        const __m512i stored = _mm512_cvtps_epi32(fma(load_first(in + i, width - i), inverse, offset));
-        const __m512i inside = _mm512_max_epi32(stored, _mm512_setzero_si512());
-        _mm_storeu_si128((__m128i*)(out + r * out_stride + i), _mm512_cvtusepi32_epi8(inside));
+        const Lanes stored = fma(load_first(in + i, width - i), inverse, offset);
+        store_rounded(out + r * out_stride + i, smaller(larger(stored, zeros()), all(255.f)));
       }
     }
   });
 }
-#endif

@@ -1,0 +1,87 @@
+"""What int8 gains and costs, measured where it is switched on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..dtypes import DTYPES
+from . import engine
+
+LEAST_SECONDS = 0.2  # of forwards behind each median
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Cost(NamedTuple):
+    """Of int8, beside the dtype that the weights have."""
+
+    dtype: torch.dtype
+    seconds: float  # median of a forward
+    plain_seconds: float
+    error: float  # ||int8 - plain|| / ||plain||
+
+    def __str__(self) -> str:
+        plain = DTYPE_NAMES[self.dtype]
+        gain = self.plain_seconds / self.seconds
+        times = f"{1e3 * self.seconds:.4g} ms a forward, {plain} {1e3 * self.plain_seconds:.4g} ms"
+        return f"int8: {gain:.2f} times as fast as {plain} ({times}), relative error {self.error:.1e}"
+
+
+def check(name: str, parameters: Iterable[Tensor]) -> None:
+    """Raises ValueError where the CPU engine would not run a model of these parameters in int8; ``name`` is the argument's."""
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
+    others = sorted(f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in engine.PRODUCTS)
+    if others:
+        raise ValueError(f"{name}: got int8 for weights of {', '.join(others)}, expected fp32 or bf16 ones on the CPU")
+    found, why = engine.found()
+    if found is None:
+        raise ValueError(f"{name}: got int8, but {why}")
+
+
+@torch.no_grad()
+def measure(
+    run: Callable[..., Any],
+    inputs: Sequence[tuple[Any, ...]],
+    parameters: Sequence[nn.Parameter],
+    switch: Callable[[bool], None],
+) -> Cost:
+    """Runs each of the inputs with int8 switched off, then on, and leaves it on.
+
+    Args:
+        run: a model without randomness; its first tensor is compared.
+        inputs: arguments of a few forwards.
+        parameters: the model's, all that is packed of which is dropped before and after.
+        switch: turns int8 on or off.
+    """
+    outputs: list[list[Tensor]] = []
+    seconds: list[float] = []
+    for on in (False, True):
+        switch(on)
+        outputs.append([_first_tensor(run(*arguments)).double() for arguments in inputs])
+        seconds.append(_median(run, inputs))
+        chosen, _ = engine.found()
+        if chosen is not None and not on:
+            chosen.forget(parameters)
+    plain, found = (torch.cat([output.flatten() for output in each]) for each in outputs)
+    error = 0.0 if torch.equal(plain, found) else ((found - plain).norm() / plain.norm()).item()
+    return Cost(next(p.dtype for p in parameters if p.is_floating_point()), seconds[1], seconds[0], error)
+
+
+def _median(run: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> float:
+    times: list[float] = []
+    while len(times) < len(inputs) or sum(times) < LEAST_SECONDS:
+        start = time.perf_counter()
+        run(*inputs[len(times) % len(inputs)])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return next(part for part in (output.values() if isinstance(output, dict) else output) if isinstance(part, Tensor))
