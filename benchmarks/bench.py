@@ -3,6 +3,7 @@
     python benchmarks/bench.py                                     what fits this machine
     python benchmarks/bench.py --models DiT-S/2 DiT-B/4 --batch 1 8 --dtype bf16 fp32
     python benchmarks/bench.py --models DiT-XL/2@512 --batch 32 --rivals compile ditfast --rounds 15 --out results
+    python benchmarks/bench.py --models DiT-S/8 DiT-S/4:8 DiT-XL/2@512:4    each with a batch of its own, --batch for the others
     python benchmarks/bench.py --checkpoint DiT-XL-2-256x256.pt --batch 8
 
 Writes bench.json, throughput.png and ratios.png into --out. Rivals run interleaved, round by round, so that a machine whose
@@ -30,15 +31,17 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 
-from ditfast import CheckpointError, DiTConfig
+from ditfast import CheckpointError
 from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.gauges import Gauges, first_line
 from ditfast.benchmarks.gpu import Gpu, open_gpu
 from ditfast.benchmarks.plots import save_plots
+from ditfast.benchmarks.predicted_tables import config_of
 from ditfast.benchmarks.report import print_tables, save_json
 from ditfast.benchmarks.rivals import (
     IN_DIFFUSERS,
@@ -63,11 +66,22 @@ CUDA_RIVALS = ["eager", "compile", "max-autotune", "diffusers", "ditfast"]
 FEWEST_ROUNDS = 5
 
 
+class Wanted(NamedTuple):
+    """A model to time."""
+
+    model: str
+    batch: int | None = None  # None: every --batch
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", type=_model, metavar="NAME", help="such as DiT-S/2, or DiT-XL/2@512 for 512px")
+    parser.add_argument(
+        "--models", nargs="+", type=_wanted, metavar="NAME", help="DiT-S/2, DiT-S/2:8 for a batch of 8, DiT-XL/2@512 for 512px"
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights to time instead of random ones; any layout")
-    parser.add_argument("--batch", nargs="+", type=_positive, metavar="N", help="default: 1; on CUDA 1 8 32 128")
+    parser.add_argument(
+        "--batch", nargs="+", type=_positive, metavar="N", help="of a model without one; default: 1; on CUDA 1 8 32 128"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: what fits the device")
     parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
@@ -77,7 +91,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.checkpoint is not None and args.models:
         parser.error("argument --checkpoint: not allowed with --models")
     on_cuda = args.device.type == "cuda"
-    args.models = args.models or (CUDA_MODELS if on_cuda else CPU_MODELS)
+    args.models = args.models or [Wanted(model) for model in (CUDA_MODELS if on_cuda else CPU_MODELS)]
     args.batch = args.batch or ([1, 8, 32, 128] if on_cuda else [1])
     return args
 
@@ -146,11 +160,12 @@ def _cases(args: argparse.Namespace, *, on_gpu: bool) -> tuple[list[tuple[Case, 
         others = []
     else:
         cases = [
-            random_case(model, _config(model), batch, args.device, dtype)
-            for model, dtype, batch in itertools.product(args.models, args.dtype, args.batch)
+            random_case(model, config_of(model), batch, args.device, dtype)
+            for (model, own), dtype in itertools.product(args.models, args.dtype)
+            for batch in (args.batch if own is None else [own])
         ]
-        first = [case for case in cases if case.model == args.models[0]]
-        others = [case for case in cases if case.model != args.models[0]]
+        first = [case for case in cases if case.model == args.models[0].model]
+        others = [case for case in cases if case.model != args.models[0].model]
         others += [digits_case(dtype, args.device) for dtype in args.dtype]
     pairs = [(case, _possible(case, more)) for case in first] + [(case, _possible(case, rivals)) for case in others]
     return pairs, notes
@@ -161,22 +176,18 @@ def _possible(case: Case, rivals: list[str]) -> list[str]:
     return [name for name in rivals if in_diffusers or kind_of(name) not in IN_DIFFUSERS]
 
 
-def _config(model: str) -> DiTConfig:
-    name, _, pixels = model.partition("@")
-    return DiTConfig.from_name(name, image_size=int(pixels or 256))
-
-
-def _model(text: str) -> str:
-    name, at, pixels = text.partition("@")
+def _wanted(text: str) -> Wanted:
+    model, colon, batch = text.partition(":")
+    name, at, pixels = model.partition("@")
     if name not in MODEL_NAMES or (at and not pixels.isdecimal()):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected one of {', '.join(MODEL_NAMES)}, or with @512 behind for 512px"
+            f"got {text!r}, expected one of {', '.join(MODEL_NAMES)}, or with @512 behind for 512px, :8 for a batch of 8"
         )
     try:
-        DiTConfig.from_name(name, image_size=int(pixels or 256))
+        config_of(model)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
-    return text
+    return Wanted(model, _positive(batch) if colon else None)
 
 
 def _positive(text: str) -> int:

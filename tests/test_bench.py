@@ -220,7 +220,7 @@ def test_a_graph_follows_its_arguments() -> None:
 
 def test_defaults_on_cpu() -> None:
     args = bench.parse_arguments(["--device", "cpu"])
-    assert args.models == [f"DiT-{size}/{patch}" for size in "SB" for patch in (2, 4, 8)]
+    assert [wanted.model for wanted in args.models] == [f"DiT-{size}/{patch}" for size in "SB" for patch in (2, 4, 8)]
     assert (args.batch, args.dtype) == ([1], ["bf16"])
     args.models = args.models[:2]
     (first, second, digits), _ = bench._cases(args, on_gpu=False)
@@ -228,11 +228,26 @@ def test_defaults_on_cpu() -> None:
     assert second[1] == digits[1] == ["eager", "compile", "ditfast"]
 
 
+def test_a_model_may_have_a_batch_of_its_own() -> None:
+    models = ["DiT-S/8", "DiT-S/4:8", "DiT-B/2@512:2"]
+    args = bench.parse_arguments(["--device", "cpu", "--rivals", "eager", "--batch", "1", "3", "--models", *models])
+    pairs, _ = bench._cases(args, on_gpu=False)
+    assert [(case.model, case.batch, case.config.input_shape[1]) for case, _ in pairs[:-1]] == [
+        ("DiT-S/8", 1, 32),
+        ("DiT-S/8", 3, 32),
+        ("DiT-S/4", 8, 32),
+        ("DiT-B/2@512", 2, 64),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--models", "DiT-M/2"], "expected one of DiT-S/2"),
         (["--models", "DiT-S/2@100"], "multiples of 8"),
+        (["--models", "DiT-S/4:0"], "argument --models: got '0', expected a positive integer"),
+        (["--models", "DiT-S/4:"], "argument --models: got '', expected a positive integer"),
+        (["--models", "DiT-S/4:8@512"], "expected a positive integer"),
         (["--batch", "0"], "positive integer"),
         (["--rounds", "3"], "at least 5"),
         (["--dtype", "int8"], "choose from"),
