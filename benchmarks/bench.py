@@ -11,8 +11,9 @@ clock drifts slows all of them; ratios are medians of each round's ratio. The re
 official code with a current timm: eager is no unfused-attention baseline. max-autotune is the reference under torch.compile's
 "max-autotune-no-cudagraphs". diffusers is its own class with the same weights, ditfast-swapped that class after
 ditfast.accelerate; both are held to diffusers' arithmetic, and unless --rivals says otherwise take part for the first model.
-ditfast+table is ditfast with the modulation computed beforehand, as sampling does. openvino (CPU) is the reference converted by
-OpenVINO at --dtype, openvino-int8 that quantised by nncf; both are timed up to an error of 0.3.
+ditfast+table is ditfast with the modulation computed beforehand, as sampling does; ditfast-int8, and with +table, has the
+blocks' products in int8 and all else at --dtype (CPU). openvino (CPU) is the reference converted by OpenVINO at --dtype,
+openvino-int8 that quantised by nncf. OpenVINO and int8 are timed up to an error of 0.3, which stands beside each speed.
 
 On CUDA each rival also runs as NAME+graph, captured as a CUDA graph, from inputs that the L2 cache does not hold; the GPU's own
 ceilings (a copy, a large product) are measured first. bench.json's environment has them; a row there has, beside its times:

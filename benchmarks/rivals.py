@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import ditfast
-from ditfast import DiTConfig, reference
+from ditfast import DiTConfig, cpu, reference
 from ditfast.diffusion import GaussianDiffusion
 from ditfast.digits import real_digits
 from ditfast.dtypes import DTYPES
@@ -25,11 +25,25 @@ from ditfast.dtypes import DTYPES
 from .gpu import Gpu, Replay
 from .in_openvino import InOpenVino
 
+
+class Ours(NamedTuple):
+    """A way to run ditfast's own model."""
+
+    int8: bool = False
+    tabulated: bool = False  # the modulation computed beforehand, as sampling does
+
+
 COMPILED = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # torch.compile's modes
 IN_DIFFUSERS = ("diffusers", "ditfast-swapped")  # its own model, as it is and after ditfast.accelerate
 IN_OPENVINO = {"openvino": ("openvino",), "openvino-int8": ("openvino", "nncf")}  # and the packages that each needs
-TABULATED = "ditfast+table"
-RIVALS = ("eager", *COMPILED, *IN_OPENVINO, "ditfast", TABULATED, *IN_DIFFUSERS)
+OURS = {
+    "ditfast": Ours(),
+    "ditfast+table": Ours(tabulated=True),
+    "ditfast-int8": Ours(int8=True),
+    "ditfast-int8+table": Ours(int8=True, tabulated=True),
+}
+OURS_IN_INT8 = tuple(name for name, way in OURS.items() if way.int8)
+RIVALS = ("eager", *COMPILED, *IN_OPENVINO, *OURS, *IN_DIFFUSERS)
 LOOSE_BAR = 0.3  # of rivals whose arithmetic is coarser by design: shown beside their error, not judged by it
 GRAPH = "+graph"
 DIGITS = "digits"
@@ -74,10 +88,8 @@ class Case:
             return Captured(others[kind], gpu)
         if kind in IN_DIFFUSERS:
             return self.arithmetic_of(kind)._in_diffusers(swapped=kind == "ditfast-swapped")
-        if kind == "ditfast":
-            return self._loaded(ditfast.DiT)
-        if kind == TABULATED:
-            return self._tabulated()
+        if kind in OURS:
+            return self._ours(OURS[kind])
         if kind in IN_OPENVINO:
             exact = functools.partial(self.reference, torch.float32)
             return InOpenVino(exact, self.dtype_name, self.config.num_classes, int8=kind == "openvino-int8")
@@ -86,9 +98,13 @@ class Case:
             model.compile(dynamic=False, mode=COMPILED[kind])
         return model
 
-    def _tabulated(self) -> Run:
-        """ditfast with the modulation of this case's t and y computed beforehand, as sampling does."""
+    def _ours(self, way: Ours) -> Run:
         model = self._loaded(ditfast.DiT)
+        if way.int8:
+            cpu.check("rival", model.parameters())
+            model.int8 = True
+        if not way.tabulated:
+            return model
         _, t, y = self.inputs()
         vectors = model.modulation_vectors(t, y)
         return lambda x, t, y: model.forward_modulated(x, vectors)
@@ -181,13 +197,15 @@ def available_rivals(wanted: Sequence[str], *, on_gpu: bool) -> tuple[list[str],
             why = "it runs on CPU only" if on_gpu else f"it needs {' and '.join(missing)} (pip install 'ditfast[openvino]')"
             notes.append(f"{rival}: skipped, {why}")
     if on_gpu:
+        notes += [f"{name}: skipped, it runs on CPU only" for name in names if name in OURS_IN_INT8]
+        names = [name for name in names if name not in OURS_IN_INT8]
         names += [f"{name}{GRAPH}" for name in names]
     return names, notes
 
 
 def loose(rival: str) -> bool:
-    """Whether a rival is timed up to ``LOOSE_BAR``: OpenVINO, which chooses what to round, and in fp32 misses eager's error."""
-    return rival in IN_OPENVINO
+    """Whether a rival is timed up to ``LOOSE_BAR``: int8, and OpenVINO, which in fp32 too misses eager's error."""
+    return rival in (*IN_OPENVINO, *OURS_IN_INT8)
 
 
 def kind_of(rival: str) -> str:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from support import randomize
 
 import ditfast
-from ditfast import DiT, DiTConfig
+from ditfast import DiT, DiTConfig, cpu
 from ditfast.benchmarks import bench, rivals
 from ditfast.benchmarks.gpu import open_gpu
+from ditfast.benchmarks.report import print_tables
 from ditfast.benchmarks.rows import Row, fill
 from ditfast.benchmarks.timing import bench_case
+from ditfast.cpu import engine
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -178,13 +181,47 @@ def test_openvino_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", fake)
     config = DiTConfig(depth=1, hidden_size=32, num_heads=2, input_size=4, num_classes=10)
     case = rivals.random_case("tiny", config, 2, torch.device("cpu"), "fp32")
-    rows, notes = bench_case(case, ["eager", "openvino", rivals.TABULATED], 5, lambda phase: None)
+    rows, notes = bench_case(case, ["eager", "openvino", "ditfast+table"], 5, lambda phase: None)
     assert notes == []
     assert [row.rival for row in rows] == ["eager", "openvino", "ditfast+table"]
     assert rows[1].error == rows[0].error
     assert all(row.ms_median for row in rows)
     assert fake.settings["INFERENCE_PRECISION_HINT"] == "f32"
     assert fake.settings["INFERENCE_NUM_THREADS"] == 1
+
+
+def tiny_case() -> rivals.Case:
+    config = DiTConfig(depth=2, hidden_size=64, num_heads=2, input_size=8, num_classes=10)
+    return rivals.random_case("tiny", config, 2, CPU, "fp32")
+
+
+@pytest.mark.skipif(cpu.found()[0] is None, reason="needs the CPU engine")
+def test_int8_is_timed_beside_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, remarks = bench_case(tiny_case(), ["eager", *rivals.OURS], 5, lambda phase: None)
+    assert remarks == []
+    errors = {row.rival: row.error for row in rows}
+    assert errors["ditfast-int8"] == errors["ditfast-int8+table"]
+    assert 100 * errors["ditfast"] < errors["ditfast-int8"] < 0.1
+    assert all(row.ms_median for row in rows)
+    print_tables(Console(width=112), rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("ditfast-int8+table" in line and f"{errors['ditfast-int8']:.1e}" in line for line in lines)
+    assert not any("over ditfast" in line for line in lines)
+
+
+def test_int8_without_an_engine_is_no_fp32_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "found", lambda: (None, "the CPU engine needs a C++ compiler, and 'g++' is not installed"))
+    rows, remarks = bench_case(tiny_case(), ["ditfast", "ditfast-int8"], 5, lambda phase: None)
+    assert [row.rival for row in rows] == ["ditfast"]
+    assert len(remarks) == 1
+    assert remarks[0].startswith("tiny fp32 batch 2: ditfast-int8 failed: ValueError")
+    assert remarks[0].endswith("'g++' is not installed")
+
+
+def test_int8_is_for_cpus() -> None:
+    names, notes = rivals.available_rivals(["ditfast", *rivals.OURS_IN_INT8], on_gpu=True)
+    assert names == ["ditfast", "ditfast+graph"]
+    assert notes == [f"{name}: skipped, it runs on CPU only" for name in rivals.OURS_IN_INT8]
 
 
 def test_diffusers_takes_adaln_zero_only() -> None:
