@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None, gpu: Gpu | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False  # no rival gets to round its fp32 convolution
     gpu = gpu or open_gpu(args.device)
     environment = describe(args.device)
+    environment["command"] = shlex.join(["python", "benchmarks/bench.py", *(sys.argv[1:] if argv is None else argv)])
     gauges = None if gpu is None else Gauges(gpu, spec_of(args.device))
     if gauges is not None:
         environment |= gauges.describe()

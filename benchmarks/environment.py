@@ -5,28 +5,35 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 import ditfast
 from ditfast import cpu
+from ditfast.cpu import library
+
+FEATURES = (*library.AVX2, *library.AVX512, *library.EXTRAS, "avx_vnni", "amx_bf16", "amx_int8")
 
 
 def describe(device: torch.device) -> dict[str, str | int | float | None]:
-    """Versions, device, clocks, threads and git revision; None where a thing cannot be told."""
+    """Date, versions, device, clocks, threads and git revision; None where a thing cannot be told."""
     on_cuda = device.type == "cuda"
     return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "ditfast": ditfast.__version__,
         "git": _git_revision(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "flash-attn": _version("flash-attn"),
+        "diffusers": _version("diffusers"),
         "openvino": _version("openvino"),
         "nncf": _version("nncf"),
         "cpu engine": None if on_cuda else _cpu_engine(),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "cpu features": None if on_cuda else " ".join(name for name in FEATURES if name in library.cpu_features()) or None,
         "clock_mhz": _gpu_clock_mhz(device) if on_cuda else _cpu_clock_mhz(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if on_cuda else None,

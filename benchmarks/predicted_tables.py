@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ditfast.prediction import ASSUMPTIONS, predicted_model_ms
 from ditfast.prediction.devices import spec_named
 
 from .markdown import head, row
+from .report import read_json
 
 MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]
 IN_SUMMARY = ["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2", "DiT-XL/2@512"]
@@ -84,16 +84,13 @@ def beside_measured(path: Path) -> Iterator[str]:
         OSError: the file cannot be read.
         ValueError: it is no bench.json; it was measured on a device that is not known; no row has a prediction.
     """
-    try:
-        report = json.loads(path.read_text("utf-8"))
-        name, rows = str(report["environment"]["device"]), report["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: got no bench.json ({error!r}), expected what benchmarks/bench.py writes") from error
+    report = read_json(path)
+    name = report["environment"]["device"]
     device = spec_named(name)
     if device is None:
         raise ValueError(f"device: got {name!r}, expected one of {', '.join(DEVICES)}")
     lines = []
-    for found in rows:
+    for found in report["rows"]:
         rival, _, graph = found["rival"].partition(GRAPH[0])
         model = found["model"]
         if found["ms_median"] is None or rival not in FUSED or model not in MODELS:

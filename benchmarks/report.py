@@ -141,6 +141,21 @@ def save_json(path: Path, environment: dict[str, Any], rows: Sequence[Any], note
     return path
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A bench.json: environment, rows, notes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is something else.
+    """
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        report["environment"]["device"], report["rows"], report["notes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: got no bench.json ({error!r}), expected what benchmarks/bench.py writes") from error
+    return report
+
+
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.1 else f"{value:.4f}"
 

@@ -37,7 +37,9 @@ def test_the_command_writes_table_json_and_plots(tmp_path: Path) -> None:
     for expected in ("DiT-S/8", "digits", "GMACs", "TFLOP/s", "over eager", "ditfast"):
         assert expected in done.stdout
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert {"torch", "device", "threads", "git", "clock_mhz"} <= set(report["environment"])
+    environment = report["environment"]
+    assert {"torch", "diffusers", "openvino", "nncf", "device", "cpu features", "threads", "git", "date"} <= set(environment)
+    assert environment["command"] == " ".join(["python", *command[1:]])
     assert [(row["model"], row["rival"]) for row in report["rows"]] == [
         ("DiT-S/8", "eager"),
         ("DiT-S/8", "ditfast"),
