@@ -15,12 +15,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from .homes import BLOCKS, MODELS, Home, Mismatch, Options, Swap, in_one_line, probe
+from . import cpu
+from .homes import BLOCKS, MODELS, Home, Mismatch, Options, Swap, cost_of_int8, in_one_line, probe, why_not_int8
 from .model import DiT
 from .ops.attention import ENGINES
 
 ATTENTION = {"auto": None, "native": "sdpa", **{name: name for name in ENGINES}}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT8 = "int8"
 NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
 SIMPLE = (bool, int, float, str, tuple, torch.dtype, FunctionType)
 
@@ -53,7 +55,7 @@ class AccelerationReport(NamedTuple):
 def accelerate(
     model_or_pipeline: T,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     attention: str = "auto",
     cache_modulation: bool = False,
     strict: bool = True,
@@ -71,9 +73,11 @@ def accelerate(
         dtype: torch.bfloat16 or torch.float16 to compute a DiT in it, without gradients, while the parameters
             stay as they are; copies of the weights are kept in it, and made again when a weight changes (writes through
             ``.data`` are seen after the next forward with gradients). None for the parameters' own. The output has the
-            dtype it had.
+            dtype it had. ``"int8"`` has the CPU engine multiply the blocks' linears in int8, as ``DiT.quantize`` does, and
+            prints what that gains and costs on a few random inputs; forwards that are not the CPU engine's (with
+            gradients, or compiled) stay as they are.
         attention: of a DiT: ``"auto"``, or ``"flash"``, ``"sdpa"`` (diffusers' name: ``"native"``) or ``"triton"`` for one
-            engine.
+            engine; int8 has no other than ``"auto"``.
         cache_modulation: keep a DiT's modulation vectors for each batch of conditioning vectors met, up to 512 MiB, for
             when the same come again (a second run of a sampler); costs a host read of them in each forward.
         strict: raise if nothing could be swapped; else the report says why.
@@ -84,16 +88,24 @@ def accelerate(
     Raises:
         ValueError: an argument; or nothing could be swapped, with the reasons. The model is as it was.
     """
-    options = Options(_compute_dtype(dtype), _attention_engine(attention), cache_modulation)
+    int8 = dtype == INT8
+    options = Options(_compute_dtype(dtype), _attention_engine(attention), cache_modulation, int8)
+    if int8 and options.engine is not None:
+        raise ValueError(f"attention: got {attention!r}, expected 'auto' with int8")
     roots = _roots(model_or_pipeline)
     for root in roots.values():
         if isinstance(root, DiT):
-            raise ValueError("model_or_pipeline: got a ditfast.DiT, which runs on the fused ops as it is")
+            advice = "; for int8 it has quantize" if int8 else ""
+            raise ValueError(f"model_or_pipeline: got a ditfast.DiT, which runs on the fused ops as it is{advice}")
+    if int8:
+        cpu.check("dtype", ())
     before = _take_off(model_or_pipeline)
     try:
-        swaps, reasons = _plan(roots.values())
+        swaps, reasons = _plan(roots.values(), int8)
         if not swaps and strict:
             raise ValueError(f"model_or_pipeline: {_why_nothing(model_or_pipeline, reasons.values())}")
+        if int8:
+            _print_costs(roots, swaps)
     except BaseException:
         _put_back(before)
         raise
@@ -132,6 +144,8 @@ def _take_off(model_or_pipeline: object) -> dict[nn.Module, Swap | str]:
                 notes[module] = note
             if isinstance(note, Swap):
                 note.on = False
+                if note.options.int8:
+                    cpu.forget(module.parameters())
                 if vars(module).get("forward") is note:
                     del module.forward
     return notes
@@ -176,9 +190,11 @@ def _roots(model_or_pipeline: object) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
-def _compute_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}, or None")
+def _compute_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == INT8:
+        return None
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}, 'int8' or None")
     return dtype
 
 
@@ -188,7 +204,7 @@ def _attention_engine(name: str) -> str | None:
     return ATTENTION[name]
 
 
-def _plan(roots: Iterable[nn.Module]) -> tuple[dict[nn.Module, Home], dict[nn.Module, str]]:
+def _plan(roots: Iterable[nn.Module], int8: bool) -> tuple[dict[nn.Module, Home], dict[nn.Module, str]]:
     """Which modules to swap, and why not the others that look like it; changes nothing."""
     swaps: dict[nn.Module, Home] = {}
     reasons: dict[nn.Module, str] = {}
@@ -198,16 +214,31 @@ def _plan(roots: Iterable[nn.Module]) -> tuple[dict[nn.Module, Home], dict[nn.Mo
         for module, home in itertools.product(modules, homes):
             if module in swaps or not home.looks_like(module):
                 continue
-            inner = {name: swaps[part] for name, part in module.named_modules() if part in swaps}
+            inner = _inner(module, swaps)
             if homes is MODELS and not inner:
                 reason = "none of its blocks could be swapped"
             else:
                 reason = _why_not(module, home, inner, probed)
+            if int8 and homes is BLOCKS and not reason:
+                reason = why_not_int8(module, home)
             if reason:
                 reasons.setdefault(module, reason)
             else:
                 swaps[module] = home
     return swaps, {module: reason for module, reason in reasons.items() if module not in swaps}
+
+
+def _inner(module: nn.Module, swaps: Mapping[nn.Module, Home]) -> dict[str, Home]:
+    return {name: swaps[part] for name, part in module.named_modules() if part in swaps and part is not module}
+
+
+def _print_costs(roots: Mapping[str, nn.Module], swaps: Mapping[nn.Module, Home]) -> None:
+    """Of each swapped model; of the first block where no model is."""
+    names = {module: name for prefix, root in roots.items() for name, module in root.named_modules(prefix=prefix)}
+    models = [module for module, home in swaps.items() if home in MODELS]
+    for module in models or list(swaps)[:1]:
+        cost = cost_of_int8(module, swaps[module], _inner(module, swaps))
+        print(f"{names[module]}: {cost}" if names[module] else cost)
 
 
 def _why_not(module: nn.Module, home: Home, inner: Mapping[str, Home], probed: dict[str, str]) -> str:

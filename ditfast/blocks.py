@@ -134,6 +134,11 @@ def run_on_cpu(x: Tensor, chain: Sequence[Sublayer], following: Norm) -> tuple[T
     return cpu.run(x, steps, cpu.Final(*following))
 
 
+def are_read(chain: Sequence[Sublayer]) -> bool:
+    """Whether the CPU engine can have all of a chain's linears: nobody wants one of them to be called."""
+    return all(sublayer.transform.products() is not None for sublayer in chain)
+
+
 def sublayers(block: Block, modulation: Modulation, context: Tensor | None = None) -> list[Sublayer]:
     """A block as its two sublayers, or three with cross-attention to the context [B, 2, D]."""
     attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation

@@ -212,23 +212,34 @@ class DiT(nn.Module):
             The model.
 
         Raises:
-            ValueError: another dtype, weights that are not fp32 or bf16 on a CPU, or no CPU engine here, and why.
+            ValueError: another dtype, weights that are not fp32 or bf16 on a CPU, a block or linear that somebody hooked,
+                wrapped or replaced, or no CPU engine here, and why.
         """
         if dtype not in ("int8", None):
             raise ValueError(f"dtype: got {dtype!r}, expected 'int8' or None")
         if dtype is None:
-            self.int8 = False
+            if self.int8:
+                self.int8 = False
+                cpu.forget(self.parameters())
             return self
         cpu.check("dtype", self.parameters())
-        training = self.training
+        called = [i for i, block in enumerate(self.blocks) if not self._is_read(block)]
+        if called:
+            raise ValueError(f"dtype: got 'int8', but block {called[0]}, or a linear in it, was hooked, wrapped or replaced")
+        modes = [(module, module.training) for module in self.modules()]
         try:
-            print(cpu.measure(self.eval(), self._examples(), list(self.parameters()), self._switch_int8))
+            print(cpu.measure(self.eval().forward, self._examples(), list(self.parameters()), self._switch_int8))
         except BaseException:
             self.int8 = False
             raise
         finally:
-            self.train(training)
+            for module, training in modes:
+                module.training = training
         return self
+
+    def _is_read(self, block: nn.Module) -> bool:
+        """Whether nobody wants a block or its linears to be called."""
+        return is_silent(block) and blocks.are_read(blocks.sublayers(self._views(block), blocks.Modulation(), self.pos_embed))
 
     def _switch_int8(self, on: bool) -> None:
         self.int8 = on
@@ -236,9 +247,9 @@ class DiT(nn.Module):
     def _examples(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """One sample each, at a few timesteps."""
         generator = torch.Generator().manual_seed(0)
-        labels = torch.arange(len(EXAMPLE_TIMESTEPS)) % self.config.num_classes
+        labels = torch.arange(len(EXAMPLE_TIMESTEPS), device="cpu") % self.config.num_classes
         x = torch.randn(len(labels), 1, *self.config.input_shape, generator=generator, device="cpu").to(self.pos_embed.dtype)
-        t = torch.tensor(EXAMPLE_TIMESTEPS)
+        t = torch.tensor(EXAMPLE_TIMESTEPS, device="cpu")
         return [(x[i], t[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]
 
     def forward_with_cfg(

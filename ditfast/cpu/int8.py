@@ -23,24 +23,40 @@ class Cost(NamedTuple):
     dtype: torch.dtype
     seconds: float  # median of a forward
     plain_seconds: float
-    error: float  # ||int8 - plain|| / ||plain||
+    error: float | None  # ||int8 - plain|| / ||plain||; None of a model that returns zeros
 
     def __str__(self) -> str:
         plain = DTYPE_NAMES[self.dtype]
         gain = self.plain_seconds / self.seconds
         times = f"{1e3 * self.seconds:.4g} ms a forward, {plain} {1e3 * self.plain_seconds:.4g} ms"
-        return f"int8: {gain:.2f} times as fast as {plain} ({times}), relative error {self.error:.1e}"
+        error = "no error to tell: the output is zero" if self.error is None else f"relative error {self.error:.1e}"
+        return f"int8: {gain:.2f} times as fast as {plain} ({times}), {error}"
 
 
 def check(name: str, parameters: Iterable[Tensor]) -> None:
     """Raises ValueError where the CPU engine would not run a model of these parameters in int8; ``name`` is the argument's."""
-    kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
-    others = sorted(f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in engine.PRODUCTS)
+    others = unfit(parameters)
     if others:
-        raise ValueError(f"{name}: got int8 for weights of {', '.join(others)}, expected fp32 or bf16 ones on the CPU")
+        raise ValueError(f"{name}: got int8 for {others}, expected fp32 or bf16 weights on the CPU")
     found, why = engine.found()
     if found is None:
         raise ValueError(f"{name}: got int8, but {why}")
+    if not engine.runs_on(torch.device("cpu"), torch.float32):
+        raise ValueError(f"{name}: got int8, which only the CPU engine has, where another backend or attention is forced")
+
+
+def unfit(parameters: Iterable[Tensor]) -> str:
+    """In words, the kinds of parameters that the CPU engine has no int8 for; empty if there are none."""
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
+    others = sorted(f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in engine.PRODUCTS)
+    return f"weights of {', '.join(others)}" if others else ""
+
+
+def forget(parameters: Iterable[Tensor]) -> None:
+    """Drops what the CPU engine has packed of them, which it packs again where it is wanted."""
+    found, _ = engine.found()
+    if found is not None:
+        found.forget(parameters)
 
 
 @torch.no_grad()
@@ -64,11 +80,10 @@ def measure(
         switch(on)
         outputs.append([_first_tensor(run(*arguments)).double() for arguments in inputs])
         seconds.append(_median(run, inputs))
-        chosen, _ = engine.found()
-        if chosen is not None and not on:
-            chosen.forget(parameters)
+        if not on:
+            forget(parameters)
     plain, found = (torch.cat([output.flatten() for output in each]) for each in outputs)
-    error = 0.0 if torch.equal(plain, found) else ((found - plain).norm() / plain.norm()).item()
+    error = ((found - plain).norm() / plain.norm()).item() if plain.any() else None
     return Cost(next(p.dtype for p in parameters if p.is_floating_point()), seconds[1], seconds[0], error)
 
 

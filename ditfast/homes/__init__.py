@@ -6,6 +6,7 @@ A new one is a ``Home`` in a file of its own, and a name in one of these lists. 
 from .diffusers_dit import DiffusersBlock, DiffusersModel
 from .diffusers_sites import JointBlock, PixArtBlock
 from .home import Home, Mismatch, Options, Swap
+from .int8 import cost_of_int8, why_not_int8
 from .official import OfficialBlock, OfficialModel
 from .probe import in_one_line, probe
 
@@ -16,4 +17,4 @@ MODELS: tuple[Home, ...] = (
     DiffusersModel(),
 )
 
-__all__ = ["BLOCKS", "MODELS", "Home", "Mismatch", "Options", "Swap", "in_one_line", "probe"]
+__all__ = ["BLOCKS", "MODELS", "Home", "Mismatch", "Options", "Swap", "cost_of_int8", "in_one_line", "probe", "why_not_int8"]

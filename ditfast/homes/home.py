@@ -106,7 +106,7 @@ class Swap:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.caches.clear()  # for whoever trains, and then writes through .data, as some EMAs do
-        fast = self.is_as_found() and (self.dtype is None or not _recomputed_later(args, kwargs))
+        fast = self.is_as_found() and not (self.is_rounded and _recomputed_later(args, kwargs))
         result = self.home.forward(self, *args, **kwargs) if fast else NotImplemented
         return type(self.module).forward(self.module, *args, **kwargs) if result is NotImplemented else result
 
@@ -139,6 +139,11 @@ class Swap:
     @property
     def dtype(self) -> torch.dtype | None:
         return None if torch.is_grad_enabled() else self.options.dtype
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it computes in less than the parameters' dtype."""
+        return self.dtype is not None or (self.options.int8 and not torch.is_grad_enabled())
 
     def cast(self, activation: Tensor) -> Tensor:
         return activation if self.dtype is None else activation.to(self.dtype)
@@ -178,7 +183,9 @@ class Swap:
     def fusible(self, block: nn.Module) -> Swap | None:
         """The swap of a block that may be fused with its neighbours: nobody expects the block to be called."""
         swap = vars(block).get("forward")
-        if not isinstance(swap, Swap) or not isinstance(swap.home, BlockHome) or swap.dtype != self.dtype:
+        if not isinstance(swap, Swap) or not isinstance(swap.home, BlockHome):
+            return None
+        if swap.dtype != self.dtype or swap.options.int8 != self.options.int8:
             return None
         return swap if is_unhooked(block) and swap.is_as_found() else None
 
@@ -208,8 +215,9 @@ class Swap:
         except RuntimeError as error:
             return str(error)
         known = f"{backend}, attention {engine}"
-        in_one = isinstance(self.home, BlockHome) and self.options.engine is None and cpu.runs_on(weight.device, dtype)
-        return f"{known}; without gradients the CPU engine{' in int8' if self.options.int8 else ''}" if in_one else known
+        if not cpu.runs_on(weight.device, dtype) or not blocks.are_read(self.chain(blocks.Modulation())):
+            return known
+        return f"{known}; without gradients the CPU engine{' in int8' if self.options.int8 else ''}"
 
 
 def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -47,21 +47,35 @@ def _compare_forwards(module: Foreign, home: Home, inner: Mapping[str, Home]) ->
         got = "not there" if weight is None else "on the meta device" if weight.is_meta else weight.dtype
         raise Mismatch(f"its weights are {got}, expected fp32, bf16 or fp16")
     generator = torch.Generator().manual_seed(0)
+    arguments = example_of(module, home, generator)
+    original, (swapped, swaps) = _copy(module), swapped_copy(module, {**inner, "": home})
+    _give_values(home.zero_at_first(original), home.zero_at_first(swapped), generator)
+    if not all(swap.is_as_found() for swap in swaps):
+        raise Mismatch("the forward of a part of it was replaced before")
+    with without_autocast(weight.device.type):
+        _compare(original(*arguments), swapped(*arguments), TOLERANCES[weight.dtype])
+
+
+def example_of(module: Foreign, home: Home, generator: torch.Generator) -> list[Any]:
+    """Arguments of a forward, where and of which dtype the module's weights are."""
+    weight = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     with torch.device("cpu"):
         example = home.example(module, generator)
-    arguments = [
+    return [
         value.to(weight.device, weight.dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
         for value in example
     ]
-    original, swapped = _copy(module), _copy(module)
-    _give_values(home.zero_at_first(original), home.zero_at_first(swapped), generator)
-    for name, home_of_part in {**inner, "": home}.items():
-        part: Foreign = swapped.get_submodule(name)
-        part.forward = Swap(part, home_of_part, Options())
-        if not part.forward.is_as_found():
-            raise Mismatch("the forward of a part of it was replaced before")
-    with _without_autocast(weight.device.type):
-        _compare(original(*arguments), swapped(*arguments), TOLERANCES[weight.dtype])
+
+
+def swapped_copy(module: nn.Module, homes: Mapping[str, Home]) -> tuple[nn.Module, list[Swap]]:
+    """The module in eval mode with its own weights, without anybody's hooks, its parts swapped; and the swaps."""
+    twin = _copy(module)
+    swaps = []
+    for name, home in homes.items():
+        part: Foreign = twin.get_submodule(name)
+        part.forward = Swap(part, home, Options())
+        swaps.append(part.forward)
+    return twin, swaps
 
 
 def _copy(module: Foreign) -> nn.Module:
@@ -85,7 +99,7 @@ def _give_values(linears: Sequence[nn.Module], others: Sequence[nn.Module], gene
                 part._parameters[name] = other_part._parameters[name] = nn.Parameter(values, requires_grad=False)
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
 
 
