@@ -1,4 +1,4 @@
-"""How fast whole sampling runs are, and what each lever is worth: modulation table, shared half, fused update, graph, bf16.
+"""How fast whole sampling runs are, and what each lever is worth: table, shared half, fused update, graph, engine, dtypes.
 
     python benchmarks/sampling.py                                        XL width, 8 blocks, patch 8: half a minute
     python benchmarks/sampling.py --patch 2 --depth 4 --steps 50
@@ -6,7 +6,9 @@
 
 Every rival takes the same DDPM steps from the same noise with guidance (diffusers' pipeline: DDIM steps). They take turns step
 by step, so that a machine whose clock drifts slows all of them. A lever alone is one change to the reference's plain loop over
-ditfast's model. Latents are compared with the reference loop's before anything is printed.
+ditfast's model. ditfast-torch is all of ditfast under ``ditfast.backend("torch")``: on a CPU without the CPU engine, on a GPU
+without Triton. ditfast-int8 is fp32 with the blocks' products in int8, which the CPU engine has. Latents are compared with the
+reference loop's before anything is printed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 import ditfast
-from ditfast import DiTConfig, reference
+from ditfast import DiTConfig, cpu, reference
 from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.plain_loop import Loop, plain_loop
 from ditfast.benchmarks.report import save_json
@@ -39,7 +41,9 @@ from ditfast.sampling import image_noise
 from ditfast.sampling.run import Batch, Run
 
 WIDTHS = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
-ALLOWED_ERROR = {"fp32": 1e-4, "bf16": 0.3}  # over the whole run; bf16 follows a path of its own
+ALLOWED_ERROR = 1e-4  # over the whole run
+INT8 = "ditfast-int8"
+LOOSELY_ALLOWED = {"ditfast-bf16": 0.3, INT8: 0.3}  # which follow a path of their own
 UNCOMPARED = ("diffusers",)  # other steps
 
 
@@ -82,13 +86,21 @@ class Setting:
             "model+shared": lambda: self._plain(self._shared),
             "model+update": lambda: self._plain(self.model, fused_update=True),
             "ditfast": lambda: self._ditfast(self.model),
+            "ditfast-torch": lambda: _on_torch(self._ditfast(self.model)),
             "ditfast-bf16": lambda: self._ditfast(self.model_bf16),
+            INT8: lambda: self._ditfast(self._model_int8),
         }
 
     def _fast(self, dtype: torch.dtype) -> ditfast.DiT:
         model = ditfast.DiT(self.config).eval()
         model.load_state_dict(self.oracle.state_dict())
         return model.to(self.device, dtype)
+
+    @functools.cached_property
+    def _model_int8(self) -> ditfast.DiT:
+        model = self._fast(torch.float32)
+        model.int8 = True
+        return model
 
     def _plain(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], fused_update: bool = False) -> Loop:
         scale, channels = self.cfg_scale, self.config.guidance_channels
@@ -179,6 +191,16 @@ def measure(setting: Setting, names: list[str], rounds: int, tick: Callable[[], 
     return rows
 
 
+def _on_torch(loop: Loop) -> Loop:
+    """``loop`` with its steps, not what runs between them, on torch."""
+    while True:
+        with ditfast.backend("torch"):
+            x = next(loop, None)
+        if x is None:
+            return
+        yield x
+
+
 def _whole(run: list[float]) -> float:
     """Seconds of a run whose steps after the first all take their median: what else ran on the machine is not counted."""
     return run[0] + (len(run) - 1) * statistics.median(run[1:])
@@ -236,6 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"argument --rivals: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+    notes = []
+    if INT8 in names:
+        try:
+            cpu.check(INT8, setting.model.parameters())
+        except ValueError as error:
+            names = [name for name in names if name != INT8]
+            notes.append(f"skipped: {error}")
     names = ["reference", *(name for name in names if name != "reference")]
     console = Console(width=max(100, Console().width))
     environment = describe(setting.device)
@@ -246,11 +275,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = progress.add_task("sampling", total=args.rounds * args.steps)
         rows = measure(setting, names, args.rounds, lambda: progress.advance(task))
     console.print(_table(rows, title))
+    for note in notes:
+        console.print(note, highlight=False)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        save_json(args.out / "sampling.json", environment, rows, [title])
+        save_json(args.out / "sampling.json", environment, rows, [title, *notes])
         _plot(args.out / "sampling.png", rows, title)
-    wrong = [r for r in rows if r.error is not None and not r.error <= ALLOWED_ERROR["bf16" if "bf16" in r.rival else "fp32"]]
+    wrong = [r for r in rows if r.error is not None and not r.error <= LOOSELY_ALLOWED.get(r.rival, ALLOWED_ERROR)]
     for row in wrong:
         console.print(f"[red]{row.rival}: latents are off by {row.error:.1e}[/red]")
     return 1 if wrong else 0

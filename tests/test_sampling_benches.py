@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ditfast import cpu
 from ditfast.benchmarks import digits_quality, sampling
 from ditfast.benchmarks.digits_quality import Draw
+from ditfast.cpu import engine
 
 needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+needs_engine = pytest.mark.skipif(cpu.found()[0] is None, reason="needs the CPU engine")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = ["--seeds", "2", "--images", "40", "--steps", "ddim3"]
@@ -21,7 +24,7 @@ QUICK = ["--seeds", "2", "--images", "40", "--steps", "ddim3"]
 
 # ------------------------------------------------------------------------------------------------ speed
 def test_every_lever_makes_the_reference_loops_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rivals = ["reference", "model", "model+table", "model+shared", "model+update", "ditfast", "ditfast-bf16"]
+    rivals = ["reference", "model", "model+table", "model+shared", "model+update", "ditfast", "ditfast-torch", "ditfast-bf16"]
     arguments = ["--width", "S", "--depth", "1", "--steps", "3", "--batch", "2", "--rounds", "1", "--device", "cpu"]
     assert sampling.main([*arguments, "--rivals", *rivals, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -31,6 +34,34 @@ def test_every_lever_makes_the_reference_loops_latents(tmp_path: Path, capsys: p
     assert all(row["error"] < 1e-5 for row in rows[:-1])
     assert 1e-4 < rows[-1]["error"] < 0.1
     assert (tmp_path / "sampling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_engine
+def test_the_engine_and_int8_inside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_engine: list[bool] = []
+    run = engine.Engine.run
+    monkeypatch.setattr(engine.Engine, "run", lambda *args: on_engine.append(args[2][0].products.int8) or run(*args))
+    arguments = ["--width", "S", "--depth", "1", "--steps", "2", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert sampling.main([*arguments, "--rivals", "ditfast-torch"]) == 0
+    assert on_engine == []
+    assert sampling.main([*arguments, "--rivals", "ditfast", "ditfast-torch", "ditfast-int8"]) == 0
+    assert on_engine.count(True) == on_engine.count(False) > 0
+    errors = {row["rival"]: row["error"] for row in json.loads((tmp_path / "sampling.json").read_text())["rows"]}
+    assert errors["ditfast"] < 1e-5
+    assert 1e-4 < errors["ditfast-int8"] < 0.1
+
+
+def test_int8_without_an_engine_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "found", lambda: (None, "the CPU engine needs a C++ compiler"))
+    arguments = ["--width", "S", "--depth", "1", "--steps", "2", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert sampling.main([*arguments, "--rivals", "ditfast", "ditfast-int8"]) == 0
+    note = "skipped: ditfast-int8: got int8, but the CPU engine needs a C++ compiler"
+    assert note in capsys.readouterr().out
+    report = json.loads((tmp_path / "sampling.json").read_text())
+    assert [row["rival"] for row in report["rows"]] == ["reference", "ditfast"]
+    assert note in report["notes"]
 
 
 def test_wrong_latents_fail_the_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
