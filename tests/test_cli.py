@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from sampling_cli import draw
 
+from ditfast import cpu
 from ditfast.cli import COMMANDS, main
+from ditfast.commands.doctor import _products
+from ditfast.cpu import library
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +26,17 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         "parity with the float64",
     ):
         assert expected in out
+
+
+@pytest.mark.skipif(cpu.found()[0] is None, reason="needs the CPU engine")
+def test_doctor_names_the_cpu_engines_products(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert f"the CPU engine, all in one call; products: {_products(library.cpu_features())}\n" in capsys.readouterr().out
+    assert _products(frozenset(library.AVX2)) == "fp32, bf16 widened to fp32, int8 by pairs"
+    without = frozenset({*library.AVX2, *library.AVX512})
+    assert _products(without) == "fp32, bf16 widened to fp32, int8 by pairs"
+    assert _products(without | {"avx512_vnni"}) == "fp32, bf16 widened to fp32, int8 by VNNI"
+    assert _products(without | {*library.EXTRAS}) == "fp32, bf16, int8 by VNNI"
 
 
 def test_help_has_examples() -> None:

@@ -15,12 +15,14 @@ from checkpoint_files import small, weights_of
 from sampling_cli import checkpoint, content, draw, words
 from test_vae import saved as saved_vae
 
-from ditfast import load_checkpoint, load_digits, save_checkpoint
+from ditfast import cpu, load_checkpoint, load_digits, save_checkpoint
+from ditfast.commands.sample import _in_int8
 from ditfast.diffusion import GaussianDiffusion, steps
 from ditfast.images import Pixels, load_png, save_png, to_pixels
 from ditfast.sampling import folder as folder_module
 from ditfast.sampling import sample
 from ditfast.sampling.painter import drawn_label
+from ditfast.sampling.ranks import Ranks
 from ditfast.threads import one_thread
 
 
@@ -37,6 +39,32 @@ def test_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert height > 2 * 32
     assert capsys.readouterr().out == f"{out}: 8 images, ddim, 4 steps, guidance 2, seed 0\n"
     assert [path.name for path in tmp_path.iterdir()] == ["digits.png"]
+
+
+@pytest.mark.skipif(cpu.found()[0] is None, reason="needs the CPU engine")
+def test_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    numbers = ["--num", "6", "--dtype"]
+    assert draw(out, *numbers, "int8") == 0
+    measured, drawn = capsys.readouterr().out.splitlines()
+    assert measured.startswith("int8: ")
+    assert drawn == f"{out}: 6 images, ddim, 4 steps, guidance 2, seed 0"
+    assert settings(out)["dtype"] == "int8"
+    images = content(out)
+    (out / "000003.png").unlink()
+    assert draw(out, *numbers, "int8") == 0
+    assert content(out) == images
+    assert draw(out, *numbers, "fp32") == 2
+    assert 'other settings: dtype: was "int8", is "fp32"' in capsys.readouterr().err
+    assert draw(tmp_path / "plain", *numbers, "fp32") == 0
+    assert content(tmp_path / "plain")["000003.png"] != images["000003.png"]
+
+
+@pytest.mark.skipif(cpu.found()[0] is None, reason="needs the CPU engine")
+def test_one_rank_prints_what_int8_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    models = [_in_int8(load_digits(), Ranks(rank, 2)) for rank in (0, 1)]
+    assert capsys.readouterr().out.count("int8: ") == 1
+    assert [model.int8 for model in models] == [True, True]
 
 
 def test_a_grid_is_reproducible(tmp_path: Path) -> None:

@@ -98,6 +98,19 @@ def test_a_grid_alone_is_no_folder(option: list[str], tmp_path: Path, capsys: py
     assert f"a.png, but {option[0]} needs a folder" in capsys.readouterr().err
 
 
+def test_int8_is_for_a_cpu_with_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ditfast.cpu.engine.found", lambda: (None, "the CPU engine needs a compiler"))
+    assert draw(tmp_path / "run", "--dtype", "int8") == 2
+    assert capsys.readouterr().err == "ditfast sample: --dtype: got int8, but the CPU engine needs a compiler\n"
+    monkeypatch.setattr("ditfast.commands.sample.choose_device", lambda *_: torch.device("meta"))
+    assert draw(tmp_path / "run", "--dtype", "int8") == 2
+    message = "--dtype: got int8 for weights of torch.float32 on meta, expected fp32 or bf16 weights on the CPU"
+    assert capsys.readouterr().err == f"ditfast sample: {message}\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_need_a_folder_and_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

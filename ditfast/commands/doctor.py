@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .. import __version__, cpu, reference
 from ..config import DiTConfig
+from ..cpu import library
 from ..model import DiT
 from ..ops.cpu_products import OPS_WITH_PRODUCTS, in_fp32
 from ..ops.dispatch import choose, kernels
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         _record(torch.cuda.get_device_name(device) if device.type == "cuda" else None), highlight=False, soft_wrap=True
     )
     if device.type == "cpu":
-        console.print(f"blocks without gradients: {cpu.found()[1] or 'the CPU engine, all in one call'}", highlight=False)
+        console.print(f"blocks without gradients: {_cpu_engine()}", highlight=False)
     healthy, line = _parity(device)
     console.print(line, highlight=False)
     return 0 if healthy else 1
@@ -92,6 +93,18 @@ def _choice(device: torch.device, problem: Problem) -> Choice:
 
 def _named(choice: Choice) -> tuple[str, str]:
     return f"triton ({kernels().target()})" if choice.route == "triton" else choice.route, choice.why
+
+
+def _cpu_engine() -> str:
+    found, why_not = cpu.found()
+    return why_not if found is None else f"the CPU engine, all in one call; products: {_products(library.cpu_features())}"
+
+
+def _products(features: frozenset[str]) -> str:
+    """Of the CPU engine on a CPU with these."""
+    options = library.options_for(features)
+    bf16 = "bf16" if "-mavx512bf16" in options else "bf16 widened to fp32"
+    return f"fp32, {bf16}, int8 by {'VNNI' if '-mavx512vnni' in options else 'pairs'}"
 
 
 def _record(device_name: str | None) -> str:

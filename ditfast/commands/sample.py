@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import cpu
 from .. import vae as autoencoder
 from ..checkpoints import WEIGHTS, CheckpointError, load_checkpoint
 from ..class_names import ClassNameError, find_class, read_names
@@ -19,6 +20,7 @@ from ..config import DiTConfig
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, Step, steps
 from ..digits import load_digits
 from ..dtypes import DTYPES
+from ..model import DiT
 from ..sampling import Sampler
 from ..sampling.folder import FolderError, RunStopped
 from ..sampling.painter import Painter, label_of
@@ -41,6 +43,7 @@ EXAMPLES = """examples:
 FLOW_SOLVERS = ("euler", "heun", "sde")
 PIXEL_CHANNELS = (1, 3)
 NO_VAE = "none"
+INT8 = "int8"
 GRID_SUFFIX = ".png"
 OTHER_FILES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npz"}
 
@@ -71,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vae", metavar="NAME|DIR|none", help=f"decodes latents; default: the checkpoint's, or {autoencoder.OFFICIAL}"
     )
     how.add_argument("--batch", type=positive, metavar="N", help="images computed together; default: 16, digits 100")
-    how.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model; default %(default)s")
+    how.add_argument(
+        "--dtype",
+        choices=[*DTYPES, INT8],
+        default="fp32",
+        help="of the model; int8: its products on a CPU; default %(default)s",
+    )
     how.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
     how.add_argument("--npz", action="store_true", help="also samples.npz, as ADM's evaluation reads it")
 
@@ -96,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
     _check_together(args, ranks)
     device = choose_device(args.device, ranks)
+    if args.dtype == INT8:
+        _check_int8(device)
     model = load_digits() if args.checkpoint is None else load_checkpoint(args.checkpoint, weights=args.weights)
     _fill_in(args, model.config)
     classes = _classes(args, model.config)
@@ -104,7 +114,8 @@ def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
     num = args.num or len(classes) * args.per_class
     label = partial(label_of, classes=classes, per_class=args.per_class, seed=args.seed)
     options: dict[str, Any] = {"cfg_interval": tuple(args.cfg_interval)} if args.cfg_interval else {}
-    sampler = Sampler(model.to(device, DTYPES[args.dtype]), schedule, seed=args.seed, clip=vae is None, **options)
+    model = _in_int8(model.float(), ranks) if args.dtype == INT8 else model.to(device, DTYPES[args.dtype])
+    sampler = Sampler(model, schedule, seed=args.seed, clip=vae is None, **options)
     painter = Painter(sampler, label, args.cfg, None if vae is None else vae.to(device))
     if args.out.suffix.lower() == GRID_SUFFIX:
         draw_grid(args.out, painter, classes, args.per_class, args.batch)
@@ -122,6 +133,21 @@ def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
         )
     if ranks.rank == 0:
         print(f"{args.out}: {num} images, {args.solver}, {len(schedule)} steps, guidance {args.cfg:g}, seed {args.seed}")
+
+
+def _check_int8(device: torch.device) -> None:
+    try:
+        cpu.check("--dtype", [torch.empty(0, device=device)])
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
+
+
+def _in_int8(model: DiT, ranks: Ranks) -> DiT:
+    """One rank measures and prints, for all."""
+    if ranks.rank == 0:
+        return model.quantize()
+    model.int8 = True
+    return model
 
 
 def _settings(
