@@ -89,6 +89,22 @@ def test_levers_are_within_noise(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @needs_sklearn
+@needs_engine
+def test_int8_is_within_noise(tmp_path: Path) -> None:
+    assert digits_quality.main([*QUICK, "--variants", "int8", "--out", str(tmp_path)]) == 0
+    fp32, int8 = json.loads((tmp_path / "digits_quality.json").read_text())["rows"]
+    assert int8["distances"] != fp32["distances"]
+    assert min(int8["accuracies"]) > 0.9
+
+
+@needs_sklearn
+def test_int8_is_skipped_without_an_engine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(engine, "found", lambda: (None, "the CPU engine needs a C++ compiler"))
+    assert digits_quality.main([*QUICK, "--variants", "int8"]) == 0
+    assert "skipped: int8: got int8, but the CPU engine needs a C++ compiler" in capsys.readouterr().out
+
+
+@needs_sklearn
 def test_a_lever_that_spoils_images_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plain_variants = digits_quality.variants
 
