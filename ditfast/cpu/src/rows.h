@@ -57,6 +57,7 @@ static void norm_modulate(
 }
 
 // Each row's own scale and zero: its least value is stored as 0, its largest as 255. Zeros up to ``padded`` are stored as zero's.
+// The scale of a row that is not finite is NaN.
 template <class In, class Out>
 static void quantise(
     const In* x, i64 x_stride, i64 rows, i64 width, i64 padded, Out* out, i64 out_stride, float* scale, float* zero,
@@ -64,13 +65,14 @@ static void quantise(
   parallel(rows, std::min(threads, (rows + FEWEST_ROWS - 1) / FEWEST_ROWS), [&](i64 first, i64 last) {
     for (i64 r = first; r < last; r++) {
       const In* in = x + r * x_stride;
-      Lanes most = zeros(), least = zeros();
+      Lanes most = zeros(), least = zeros(), poison = zeros();  // the last stays zero, unless a value is not finite
       for (i64 i = 0; i < width; i += LANES) {
         const Lanes values = load_first(in + i, width - i);
         most = larger(most, values);
         least = smaller(least, values);
+        poison = fma(values, zeros(), poison);
       }
-      const float low = -largest(sub(zeros(), least)), step = std::max((largest(most) - low) / 255.f, 1e-12f);
+      const float low = -largest(sub(zeros(), least)), step = std::max((largest(most) - low) / 255.f, 1e-12f) + sum(poison);
       scale[r] = step;
       zero[r] = std::nearbyint(-low / step);
       const Lanes inverse = all(1.f / step), offset = all(zero[r]);

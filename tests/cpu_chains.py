@@ -1,0 +1,59 @@
+"""Chains of sublayers for the CPU engine, and the same in float64."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditfast import cpu
+
+Chain: TypeAlias = tuple[Tensor, list[cpu.Step], cpu.Final]
+
+
+def exact_chain(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> tuple[Tensor, Tensor]:
+    def norm(shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
+        shift, scale = (torch.zeros_like(x[:, 0]) if v is None else v.double() for v in (shift, scale))
+        shift, scale = (v if v.dim() == 3 else v.unsqueeze(1) for v in (shift, scale))
+        return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+    x = x.double()
+    for products, shift, scale, gate, eps in steps:
+        (first,), (second,) = products.first, products.second
+        h = F.linear(norm(shift, scale, eps), *(part.double() for part in first))
+        if products.kind == cpu.MLP:
+            h = F.gelu(h, approximate="tanh")
+        else:
+            q, k, v = h.unflatten(-1, (3, products.heads, -1)).permute(2, 0, 3, 1, 4)
+            h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = F.linear(h, *(part.double() for part in second))
+        gate = torch.ones_like(x[:, 0]) if gate is None else gate.double()
+        x = x + (gate if gate.dim() == 3 else gate.unsqueeze(1)) * h
+    return x, norm(*final)
+
+
+def random_chain(B: int, T: int, D: int, heads: int, dtype: torch.dtype, vectors: str) -> Chain:
+    """Attention and an MLP; ``vectors`` are one a sample, one a token, or none."""
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape)).to(dtype)
+
+    def vector() -> Tensor | None:
+        if vectors == "none":
+            return None
+        return random(B, T, D, scale=0.3) if vectors == "token" else random(B, 6 * D, scale=0.3)[:, 2 * D : 3 * D]
+
+    def linear(outputs: int, columns: int) -> cpu.Linears:
+        return ((random(outputs, columns, scale=columns**-0.5), random(outputs)),)
+
+    steps = [
+        cpu.Step(cpu.Products(cpu.SELF_ATTENTION, linear(3 * D, D), linear(D, D), heads), vector(), vector(), vector(), 1e-6),
+        cpu.Step(cpu.Products(cpu.MLP, linear(3 * D + 1, D), linear(D, 3 * D + 1)), vector(), vector(), vector(), 1e-5),
+    ]
+    return random(B, T, D), steps, cpu.Final(vector(), vector(), 1e-6)
+
+
+def in_int8(steps: list[cpu.Step]) -> list[cpu.Step]:
+    return [step._replace(products=step.products._replace(int8=True)) for step in steps]
