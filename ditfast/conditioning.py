@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import cpu
 from .config import TIMESTEP_FEATURES, DiTConfig
 from .ops.cpu_products import in_fp32, torch_linear
 from .ops.dispatch import needs_gradient
@@ -84,6 +85,9 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear`` of few rows with a very tall weight."""
+    found = cpu.linear_of_few(x, weight, bias)
+    if found is not None:
+        return found
     if in_fp32(x) and not needs_gradient(x, weight, bias):
         rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
         parts = zip(weight.split(rows), bias.split(rows), strict=True)

@@ -140,6 +140,8 @@ def load(path: Path) -> ctypes.CDLL:
         raise Unavailable(f"the CPU engine does not load: {error}") from error
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.ditfast_run.argtypes = [pointer, number, *[pointer] * 4, *[number] * 6]
+    library.ditfast_few_rows.argtypes = [pointer, pointer, number, pointer, pointer, *[number] * 4]
+    library.ditfast_few_rows.restype = None
     library.ditfast_pack.argtypes = [number, pointer, *[number] * 4, pointer, number]
     library.ditfast_packed_bytes.argtypes = [number] * 3
     library.ditfast_packed_bytes.restype = number
@@ -147,4 +149,5 @@ def load(path: Path) -> ctypes.CDLL:
     library.ditfast_spot_check.restype = ctypes.c_uint64
     library.ditfast_panel.restype = number
     library.ditfast_attention_is_half.restype = number
+    library.ditfast_pairs_saturate.restype = number
     return library

@@ -10,12 +10,14 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import library
 
 FULL, HALF, BYTE = range(3)  # products, as engine.cpp numbers them
 STORED = {FULL: torch.float32, HALF: torch.bfloat16}
 LARGEST_BYTE = 127
+LARGEST_PAIR = 127  # neighbours of one sign, before they are rounded: 255 * 128 fits in 16 bits
 SMALLEST_SCALE = 1e-12
 
 Linears: TypeAlias = tuple[tuple[Tensor, Tensor], ...]  # weights and biases, of which the outputs lie side by side
@@ -94,7 +96,7 @@ class PackedChains:
         columns = -(-outputs // self._engine.ditfast_panel()) * self._engine.ditfast_panel()
         vectors = [self._padded(bias, columns)]
         if product == BYTE:
-            weight, scale = quantised(weight)
+            weight, scale = quantised(weight, pairs=bool(self._engine.ditfast_pairs_saturate()))
             vectors += [self._padded(scale, columns), self._padded(weight.sum(1, dtype=torch.int32).float(), columns)]
         else:
             weight = weight.to(STORED[product])
@@ -113,7 +115,16 @@ class PackedChains:
         return padded
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K] as int8 and a scale for each output: weight = scale * int8, to half a scale."""
-    scale = (weight.float().abs().amax(1) / LARGEST_BYTE).clamp_min(SMALLEST_SCALE)
-    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+def quantised(weight: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
+    """[N, K] as int8 and a scale for each output: weight = scale * int8, to half a scale.
+
+    Where products are summed in ``pairs``, no two neighbours of one sign are more than 128 together.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(1) / LARGEST_BYTE
+    if pairs:
+        both = F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))  # [N, K / 2, 2]
+        sums = torch.maximum(both.clamp_min(0).sum(2), both.clamp_max(0).sum(2).neg())
+        scale = torch.maximum(scale, sums.amax(1) / LARGEST_PAIR)
+    scale = scale.clamp_min(SMALLEST_SCALE)
+    return (weight / scale[:, None]).round().to(torch.int8), scale

@@ -163,11 +163,11 @@ def test_int8_is_the_arithmetic_it_says(native: engine.Engine) -> None:
 
     def product(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         low, high = values.amin(-1, keepdim=True).clamp_max(0), values.amax(-1, keepdim=True).clamp_min(0)
-        step, scale = (high - low) / 255, weight.abs().amax(1, keepdim=True) / 127
+        whole, scale = packed.quantised(weight, pairs=bool(native._functions.ditfast_pairs_saturate()))
+        step, whole = (high - low) / 255, whole.double()
         zero = (-low / step).round()
         stored = (values / step + zero).round().clamp(0, 255).double()
-        sums = F.linear(stored, (weight / scale).round().double()) - zero * (weight / scale).round().sum(1)
-        return (sums * step * scale.T + bias).float()
+        return ((F.linear(stored, whole) - zero * whole.sum(1)) * step * scale + bias).float()
 
     u = F.layer_norm(x, (100,), eps=mlp.eps)
     expected = x + product(F.gelu(product(u, *fc1), approximate="tanh"), *fc2)
@@ -176,8 +176,67 @@ def test_int8_is_the_arithmetic_it_says(native: engine.Engine) -> None:
     assert error(native.run(x, [mlp], final)[0], expected) > 1e-3
 
 
+@pytest.mark.parametrize("pairs", [False, True], ids=["bytes", "pairs"])
+@pytest.mark.parametrize("K", [1, 7, 64])
+def test_quantised(K: int, pairs: bool) -> None:
+    weight = torch.randn(50, K)
+    weight[3] = 0
+    weight[4, :2] = 5
+    stored, scale = packed.quantised(weight, pairs=pairs)
+    assert stored.dtype == torch.int8
+    assert ((stored * scale[:, None] - weight).abs() <= 0.501 * scale[:, None]).all()
+    if pairs:
+        both = F.pad(stored.int(), (0, K % 2)).unflatten(1, (-1, 2))
+        assert both.clamp_min(0).sum(2).max() <= 128
+        assert both.clamp_max(0).sum(2).min() >= -128
+    else:
+        assert (stored.abs().amax(1) == torch.where(weight.any(1), 127, 0)).all()
+
+
+@torch.inference_mode()
+def test_pairs_do_not_saturate(native: engine.Engine) -> None:
+    """The largest activations on the largest weights, side by side."""
+    ones, D = torch.ones(1, 3, 64), 64
+    fc1 = (torch.ones(D, D), torch.full((D,), 100.0))
+    step = cpu.Step(cpu.Products(cpu.MLP, (fc1,), ((torch.ones(D, D), torch.zeros(D)),), int8=True), None, None, None, 1e-6)
+    found, _ = native.run(ones, [step], cpu.Final(None, None, 1e-6))
+    torch.testing.assert_close(found, torch.full_like(ones, 1 + 100.0 * D), rtol=1e-2, atol=0)
+
+
 def in_int8(steps: list[cpu.Step]) -> list[cpu.Step]:
     return [step._replace(products=step.products._replace(int8=True)) for step in steps]
+
+
+# ------------------------------------------------------------------------------------------------ the conditioning's linear
+@DTYPES
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (1, 100, 7), (2, 16, 5), (3, 33, 4), (7, 64, 9), (16, 40, 11)])
+@torch.inference_mode()
+def test_few_rows(variant: engine.Engine, M: int, K: int, N: int, dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+    found = cpu.linear_of_few(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert found is not None
+    assert found.dtype == dtype
+    assert error(found, exact) <= error(exact.to(dtype), exact) + 1e-6
+    torch.set_num_threads(3)
+    assert torch.equal(cpu.linear_of_few(x[-1:], weight, bias), found[-1:])
+
+
+@torch.inference_mode()
+def test_few_rows_that_it_leaves(native: engine.Engine) -> None:
+    x, weight, bias = torch.randn(2, 8), torch.randn(3, 8), torch.randn(3)
+    assert cpu.linear_of_few(x, weight, bias) is not None
+    for others in (
+        (torch.randn(17, 8), weight, bias),
+        (x[:0], weight, bias),
+        (x[None], weight, bias),
+        (x, torch.randn(8, 3).T, bias),
+        (x, weight, bias.bfloat16()),
+        (x, torch.randn(3, 9), bias),
+    ):
+        assert cpu.linear_of_few(*others) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.linear_of_few(x, weight, bias) is None
 
 
 # ------------------------------------------------------------------------------------------------ the same bits

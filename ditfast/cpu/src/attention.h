@@ -74,7 +74,7 @@ struct Head {
     for (i64 s = 0; s < padded; s += KEYS) {
       Lanes tile[ROWS][KEY_VECTORS];
       clear(tile);
-      accumulate<P>(tile, q, stride, (const char*)&keys[s * up(d, DEPTH)], KEYS * P::CELL, d);
+      accumulate<P>(tile, q, stride, (const char*)&keys[s * up(d, DEPTH)], KEYS * CELL, d, [] {});
       UNROLL
       for (int m = 0; m < ROWS; m++)
         UNROLL
@@ -114,7 +114,7 @@ struct Head {
     Lanes tile[VALUE_ROWS][V];
     clear(tile);
     const char* from = (const char*)&values[vector * LANES * DEPTH];
-    accumulate<P>(tile, &weights[row * padded], padded, from, vectors * LANES * P::CELL, groups * DEPTH);
+    accumulate<P>(tile, &weights[row * padded], padded, from, vectors * LANES * CELL, groups * DEPTH, [] {});
     Lanes found[VALUE_ROWS][V];  // a tile that is also read at a place known only later would not stay in registers
     UNROLL
     for (int m = 0; m < VALUE_ROWS; m++)

@@ -2,6 +2,7 @@
 #include <cstdlib>
 
 #include "attention.h"
+#include "few_rows.h"
 #include "linear.h"
 #include "rows.h"
 
@@ -208,6 +209,12 @@ int ditfast_run(
   return 2;
 }
 
+void ditfast_few_rows(
+    const float* x, const void* weight, i64 half, const float* bias, float* y, i64 rows, i64 outputs, i64 inputs, i64 threads) {
+  if (half) multiply_few_rows(x, (const bf16*)weight, bias, y, rows, outputs, inputs, threads);
+  else multiply_few_rows(x, (const float*)weight, bias, y, rows, outputs, inputs, threads);
+}
+
 i64 ditfast_packed_bytes(i64 product, i64 outputs, i64 inputs) {
   switch (product) {
     case FULL: return packed_bytes<Full>(outputs, inputs);
@@ -231,6 +238,8 @@ uint64_t ditfast_spot_check(const char* const* tensors, const i64* bytes, i64 co
 }
 
 i64 ditfast_panel() { return PANEL; }
+
+i64 ditfast_pairs_saturate() { return PAIRS_SATURATE; }
 
 int ditfast_pack(
     i64 product, const void* weight, i64 outputs, i64 inputs, i64 row_stride, i64 column_stride, char* packed, i64 threads) {

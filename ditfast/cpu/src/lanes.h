@@ -40,17 +40,18 @@ INLINE Lanes times_power_of_2(Lanes x, Lanes n) { return _mm512_scalef_ps(x, n);
 INLINE __m512i bits(Lanes x) { return _mm512_castps_si512(x); }
 INLINE Lanes from_int32(Lanes x) { return _mm512_cvtepi32_ps(bits(x)); }
 INLINE void store_rounded(uint8_t* p, Lanes x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x))); }
-#ifndef __AVX512VNNI__
-INLINE void store_rounded(int16_t* p, Lanes x) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
-}
-INLINE Lanes widen(const int8_t* pairs) {
-  return _mm512_castsi512_ps(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)pairs)));
-}
-INLINE Lanes plus_products(Lanes sums, Lanes x, Lanes w) {  // of int16 pairs, in int32
-  return _mm512_castsi512_ps(_mm512_add_epi32(bits(sums), _mm512_madd_epi16(bits(x), bits(w))));
-}
+// Adds to int32 sums the products of unsigned bytes x and signed bytes w, four a lane.
+INLINE Lanes plus_products(Lanes sums, Lanes x, Lanes w) {
+#ifdef EMULATED
+  return _mm512_castsi512_ps(_mm512_dpbusd_epi32(bits(sums), bits(x), bits(w)));
+#elif defined(__AVX512VNNI__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));  // gcc 12 spills the intrinsic's accumulators
+  return sums;
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(bits(x), bits(w));
+  return _mm512_castsi512_ps(_mm512_add_epi32(bits(sums), _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
 #endif
+}
 INLINE Lanes even_bf16(Lanes pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(bits(pairs), 16)); }
 INLINE Lanes odd_bf16(Lanes pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(bits(pairs), _mm512_set1_epi32(int(0xffff0000))));
@@ -132,21 +133,23 @@ INLINE void store_8(bf16* p, __m256 x) {
 INLINE void store(bf16* p, Lanes x) { store_8(p, x.low), store_8(p + 8, x.high); }
 INLINE __m256 from_int32_8(__m256 x) { return _mm256_cvtepi32_ps(_mm256_castps_si256(x)); }
 INLINE Lanes from_int32(Lanes x) { return BOTH(from_int32_8, x); }
-INLINE void store_rounded_8(int16_t* p, __m256 x) {
+INLINE __m128i rounded_to_int16(__m256 x) {
   const __m256i i = _mm256_cvtps_epi32(x);
-  _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)));
+  return _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
 }
-INLINE void store_rounded(int16_t* p, Lanes x) { store_rounded_8(p, x.low), store_rounded_8(p + 8, x.high); }
-INLINE __m256 widen_8(const int8_t* pairs) {
-  return _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)pairs)));
+INLINE void store_rounded(uint8_t* p, Lanes x) {
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(rounded_to_int16(x.low), rounded_to_int16(x.high)));
 }
-INLINE Lanes widen(const int8_t* pairs) { return {widen_8(pairs), widen_8(pairs + LANES)}; }
+static const __m256i ONES = _mm256_set1_epi16(1);
 INLINE __m256 plus_products_8(__m256 sums, __m256 x, __m256 w) {
-  __m256 products;  // gcc 12 multiplies all of a tile before it adds, and spills
-  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(x), "x"(w));
+  __m256 products;  // gcc 12 multiplies all of a tile before it adds, and spills; so it does with ONES in a register
+  asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sums), "=&x"(products)
+      : "x"(x), "x"(w), "m"(ONES));
   return sums;
 }
-INLINE Lanes plus_products(Lanes sums, Lanes x, Lanes w) {  // of int16 pairs, in int32
+// Adds to int32 sums the products of unsigned bytes x and signed bytes w, four a lane.
+INLINE Lanes plus_products(Lanes sums, Lanes x, Lanes w) {
   return {plus_products_8(sums.low, x.low, w.low), plus_products_8(sums.high, x.high, w.high)};
 }
 

@@ -29,18 +29,37 @@ constexpr i64 SHARE_OF_CACHE = 1 << 18;  // bytes of panels that a core keeps wh
 constexpr i64 FEWEST_FOR_WIDENING = 24;  // rows, for which a panel is widened before they go by
 constexpr i64 UNITS = 4;               // of work, at least, for each thread
 
-template <class P, class Finish>
-INLINE void multiply_tile(
-    const Linear& w, Rows<P> x, const char* b, i64 row, i64 rows, i64 column, i64 depth, const Finish& finish) {
-  constexpr i64 pitch = PANEL * P::CELL;
-  Lanes total[ROWS][VECTORS], tile[ROWS][VECTORS];
+// Weights that come next, fetched into the cache meanwhile: a share of a panel with each tile of the one before.
+struct Ahead {
+  const char* panel;
+  i64 bytes;  // of it, for each step
+};
+
+// A tile's sums over K. On its own, since what is around it would take the registers of its loop.
+template <class P>
+static __attribute__((noinline)) void sum_tile(
+    const typename P::Activation* a, i64 stride, const char* b, i64 depth, Ahead ahead, Lanes (&total)[ROWS][VECTORS]) {
+  constexpr i64 pitch = PANEL * CELL;
   clear(total);
   for (i64 k = 0; k < depth; k += DEEPEST) {
+    Lanes tile[ROWS][VECTORS];
     clear(tile);
-    accumulate<P>(tile, x.values + row * x.stride + k, x.stride, b + k / P::DEPTH * pitch, pitch, std::min(DEEPEST, depth - k));
+    accumulate<P>(tile, a + k, stride, b + k / P::DEPTH * pitch, pitch, std::min(DEEPEST, depth - k), [&] {
+      _mm_prefetch(ahead.panel, _MM_HINT_T1);
+      ahead.panel += ahead.bytes;
+    });
+    UNROLL
     for (int m = 0; m < ROWS; m++)
+      UNROLL
       for (int v = 0; v < VECTORS; v++) total[m][v] = add(total[m][v], P::sums(tile[m][v]));
   }
+}
+
+template <class P, class Finish>
+INLINE void multiply_tile(
+    const Linear& w, Rows<P> x, const char* b, Ahead ahead, i64 row, i64 rows, i64 column, i64 depth, const Finish& finish) {
+  Lanes total[ROWS][VECTORS];
+  sum_tile<P>(x.values + row * x.stride, x.stride, b, depth, ahead, total);
   for (int v = 0; v < VECTORS; v++) {
     const i64 n = column + v * LANES, count = std::min<i64>(LANES, w.outputs - n);
     if (count <= 0) break;
@@ -59,10 +78,12 @@ template <class P, class Finish>
 INLINE void multiply_panels(
     const Linear& w, Rows<P> x, const char* b, i64 panel_bytes, i64 panel, i64 count, i64 begin, i64 end, i64 depth,
     const Finish& finish) {
+  const i64 tiles = (end - begin + ROWS - 1) / ROWS, share = panel_bytes / tiles, step = (PANEL * CELL + tiles - 1) / tiles;
   for (i64 row = begin; row < end; row += ROWS)
-    for (i64 p = 0; p < count; p++)
-      multiply_tile<P>(
-          w, x, b + p * panel_bytes, row, std::min<i64>(ROWS, end - row), (panel + p) * PANEL, depth, finish);
+    for (i64 p = 0; p < count; p++) {
+      const Ahead ahead{b + (p + count) * panel_bytes + (row - begin) / ROWS * share, step};
+      multiply_tile<P>(w, x, b + p * panel_bytes, ahead, row, std::min<i64>(ROWS, end - row), (panel + p) * PANEL, depth, finish);
+    }
 }
 
 // A panel of bf16 cells as the fp32 that Full multiplies.
@@ -70,7 +91,7 @@ template <class P>
 static void widen(const char* panel, i64 depth, float* wide) {
   for (i64 k = 0; k < depth; k += P::DEPTH)
     for (int v = 0; v < VECTORS; v++) {
-      const Lanes pairs = load((const float*)(panel + k / P::DEPTH * PANEL * P::CELL) + v * LANES);
+      const Lanes pairs = load((const float*)(panel + k / P::DEPTH * PANEL * CELL) + v * LANES);
       store(wide + k * PANEL + v * LANES, even_bf16(pairs));
       store(wide + (k + 1) * PANEL + v * LANES, odd_bf16(pairs));
     }
@@ -80,7 +101,7 @@ static void widen(const char* panel, i64 depth, float* wide) {
 template <class P, class Finish>
 static void multiply(const Linear& w, Rows<P> x, i64 rows, i64 threads, Finish finish) {
   const i64 panels = (w.outputs + PANEL - 1) / PANEL, depth = up(w.inputs, P::DEPTH);
-  const i64 panel_bytes = depth / P::DEPTH * PANEL * P::CELL, cached_bytes = P::WIDENS ? depth * PANEL * Full::CELL : panel_bytes;
+  const i64 panel_bytes = depth / P::DEPTH * PANEL * CELL, cached_bytes = P::WIDENS ? depth * PANEL * CELL : panel_bytes;
   const i64 together = std::max<i64>(1, std::min<i64>(SHARE_OF_CACHE / cached_bytes, 3));
   const i64 parts = threads < 2 ? 1 : std::min((rows + ROWS - 1) / ROWS, (UNITS * threads + panels - 1) / panels);
   const i64 part = up((rows + parts - 1) / parts, ROWS), blocks = (rows + part - 1) / part;
@@ -109,7 +130,7 @@ static void multiply(const Linear& w, Rows<P> x, i64 rows, i64 threads, Finish f
 
 template <class P>
 static i64 packed_bytes(i64 outputs, i64 inputs) {
-  return up(outputs, PANEL) * up(inputs, P::DEPTH) / P::DEPTH * P::CELL;
+  return up(outputs, PANEL) * up(inputs, P::DEPTH) / P::DEPTH * CELL;
 }
 
 // One linear's weights [N, K], of any strides (in values), into their panels.

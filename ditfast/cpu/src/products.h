@@ -11,16 +11,17 @@ constexpr int ROWS = 6;  // 12 accumulators of 16 registers
 constexpr int VECTORS = 1;
 #endif
 constexpr int PANEL = VECTORS * LANES;  // columns
+constexpr int CELL = 4;                 // bytes of a column's values that one instruction multiplies
 
 #define UNROLL _Pragma("GCC unroll 24")
 
 constexpr i64 up(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
 
-// Each kind: the activation and the weight it multiplies, ``DEPTH`` of them along K at a time: a column's ``CELL``, in bytes.
+// Each kind: the activation and the weight it multiplies, ``DEPTH`` of them along K at a time.
 struct Full {
   using Activation = float;
   using Weight = float;
-  static constexpr int DEPTH = 1, CELL = 4;
+  static constexpr int DEPTH = 1;
   static constexpr bool WIDENS = false;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -44,7 +45,7 @@ struct Full {
 struct Half {
   using Activation = bf16;
   using Weight = bf16;
-  static constexpr int DEPTH = 2, CELL = 4;
+  static constexpr int DEPTH = 2;
   static constexpr bool WIDENS = false;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -53,10 +54,7 @@ struct Half {
   INLINE void step(Lanes (&tile)[M][V], const bf16* a, i64 stride, const char* b) {
     Lanes weights[V];
     UNROLL
-    for (int v = 0; v < V; v++) {
-      weights[v] = load((const float*)(b + v * 64));
-      _mm_prefetch(b + v * 64 + 2048, _MM_HINT_T0);
-    }
+    for (int v = 0; v < V; v++) weights[v] = load((const float*)(b + v * 64));
     UNROLL
     for (int m = 0; m < M; m++) {
       const Lanes x = broadcast(a + m * stride);
@@ -70,7 +68,7 @@ struct Half {
 struct Half {
   using Activation = float;
   using Weight = bf16;
-  static constexpr int DEPTH = 2, CELL = 4;
+  static constexpr int DEPTH = 2;
   static constexpr bool WIDENS = true;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -97,55 +95,25 @@ struct Half {
 #endif
 
 #ifdef __AVX512VNNI__
+constexpr bool PAIRS_SATURATE = false;
+#else
+constexpr bool PAIRS_SATURATE = true;  // products are added in twos, in 16 bits: weights have to leave room for that
+#endif
+
 // Unsigned activations times signed weights, four a lane, accumulated in int32, whose bits the tile holds meanwhile.
 struct Byte {
   using Activation = uint8_t;
   using Weight = int8_t;
-  static constexpr int DEPTH = 4, CELL = 4;
+  static constexpr int DEPTH = 4;
   static constexpr bool WIDENS = false;
 
   INLINE Lanes sums(Lanes tile) { return from_int32(tile); }
 
   template <int M, int V>
   INLINE void step(Lanes (&tile)[M][V], const uint8_t* a, i64 stride, const char* b) {
-    __m512i weights[V];
-    UNROLL
-    for (int v = 0; v < V; v++) {
-      weights[v] = _mm512_loadu_si512(b + v * 64);
-      _mm_prefetch(b + v * 64 + 2048, _MM_HINT_T0);
-    }
-    UNROLL
-    for (int m = 0; m < M; m++) {
-      const __m512i x = bits(broadcast(a + m * stride));
-      UNROLL
-      for (int v = 0; v < V; v++) tile[m][v] = plus_products(tile[m][v], x, weights[v]);
-    }
-  }
-
-  INLINE Lanes plus_products(Lanes sums, __m512i x, __m512i weight) {
-#ifdef EMULATED
-    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(bits(sums), x, weight));
-#else
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(weight));  // gcc 12 spills the intrinsic's accumulators
-    return sums;
-#endif
-  }
-};
-#else
-// The same sums to the bit, from pairs of 16 bits: those of bytes would saturate before they are summed.
-struct Byte {
-  using Activation = int16_t;  // 0 to 255
-  using Weight = int8_t;
-  static constexpr int DEPTH = 2, CELL = 2;
-  static constexpr bool WIDENS = false;
-
-  INLINE Lanes sums(Lanes tile) { return from_int32(tile); }
-
-  template <int M, int V>
-  INLINE void step(Lanes (&tile)[M][V], const int16_t* a, i64 stride, const char* b) {
     Lanes weights[V];
     UNROLL
-    for (int v = 0; v < V; v++) weights[v] = ::widen((const int8_t*)b + v * LANES * CELL);
+    for (int v = 0; v < V; v++) weights[v] = load((const float*)(b + v * 64));
     UNROLL
     for (int m = 0; m < M; m++) {
       const Lanes x = broadcast(a + m * stride);
@@ -154,14 +122,15 @@ struct Byte {
     }
   }
 };
-#endif
 
 // tile[m][v] += a[m, :] * b[:, v] over ``depth`` values of K; rows of a lie ``stride`` values apart, cells of b ``pitch`` bytes.
-template <class P, int M, int V>
-INLINE void accumulate(Lanes (&tile)[M][V], const typename P::Activation* a, i64 stride, const char* b, i64 pitch, i64 depth) {
+template <class P, int M, int V, class Meanwhile>
+INLINE void accumulate(
+    Lanes (&tile)[M][V], const typename P::Activation* a, i64 stride, const char* b, i64 pitch, i64 depth, Meanwhile meanwhile) {
   for (i64 k = 0; k < depth; k += P::DEPTH) {
     P::template step<M, V>(tile, a + k, stride, b);
     b += pitch;
+    meanwhile();
   }
 }
 
