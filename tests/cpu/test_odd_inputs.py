@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cpu_variants as variants
 import pytest
 import torch
 from cpu_chains import Chain, exact_chain, in_int8, random_chain
-from torch import Tensor
+from support import error, randomize
+from torch import Tensor, nn
 
-from ditfast import cpu
+from ditfast import DiT, DiTConfig, cpu
 from ditfast.cpu import engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,3 +79,134 @@ def test_a_sample_with_nan_leaves_the_others_alone(variant: engine.Engine, produ
     found, _ = variant.run(x, steps, final)
     assert torch.equal(found[::2], expected[::2])
     assert found[1].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------ huge and tiny
+def scaled(place: str, factor: float) -> object:
+    def change(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> None:
+        places(x, steps, final)[place].mul_(factor)
+
+    return pytest.param(change, id=f"{place} x {factor:g}")
+
+
+def one(place: str, value: float) -> object:
+    def change(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> None:
+        tensor = places(x, steps, final)[place]
+        tensor[(1,) * tensor.dim()] = value
+
+    return pytest.param(change, id=f"one of {place} = {value:g}")
+
+
+def a_row_of_zeros(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> None:
+    for place in ("q weight", "proj weight", "fc1 weight", "fc2 weight"):
+        places(x, steps, final)[place][1] = 0
+    x[1] = 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        a_row_of_zeros,
+        *(scaled("x", factor) for factor in (0, 1e-40, 1e-20, 1e10, 1e18)),
+        *(scaled("q weight", factor) for factor in (0, 1e-30, 1e4, 1e10)),
+        *(scaled(place, factor) for place in ("fc1 weight", "fc2 weight") for factor in (1e-40, 1e-13, 1e6)),
+        *(one(place, value) for place, value in (("x", 1e18), ("scale", 1e6), ("fc1 bias", 1e10), ("fc1 bias", -1e10))),
+        *(one("fc2 weight", value) for value in (1e3, 1e10)),
+    ],
+)
+@PRODUCTS
+@torch.no_grad()
+def test_magnitudes(variant: engine.Engine, product: str, change: Callable[..., None]) -> None:
+    given = chain(product)
+    change(*given)
+    bar = {"fp32": 2e-6, "bf16": 4e-3, "int8": 3e-2}[product]
+    for out, exact in zip(variant.run(*given), exact_chain(*given), strict=True):
+        assert error(out, exact) < bar
+
+
+# ------------------------------------------------------------------------------------------------ odd shapes and layouts
+@pytest.mark.parametrize(
+    ("B", "T", "D", "heads"),
+    [(1, 1, 40, 2), (1, 1, 1, 1), (1, 3, 1, 1), (3, 1, 2, 2), (1, 2, 17, 1), (1, 300, 8, 1), (130, 1, 8, 2)],
+)
+@PRODUCTS
+@torch.no_grad()
+def test_shapes(variant: engine.Engine, product: str, B: int, T: int, D: int, heads: int) -> None:
+    given = chain(product, B, T, D, heads)
+    found, _ = variant.run(*given)
+    assert error(found, exact_chain(*given)[0]) < {"fp32": 2e-6, "bf16": 4e-3, "int8": 3e-2}[product]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """Every second row and every third column of something larger."""
+    steps = tuple(slice(1, None, step) for step in (2, 3, 2)[: tensor.dim()])
+    whole = tensor.new_full([step * size + 1 for step, size in zip((2, 3, 2), tensor.shape, strict=False)], NAN)
+    whole[steps][tuple(slice(size) for size in tensor.shape)] = tensor
+    return whole[steps][tuple(slice(size) for size in tensor.shape)]
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    return tensor[:1].expand(tensor.shape)
+
+
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded], ids=lambda f: f.__name__)
+@PRODUCTS
+@torch.no_grad()
+def test_layouts(variant: engine.Engine, product: str, layout: Callable[[Tensor], Tensor]) -> None:
+    x, steps, final = chain(product)
+
+    def laid_out(step: cpu.Step) -> cpu.Step:
+        first, second = (tuple((layout(weight), layout(bias)) for weight, bias in linears) for linears in step.products[1:3])
+        vectors = (None if vector is None else layout(vector) for vector in step[1:4])
+        return cpu.Step(step.products._replace(first=first, second=second), *vectors, step.eps)
+
+    given = layout(x), [laid_out(step) for step in steps], cpu.Final(*(layout(vector) for vector in final[:2]), final.eps)
+    if layout is transposed:
+        assert not given[1][0].products.first[0][0].is_contiguous()
+    for out, exact in zip(variant.run(*given), exact_chain(*given), strict=True):
+        assert error(out, exact) < {"fp32": 2e-6, "bf16": 4e-3, "int8": 3e-2}[product]
+
+
+@pytest.mark.parametrize("layout", [transposed, sliced], ids=lambda f: f.__name__)
+@PRODUCTS
+@torch.no_grad()
+def test_weights_of_any_layout_are_never_stale(
+    variant: engine.Engine, product: str, layout: Callable[[Tensor], Tensor]
+) -> None:
+    x, steps, final = chain(product)
+    ((weight, bias),) = steps[1].products.second
+    weight = layout(weight)
+    steps[1] = steps[1]._replace(products=steps[1].products._replace(second=((weight, bias),)))
+    before, _ = variant.run(x, steps, final)
+    weight.data.mul_(2)
+    found, _ = variant.run(x, steps, final)
+    assert error(found, exact_chain(x, steps, final)[0]) < {"fp32": 2e-6, "bf16": 4e-3, "int8": 3e-2}[product]
+    assert error(found, before) > 0.1
+
+
+# ------------------------------------------------------------------------------------------------ what does not go together
+@pytest.mark.parametrize("place", range(2), ids=["weight", "bias"])
+@torch.no_grad()
+def test_weights_that_are_elsewhere(variant: engine.Engine, place: int) -> None:
+    x, steps, final = chain("fp32")
+    parts = list(steps[1].products.second[0])
+    parts[place] = parts[place].to("meta")
+    steps[1] = steps[1]._replace(products=steps[1].products._replace(second=(tuple(parts),)))
+    with pytest.raises(engine.DoesNotFit):
+        variant.run(x, steps, final)
+
+
+@pytest.mark.parametrize("rows", [64, 256])
+@torch.no_grad()
+def test_keys_and_values_of_another_width_are_refused(variant: engine.Engine, rows: int) -> None:
+    """As they are elsewhere."""
+    config = DiTConfig(depth=1, hidden_size=64, num_heads=4, input_size=8, num_classes=10, conditioning="cross_attention")
+    model = randomize(DiT(config)).eval()
+    kv = model.blocks[0].cross_attn.kv
+    kv.weight, kv.bias = nn.Parameter(torch.randn(rows, 64)), nn.Parameter(torch.randn(rows))
+    with pytest.raises((ValueError, RuntimeError)):
+        model(torch.randn(2, *config.input_shape), torch.rand(2), torch.tensor([1, 2]))
