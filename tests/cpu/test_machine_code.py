@@ -57,9 +57,9 @@ def innermost(code: list[Instruction]) -> Iterator[list[Instruction]]:
 
 TILES = {"avx2": {"vfmadd231ps": 12, "vpmaddubsw": 12}, "avx512": {"vfmadd231ps": 24, "vdpbf16ps": 24, "vpdpbusd": 24}}
 OTHERS = {
-    "vfmadd231ps": 16,
+    "vfmadd231ps": 18,
     "vdpbf16ps": 18,
-    "vpdpbusd": 20,
+    "vpdpbusd": 25,
     "vpmaddubsw": 42,
 }  # loads, broadcasts, a prefetch, the loop; additions
 
