@@ -114,6 +114,8 @@ class Engine:
             sublayer.first, sublayer.second = packed[2 * i].structure, packed[2 * i + 1].structure
             sublayer.shift, sublayer.scale, sublayer.gate = vectors.of(shift), vectors.of(scale), vectors.of(gate)
             if products.context is not None and products.context_linear is not None:
+                if not _context_fits(products.context, products.context_linear, B, D):
+                    raise DoesNotFit
                 keys_values = self._keys_values(products.context, products.context_linear, product)
                 vectors.alive.append(keys_values)
                 sublayer.context, sublayer.sources = keys_values.data_ptr(), keys_values.shape[1]
@@ -174,6 +176,8 @@ def linear_of_few(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     fits = x.dim() == 2 and 0 < len(x) <= FEW_ROWS and weight.is_contiguous() and weight.shape == (len(bias), x.shape[1])
     if not fits or not takes(x) or not x.dtype == weight.dtype == bias.dtype or autocast_dtype(x.device) is not None:
         return None
+    if not (_is_here(weight) and _is_here(bias)):
+        return None
     engine, _ = found()
     assert engine is not None
     return engine.linear_of_few(x, weight, bias)
@@ -193,7 +197,18 @@ def _fits(products: Products, dtype: torch.dtype | None) -> bool:
         and all(weight.shape == (D, inputs) for weight, _ in products.second)
         and all(bias.shape == weight.shape[:1] for weight, bias in linears)
         and all(tensor.dtype == dtype or dtype is None for linear in linears for tensor in linear)
+        and all(_is_here(tensor) for linear in linears for tensor in linear)
     )
+
+
+def _context_fits(context: Tensor, linear: tuple[Tensor, Tensor], B: int, D: int) -> bool:
+    weight, bias = linear
+    return weight.shape == (2 * D, D) and bias.shape == (2 * D,) and context.shape[::2] == (B, D)
+
+
+def _is_here(tensor: Tensor) -> bool:
+    """Whether it is a plain array in this machine's memory."""
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 class _Vectors:

@@ -40,7 +40,7 @@ class Watch:
         self._engine = engine
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         pointers = [tensor.data_ptr() for tensor in tensors]
-        sizes = [tensor.nbytes if tensor.is_contiguous() else 0 for tensor in tensors]
+        sizes = [_extent(tensor) for tensor in tensors]
         self._spots = (ctypes.c_void_p * len(tensors))(*pointers), (ctypes.c_int64 * len(tensors))(*sizes), len(tensors)
         self._stamps = self._stamps_of(tensors)
         self._seen = engine.ditfast_spot_check(*self._spots)
@@ -86,8 +86,9 @@ class PackedChains:
         """Drops every chain that one of the tensors is in."""
         gone = {id(tensor) for tensor in tensors}
         with self._lock:
-            for key in [key for key in self._chains if not gone.isdisjoint(key[1:])]:
-                del self._chains[key]
+            for key in list(self._chains):  # of which some may go meanwhile, with their weights
+                if not gone.isdisjoint(key[1:]):
+                    self._chains.pop(key, None)
 
     def _pack(self, together: Linears, product: int) -> PackedLinear:
         weight = torch.cat([weight.detach() for weight, _ in together]) if len(together) > 1 else together[0][0].detach()
@@ -113,6 +114,11 @@ class PackedChains:
         padded = vector.new_zeros(columns)
         padded[: len(vector)] = vector
         return padded
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last, whatever lies between them."""
+    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
 
 
 def quantised(weight: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:

@@ -87,9 +87,9 @@ struct Head {
     for (i64 s = sources; s < padded; s++) row[s] = -INFINITY;
     Lanes most = load(row), total = zeros();
     for (i64 s = LANES; s < padded; s += LANES) most = larger(most, load(row + s));
-    const Lanes offset = mul(all(-largest(most)), scale);
+    const Lanes all_most = all(largest(most));
     for (i64 s = 0; s < padded; s += LANES) {
-      const Lanes weight = keep_first(exponential(fma(load(row + s), scale, offset)), sources - s);
+      const Lanes weight = keep_first(exponential(mul(sub(load(row + s), all_most), scale)), sources - s);
       total = add(total, weight);
       store(to + s, weight);
     }
