@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from typing import TypeAlias
 
 import cpu_variants as variants
 import pytest
 import torch
+from cpu_chains import exact_chain, in_int8, random_chain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import UNIT_ROUNDOFF, error, randomize
@@ -78,49 +78,6 @@ def test_models(variant: engine.Engine, conditioning: str, dtype: torch.dtype) -
         bar = 1.1 * error(oracle.to(dtype)(x, t, y), exact) + UNIT_ROUNDOFF[dtype]
         assert cpu.takes(x)
         assert error(model(x, t, y), exact) <= bar
-
-
-def exact_chain(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> tuple[Tensor, Tensor]:
-    def norm(shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-        shift, scale = (torch.zeros_like(x[:, 0]) if v is None else v.double() for v in (shift, scale))
-        shift, scale = (v if v.dim() == 3 else v.unsqueeze(1) for v in (shift, scale))
-        return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-
-    x = x.double()
-    for products, shift, scale, gate, eps in steps:
-        (first,), (second,) = products.first, products.second
-        h = F.linear(norm(shift, scale, eps), *(part.double() for part in first))
-        if products.kind == cpu.MLP:
-            h = F.gelu(h, approximate="tanh")
-        else:
-            q, k, v = h.unflatten(-1, (3, products.heads, -1)).permute(2, 0, 3, 1, 4)
-            h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = F.linear(h, *(part.double() for part in second))
-        gate = torch.ones_like(x[:, 0]) if gate is None else gate.double()
-        x = x + (gate if gate.dim() == 3 else gate.unsqueeze(1)) * h
-    return x, norm(*final)
-
-
-Chain: TypeAlias = tuple[Tensor, list[cpu.Step], cpu.Final]
-
-
-def random_chain(B: int, T: int, D: int, heads: int, dtype: torch.dtype, vectors: str) -> Chain:
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape)).to(dtype)
-
-    def vector() -> Tensor | None:
-        if vectors == "none":
-            return None
-        return random(B, T, D, scale=0.3) if vectors == "token" else random(B, 6 * D, scale=0.3)[:, 2 * D : 3 * D]
-
-    def linear(outputs: int, columns: int) -> packed.Linears:
-        return ((random(outputs, columns, scale=columns**-0.5), random(outputs)),)
-
-    steps = [
-        cpu.Step(cpu.Products(cpu.SELF_ATTENTION, linear(3 * D, D), linear(D, D), heads), vector(), vector(), vector(), 1e-6),
-        cpu.Step(cpu.Products(cpu.MLP, linear(3 * D + 1, D), linear(D, 3 * D + 1)), vector(), vector(), vector(), 1e-5),
-    ]
-    return random(B, T, D), steps, cpu.Final(vector(), vector(), 1e-6)
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
@@ -201,10 +158,6 @@ def test_pairs_do_not_saturate(native: engine.Engine) -> None:
     step = cpu.Step(cpu.Products(cpu.MLP, (fc1,), ((torch.ones(D, D), torch.zeros(D)),), int8=True), None, None, None, 1e-6)
     found, _ = native.run(ones, [step], cpu.Final(None, None, 1e-6))
     torch.testing.assert_close(found, torch.full_like(ones, 1 + 100.0 * D), rtol=1e-2, atol=0)
-
-
-def in_int8(steps: list[cpu.Step]) -> list[cpu.Step]:
-    return [step._replace(products=step.products._replace(int8=True)) for step in steps]
 
 
 # ------------------------------------------------------------------------------------------------ the conditioning's linear
