@@ -141,19 +141,20 @@ def random_case(model: str, config: DiTConfig, batch: int, device: torch.device,
         y = torch.randint(config.num_classes, (batch,), generator=generator)
         return x.to(device, DTYPES[dtype_name]), t.to(device), y.to(device)
 
-    return Case(model, config, batch, dtype_name, device, functools.partial(_random_weights, config), inputs)
+    weights = functools.partial(_random_weights, config, DTYPES[dtype_name])
+    return Case(model, config, batch, dtype_name, device, weights, inputs)
 
 
-@functools.lru_cache(maxsize=1)  # one model's at a time: every rival and batch size of it asks again
+@functools.lru_cache(maxsize=1)  # one model's at a time: every rival of it asks again, and shares their memory
 @torch.inference_mode(False)  # OpenVINO converts a model outside of that mode
-def _random_weights(config: DiTConfig) -> dict[str, Tensor]:
+def _random_weights(config: DiTConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         parameters = {name: p.shape for name, p in reference.DiT(config).named_parameters() if p.requires_grad}
-    weights = {"pos_embed": reference.sincos_positions(config)}
+    weights = {"pos_embed": reference.sincos_positions(config).to(dtype)}
     for name, shape in parameters.items():
         std = 0.5 * shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
-        weights[name] = torch.randn(shape, generator=generator) * std
+        weights[name] = (torch.randn(shape, generator=generator) * std).to(dtype)
     return weights
 
 
