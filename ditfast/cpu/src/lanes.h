@@ -184,10 +184,12 @@ INLINE Lanes keep_first(Lanes x, i64 count) {  // zeros behind
   return load_first(whole, count);
 }
 
+constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596303e-8f;  // which has more digits than one float
+
 // 2^(x log2 e): the power of the nearest integer, times a polynomial of what is left, which is off by 2e-8 of it at most.
 INLINE Lanes exponential(Lanes x) {
-  const Lanes y = mul(larger(all(-87.f), smaller(all(88.f), x)), all(1.44269504f));  // x last: then it stays NaN
-  const Lanes n = rounded(y), f = sub(y, n);
+  const Lanes y = larger(all(-87.f), smaller(all(88.f), x));  // x last: then it stays NaN
+  const Lanes n = rounded(mul(y, all(LOG2_E))), f = fma(y, all(LOG2_E_REST), fma(y, all(LOG2_E), sub(zeros(), n)));
   Lanes p = all(1.5469732e-4f);
   for (const float c : {1.3400433e-3f, 9.6180253e-3f, 5.5503272e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f}) p = fma(p, f, all(c));
   return times_power_of_2(p, n);

@@ -24,7 +24,6 @@ struct Rows {
   const float* zero;
 };
 
-constexpr i64 DEEPEST = 512;           // values of K summed in registers; longer sums are sums of such, and lose fewer bits
 constexpr i64 SHARE_OF_CACHE = 1 << 18;  // bytes of panels that a core keeps while rows go by
 constexpr i64 FEWEST_FOR_WIDENING = 24;  // rows, for which a panel is widened before they go by
 constexpr i64 UNITS = 4;               // of work, at least, for each thread
@@ -41,10 +40,10 @@ static __attribute__((noinline)) void sum_tile(
     const typename P::Activation* a, i64 stride, const char* b, i64 depth, Ahead ahead, Lanes (&total)[ROWS][VECTORS]) {
   constexpr i64 pitch = PANEL * CELL;
   clear(total);
-  for (i64 k = 0; k < depth; k += DEEPEST) {
+  for (i64 k = 0; k < depth; k += P::DEEPEST) {
     Lanes tile[ROWS][VECTORS];
     clear(tile);
-    accumulate<P>(tile, a + k, stride, b + k / P::DEPTH * pitch, pitch, std::min(DEEPEST, depth - k), [&] {
+    accumulate<P>(tile, a + k, stride, b + k / P::DEPTH * pitch, pitch, std::min(P::DEEPEST, depth - k), [&] {
       _mm_prefetch(ahead.panel, _MM_HINT_T1);
       ahead.panel += ahead.bytes;
     });

@@ -17,11 +17,13 @@ constexpr int CELL = 4;                 // bytes of a column's values that one i
 
 constexpr i64 up(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
 
-// Each kind: the activation and the weight it multiplies, ``DEPTH`` of them along K at a time.
+// Each kind: the activation and the weight it multiplies, ``DEPTH`` of them along K at a time, and how many are summed in
+// registers, at most: longer sums are sums of such, and lose fewer bits.
 struct Full {
   using Activation = float;
   using Weight = float;
   static constexpr int DEPTH = 1;
+  static constexpr i64 DEEPEST = 128;
   static constexpr bool WIDENS = false;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -46,6 +48,7 @@ struct Half {
   using Activation = bf16;
   using Weight = bf16;
   static constexpr int DEPTH = 2;
+  static constexpr i64 DEEPEST = 512;
   static constexpr bool WIDENS = false;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -69,6 +72,7 @@ struct Half {
   using Activation = float;
   using Weight = bf16;
   static constexpr int DEPTH = 2;
+  static constexpr i64 DEEPEST = 512;
   static constexpr bool WIDENS = true;
 
   INLINE Lanes sums(Lanes tile) { return tile; }
@@ -105,6 +109,7 @@ struct Byte {
   using Activation = uint8_t;
   using Weight = int8_t;
   static constexpr int DEPTH = 4;
+  static constexpr i64 DEEPEST = 1 << 16;  // products of 255 and 128 fit into 32 bits
   static constexpr bool WIDENS = false;
 
   INLINE Lanes sums(Lanes tile) { return from_int32(tile); }
