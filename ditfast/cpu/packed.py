@@ -19,6 +19,7 @@ STORED = {FULL: torch.float32, HALF: torch.bfloat16}
 LARGEST_BYTE = 127
 LARGEST_PAIR = 127  # neighbours of one sign, before they are rounded: 255 * 128 fits in 16 bits
 SMALLEST_SCALE = 1e-12
+QUANTISED_AT_ONCE = 2**18  # weights: what is made of them meanwhile stays in the cache
 
 Linears: TypeAlias = tuple[tuple[Tensor, Tensor], ...]  # weights and biases, of which the outputs lie side by side
 
@@ -126,11 +127,17 @@ def quantised(weight: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
 
     Where products are summed in ``pairs``, no two neighbours of one sign are more than 128 together.
     """
-    weight = weight.float()
+    rows = max(1, QUANTISED_AT_ONCE // weight.shape[1])
+    parts = [_quantised(part.float(), pairs) for part in weight.split(rows)]
+    return torch.cat([stored for stored, _ in parts]), torch.cat([scale for _, scale in parts])
+
+
+def _quantised(weight: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
     scale = weight.abs().amax(1) / LARGEST_BYTE
     if pairs:
-        both = F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))  # [N, K / 2, 2]
-        sums = torch.maximum(both.clamp_min(0).sum(2), both.clamp_max(0).sum(2).neg())
-        scale = torch.maximum(scale, sums.amax(1) / LARGEST_PAIR)
+        even, odd = F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(2)  # 2 x [N, K / 2]
+        positive = (even.clamp_min(0) + odd.clamp_min(0)).amax(1)
+        negative = (even.clamp_max(0) + odd.clamp_max(0)).amin(1)
+        scale = torch.maximum(scale, torch.maximum(positive, -negative) / LARGEST_PAIR)
     scale = scale.clamp_min(SMALLEST_SCALE)
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
