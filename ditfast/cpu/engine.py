@@ -131,7 +131,7 @@ class Engine:
         """x [M, K] through a weight [N, K], for M up to ``FEW_ROWS``: in the time that reading the weight takes."""
         (M, K), N = x.shape, len(weight)
         inputs, biases = x.float().contiguous(), bias.float().contiguous()
-        y = torch.empty(M, N, device=x.device)
+        y = torch.empty(M, N, dtype=torch.float32, device=x.device)
         pointers = inputs.data_ptr(), weight.data_ptr(), weight.dtype == torch.bfloat16, biases.data_ptr(), y.data_ptr()
         self._functions.ditfast_few_rows(*pointers, M, N, K, torch.get_num_threads())
         return y.to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 from cpu_chains import Chain, exact_chain, in_int8, random_chain
 from support import error, randomize
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ditfast import DiT, DiTConfig, cpu
 from ditfast.cpu import engine
@@ -209,3 +210,32 @@ def test_keys_and_values_of_another_width_are_refused(variant: engine.Engine, ro
     kv.weight, kv.bias = nn.Parameter(torch.randn(rows, 64)), nn.Parameter(torch.randn(rows))
     with pytest.raises((ValueError, RuntimeError)):
         model(torch.randn(2, *config.input_shape), torch.rand(2), torch.tensor([1, 2]))
+
+
+# ------------------------------------------------------------------------------------------------ a linear of few rows
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@torch.no_grad()
+def test_torchs_default_dtype_does_not_matter(variant: engine.Engine, default: torch.dtype) -> None:
+    x, weight, bias = torch.randn(3, 40), torch.randn(700, 40), torch.randn(700)
+    given = chain("fp32")
+    expected = F.linear(x, weight, bias), variant.run(*given)[0]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = engine.linear_of_few(x, weight, bias), variant.run(*given)[0]
+    finally:
+        torch.set_default_dtype(before)
+    assert found[0].dtype == torch.float32
+    assert error(found[0], expected[0]) < 1e-6
+    assert torch.equal(found[1], expected[1])
+
+
+@torch.no_grad()
+def test_a_tall_weight_elsewhere_or_with_nan(variant: engine.Engine) -> None:
+    x, weight, bias = torch.randn(3, 40), torch.randn(700, 40), torch.randn(700)
+    assert engine.linear_of_few(x, weight.to("meta"), bias) is None
+    assert engine.linear_of_few(x, weight, bias.to("meta")) is None
+    weight[5, 7] = NAN
+    x[1, 3] = INF
+    found, expected = engine.linear_of_few(x, weight, bias), F.linear(x, weight, bias)
+    assert torch.equal(found.isfinite(), expected.isfinite())
