@@ -28,10 +28,10 @@ constexpr i64 SHARE_OF_CACHE = 1 << 18;  // bytes of panels that a core keeps wh
 constexpr i64 FEWEST_FOR_WIDENING = 24;  // rows, for which a panel is widened before they go by
 constexpr i64 UNITS = 4;               // of work, at least, for each thread
 
-// Weights that come next, fetched into the cache meanwhile: a share of a panel with each tile of the one before.
+// Weights that come next, fetched into the cache meanwhile: a share of them with each tile.
 struct Ahead {
-  const char* panel;
-  i64 bytes;  // of it, for each step
+  const char* weights;
+  i64 bytes;  // for each step
 };
 
 // A tile's sums over K. On its own, since what is around it would take the registers of its loop.
@@ -44,8 +44,8 @@ static __attribute__((noinline)) void sum_tile(
     Lanes tile[ROWS][VECTORS];
     clear(tile);
     accumulate<P>(tile, a + k, stride, b + k / P::DEPTH * pitch, pitch, std::min(P::DEEPEST, depth - k), [&] {
-      _mm_prefetch(ahead.panel, _MM_HINT_T1);
-      ahead.panel += ahead.bytes;
+      _mm_prefetch(ahead.weights, _MM_HINT_T1);
+      ahead.weights += ahead.bytes;
     });
     UNROLL
     for (int m = 0; m < ROWS; m++)
@@ -73,15 +73,23 @@ INLINE void multiply_tile(
   }
 }
 
+// Neighbours among the panels of a weight.
+struct Panels {
+  const char* values;
+  i64 bytes, depth;  // of each
+  i64 first, count;
+};
+
 template <class P, class Finish>
 INLINE void multiply_panels(
-    const Linear& w, Rows<P> x, const char* b, i64 panel_bytes, i64 panel, i64 count, i64 begin, i64 end, i64 depth,
-    const Finish& finish) {
-  const i64 tiles = (end - begin + ROWS - 1) / ROWS, share = panel_bytes / tiles, step = (PANEL * CELL + tiles - 1) / tiles;
+    const Linear& w, Rows<P> x, Panels b, i64 begin, i64 end, const char* next, i64 next_bytes, const Finish& finish) {
+  const i64 tiles = (end - begin + ROWS - 1) / ROWS * b.count, share = next_bytes / tiles;
+  const i64 steps = b.depth / P::DEPTH, for_each_step = (share + steps - 1) / steps;
   for (i64 row = begin; row < end; row += ROWS)
-    for (i64 p = 0; p < count; p++) {
-      const Ahead ahead{b + (p + count) * panel_bytes + (row - begin) / ROWS * share, step};
-      multiply_tile<P>(w, x, b + p * panel_bytes, ahead, row, std::min<i64>(ROWS, end - row), (panel + p) * PANEL, depth, finish);
+    for (i64 p = 0; p < b.count; p++) {
+      const i64 rows = std::min<i64>(ROWS, end - row), column = (b.first + p) * PANEL;
+      multiply_tile<P>(w, x, b.values + p * b.bytes, {next, for_each_step}, row, rows, column, b.depth, finish);
+      next += share;
     }
 }
 
@@ -109,19 +117,21 @@ static void multiply(const Linear& w, Rows<P> x, i64 rows, i64 threads, Finish f
       const i64 block = first / panels, panel = first % panels;
       const i64 count = std::min({together, panels - panel, last - first});
       const i64 begin = block * part, end = std::min(rows, begin + part);
-      const char* b = w.weight + panel * panel_bytes;
+      const Panels b{w.weight + panel * panel_bytes, panel_bytes, depth, panel, count};
+      const char* next = b.values + count * panel_bytes;
       if constexpr (P::WIDENS) {
         if (end - begin >= FEWEST_FOR_WIDENING) {
           static thread_local std::vector<float> wide;
           wide.resize(count * depth * PANEL);
-          for (i64 p = 0; p < count; p++) widen<P>(b + p * panel_bytes, depth, &wide[p * depth * PANEL]);
+          for (i64 p = 0; p < count; p++) widen<P>(b.values + p * panel_bytes, depth, &wide[p * depth * PANEL]);
           const Rows<Full> same{x.values, x.stride, x.scale, x.zero};
-          multiply_panels<Full>(w, same, (const char*)wide.data(), cached_bytes, panel, count, begin, end, depth, finish);
+          const Panels widened{(const char*)wide.data(), cached_bytes, depth, panel, count};
+          multiply_panels<Full>(w, same, widened, begin, end, next, count * panel_bytes, finish);
           first += count;
           continue;
         }
       }
-      multiply_panels<P>(w, x, b, panel_bytes, panel, count, begin, end, depth, finish);
+      multiply_panels<P>(w, x, b, begin, end, next, count * panel_bytes, finish);
       first += count;
     }
   });
