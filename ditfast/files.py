@@ -10,11 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PART = ".part"
+NO_HOME = Path("/nonexistent")  # as Debian calls it
 
 
 def cache_folder(name: str) -> Path:
     """The user's, for what a name stands for; perhaps not there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditfast" / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "ditfast" / name
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a user whom the system does not know, as in containers, without HOME
+        return NO_HOME
 
 
 @contextmanager

@@ -89,16 +89,16 @@ def options_for(features: frozenset[str]) -> tuple[str, ...]:
     raise Unavailable("the CPU engine needs an x86 CPU with AVX2, and Linux")
 
 
-def compiler() -> str:
-    """As torch.compile finds it.
+def compiler() -> list[str]:
+    """``CXX``, perhaps with arguments (``ccache g++``), or g++.
 
     Raises:
         Unavailable: there is none.
     """
-    name = os.environ.get("CXX", "g++")
-    if not shutil.which(name):
-        raise Unavailable(f"the CPU engine needs a C++ compiler, and {name!r} is not installed")
-    return name
+    words = os.environ.get("CXX", "").split() or ["g++"]
+    if not shutil.which(words[0]):
+        raise Unavailable(f"the CPU engine needs a C++ compiler, and {words[0]!r} is not installed")
+    return words
 
 
 def build(options: Sequence[str], folder: Path) -> Path:
@@ -107,7 +107,7 @@ def build(options: Sequence[str], folder: Path) -> Path:
     Raises:
         Unavailable: the compiler fails, or the folder cannot be written.
     """
-    command = [compiler(), *OPTIONS, *options]
+    command = [*compiler(), *OPTIONS, *options]
     digest = hashlib.sha256(" ".join(command).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
@@ -118,11 +118,13 @@ def build(options: Sequence[str], folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             built = subprocess.run(
-                [*command, str(SOURCES / "engine.cpp"), "-o", str(temporary)], capture_output=True, text=True
+                [*command, str(SOURCES / "engine.cpp"), "-o", str(temporary)], capture_output=True, text=True, errors="replace"
             )
             if built.returncode:
-                first_line = built.stderr.strip().partition("\n")[0]
+                first_line = built.stderr.strip().partition("\n")[0] or f"exit status {built.returncode}"
                 raise Unavailable(f"the CPU engine was not built, {command[0]} failed: {first_line}")
+            if not temporary.exists():
+                raise Unavailable(f"the CPU engine was not built, {command[0]} wrote nothing")
     except OSError as error:
         raise Unavailable(f"the CPU engine was not built: {error}") from error
     return path

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ditfast.cpu import library
+from ditfast.files import cache_folder
 
 NATIVE = frozenset({*library.AVX2, *library.AVX512, *library.EXTRAS})
 
@@ -30,6 +31,40 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(library.Unavailable, match="needs a C\\+\\+ compiler, and 'no-such-compiler' is not installed"):
         library.build(("-mavx2",), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 0", "wrote nothing"),
+        ("exit 3", "failed: exit status 3"),
+        ("printf '\\377 oops\\n' >&2; exit 1", "failed: \N{REPLACEMENT CHARACTER} oops"),
+    ],
+)
+def test_odd_compilers(script: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    with pytest.raises(library.Unavailable, match=f"{message}$"):
+        library.build(("-mavx2",), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "")
+    assert library.compiler() == ["g++"]
+    monkeypatch.setenv("CXX", "env g++ -g")
+    assert library.compiler() == ["env", "g++", "-g"]
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder("cpu") == Path("/nonexistent/.cache/ditfast/cpu")
 
 
 def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ PLANTED = {
 def reports(sources: Path, folder: Path) -> str:
     """What ThreadSanitizer says of the engine in ``sources``."""
     program = folder / "races"
-    command = [library.compiler(), *OPTIONS, f"-I{sources}", str(DRIVER), "-o", str(program)]
+    command = [*library.compiler(), *OPTIONS, f"-I{sources}", str(DRIVER), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if "fsanitize" in built.stderr or "tsan" in built.stderr:
         pytest.skip(f"no ThreadSanitizer: {built.stderr.splitlines()[0]}")
