@@ -239,3 +239,19 @@ def test_a_tall_weight_elsewhere_or_with_nan(variant: engine.Engine) -> None:
     x[1, 3] = INF
     found, expected = engine.linear_of_few(x, weight, bias), F.linear(x, weight, bias)
     assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+# ------------------------------------------------------------------------------------------------ the same bits
+@PRODUCTS
+@torch.no_grad()
+def test_a_row_s_bits_are_its_own(variant: engine.Engine, product: str) -> None:
+    """Whatever is computed beside it, on however many threads."""
+    x, steps, final = chain(product, B=7, T=20)
+    expected, _ = variant.run(x, steps, final)
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(variant.run(x, steps, final)[0], expected)
+    for part in (slice(2, 3), slice(3, 7)):
+        some = [step._replace(shift=step.shift[part], scale=step.scale[part], gate=step.gate[part]) for step in steps]
+        last = final._replace(shift=final.shift[part], scale=final.scale[part])
+        assert torch.equal(variant.run(x[part], some, last)[0], expected[part])
