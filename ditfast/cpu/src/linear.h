@@ -26,6 +26,7 @@ struct Rows {
 
 constexpr i64 SHARE_OF_CACHE = 1 << 18;  // bytes of panels that a core keeps while rows go by
 constexpr i64 FEWEST_FOR_WIDENING = 24;  // rows, for which a panel is widened before they go by
+constexpr int FEWER_ROWS = 4;            // of a last tile: sixteen rows are two tiles of six and one of these
 constexpr i64 UNITS = 4;               // of work, at least, for each thread
 
 // Weights that come next, fetched into the cache meanwhile: a share of them with each tile.
@@ -35,20 +36,20 @@ struct Ahead {
 };
 
 // A tile's sums over K. On its own, since what is around it would take the registers of its loop.
-template <class P>
+template <class P, int M>
 static __attribute__((noinline)) void sum_tile(
-    const typename P::Activation* a, i64 stride, const char* b, i64 depth, Ahead ahead, Lanes (&total)[ROWS][VECTORS]) {
+    const typename P::Activation* a, i64 stride, const char* b, i64 depth, Ahead ahead, Lanes (*total)[VECTORS]) {
   constexpr i64 pitch = PANEL * CELL;
-  clear(total);
+  clear(*(Lanes(*)[M][VECTORS])total);
   for (i64 k = 0; k < depth; k += P::DEEPEST) {
-    Lanes tile[ROWS][VECTORS];
+    Lanes tile[M][VECTORS];
     clear(tile);
     accumulate<P>(tile, a + k, stride, b + k / P::DEPTH * pitch, pitch, std::min(P::DEEPEST, depth - k), [&] {
       _mm_prefetch(ahead.weights, _MM_HINT_T1);
       ahead.weights += ahead.bytes;
     });
     UNROLL
-    for (int m = 0; m < ROWS; m++)
+    for (int m = 0; m < M; m++)
       UNROLL
       for (int v = 0; v < VECTORS; v++) total[m][v] = add(total[m][v], P::sums(tile[m][v]));
   }
@@ -58,7 +59,8 @@ template <class P, class Finish>
 INLINE void multiply_tile(
     const Linear& w, Rows<P> x, const char* b, Ahead ahead, i64 row, i64 rows, i64 column, i64 depth, const Finish& finish) {
   Lanes total[ROWS][VECTORS];
-  sum_tile<P>(x.values + row * x.stride, x.stride, b, depth, ahead, total);
+  const auto sum = rows > FEWER_ROWS ? sum_tile<P, ROWS> : sum_tile<P, FEWER_ROWS>;
+  sum(x.values + row * x.stride, x.stride, b, depth, ahead, total);
   for (int v = 0; v < VECTORS; v++) {
     const i64 n = column + v * LANES, count = std::min<i64>(LANES, w.outputs - n);
     if (count <= 0) break;
