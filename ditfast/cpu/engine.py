@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -51,11 +52,13 @@ class Final(NamedTuple):
 
 @functools.cache
 def found() -> tuple[Engine | None, str]:
-    """This machine's engine, built at the first call; or None, and why."""
+    """This machine's engine, built at the first call; or None, and why, with a warning if the user could help."""
     try:
         options = library.options_for(library.cpu_features())
         return Engine(library.load(library.build(options, cache_folder("cpu")))), ""
     except library.Unavailable as error:
+        if isinstance(error, library.NotBuilt):
+            warnings.warn(f"{error}; without it blocks run on torch's kernels, slower", stacklevel=2)
         return None, str(error)
 
 

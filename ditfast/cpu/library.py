@@ -26,6 +26,10 @@ class Unavailable(Exception):
     """Says why in one line."""
 
 
+class NotBuilt(Unavailable):
+    """On a CPU that could have the engine."""
+
+
 class Vector(ctypes.Structure):  # as rows.h has it
     _fields_ = [
         ("values", ctypes.c_void_p),
@@ -93,11 +97,11 @@ def compiler() -> list[str]:
     """``CXX``, perhaps with arguments (``ccache g++``), or g++.
 
     Raises:
-        Unavailable: there is none.
+        NotBuilt: there is none.
     """
     words = os.environ.get("CXX", "").split() or ["g++"]
     if not shutil.which(words[0]):
-        raise Unavailable(f"the CPU engine needs a C++ compiler, and {words[0]!r} is not installed")
+        raise NotBuilt(f"the CPU engine needs a C++ compiler, and {words[0]!r} is not installed")
     return words
 
 
@@ -105,7 +109,7 @@ def build(options: Sequence[str], folder: Path) -> Path:
     """The library in ``folder``, under a hash of its sources, options and compiler; several processes may build at once.
 
     Raises:
-        Unavailable: the compiler fails, or the folder cannot be written.
+        NotBuilt: the compiler fails, or the folder cannot be written.
     """
     command = [*compiler(), *OPTIONS, *options]
     digest = hashlib.sha256(" ".join(command).encode())
@@ -122,11 +126,11 @@ def build(options: Sequence[str], folder: Path) -> Path:
             )
             if built.returncode:
                 first_line = built.stderr.strip().partition("\n")[0] or f"exit status {built.returncode}"
-                raise Unavailable(f"the CPU engine was not built, {command[0]} failed: {first_line}")
+                raise NotBuilt(f"the CPU engine was not built, {command[0]} failed: {first_line}")
             if not temporary.exists():
-                raise Unavailable(f"the CPU engine was not built, {command[0]} wrote nothing")
+                raise NotBuilt(f"the CPU engine was not built, {command[0]} wrote nothing")
     except OSError as error:
-        raise Unavailable(f"the CPU engine was not built: {error}") from error
+        raise NotBuilt(f"the CPU engine was not built: {error}") from error
     return path
 
 
@@ -134,12 +138,12 @@ def load(path: Path) -> ctypes.CDLL:
     """With the types of what it exports.
 
     Raises:
-        Unavailable: the system's loader refuses it.
+        NotBuilt: the system's loader refuses it.
     """
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"the CPU engine does not load: {error}") from error
+        raise NotBuilt(f"the CPU engine does not load: {error}") from error
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.ditfast_run.argtypes = [pointer, number, *[pointer] * 4, *[number] * 6]
     library.ditfast_few_rows.argtypes = [pointer, pointer, number, pointer, pointer, *[number] * 4]
