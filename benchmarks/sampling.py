@@ -230,6 +230,7 @@ def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
     colours = ["tab:blue" if row.rival.startswith("ditfast") else "tab:gray" for row in rows]
     bars = axes.barh([row.rival for row in rows], [row.over_reference for row in rows], color=colours)
     axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.margins(x=0.1)
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.set(title=title, xlabel="times as fast as the reference's plain loop, a whole run")
