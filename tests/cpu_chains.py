@@ -1,11 +1,13 @@
-"""Chains of sublayers for the CPU engine, and the same in float64."""
+"""Chains of sublayers for the CPU engine, the same in float64, and models called by several threads."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditfast import cpu
@@ -57,3 +59,21 @@ def random_chain(B: int, T: int, D: int, heads: int, dtype: torch.dtype, vectors
 
 def in_int8(steps: list[cpu.Step]) -> list[cpu.Step]:
     return [step._replace(products=step.products._replace(int8=True)) for step in steps]
+
+
+def called_at_once(models: Sequence[nn.Module], given: Sequence[Tensor], times: int = 10) -> list[list[Tensor]]:
+    """What each of the models returns, called again and again by a thread of its own."""
+    found: list[list[Tensor]] = [[] for _ in models]
+
+    def call(model: nn.Module, outputs: list[Tensor]) -> None:
+        with torch.inference_mode():
+            for _ in range(times):
+                outputs.append(model(*given))
+
+    threads = [threading.Thread(target=call, args=both) for both in zip(models, found, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(outputs) == times for outputs in found)
+    return found

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import re
-import threading
 from collections.abc import Callable
 
 import pytest
 import torch
+from cpu_chains import called_at_once
 from support import error, raises_naming, randomize
 from torch import Tensor, nn
 
@@ -238,20 +238,7 @@ def test_two_threads_at_once() -> None:
     given = inputs(models[0])
     with torch.inference_mode():
         expected = [model(*given) for model in models]
-    found: list[list[Tensor]] = [[], []]
-
-    def call(i: int) -> None:
-        with torch.inference_mode():
-            for _ in range(10):
-                found[i].append(models[i](*given))
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for each, one in zip(found, expected, strict=True):
-        assert len(each) == 10
+    for each, one in zip(called_at_once(models, given), expected, strict=True):
         assert all(torch.equal(out, one) for out in each)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import cpu_variants as variants
 import pytest
 import torch
-from cpu_chains import exact_chain, in_int8, random_chain
+from cpu_chains import called_at_once, exact_chain, in_int8, random_chain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import UNIT_ROUNDOFF, error, randomize
@@ -221,22 +219,9 @@ def test_two_threads_at_once(native: engine.Engine) -> None:
     given = inputs(SMALL, 2)
     with torch.inference_mode():
         expected = [on_torch(model, *given) for model in models]
-    found: list[list[Tensor]] = [[], []]
-
-    def call(i: int) -> None:
-        with torch.inference_mode():
-            for _ in range(10):
-                found[i].append(models[i](*given))
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        assert len(found[i]) == 10
-        for out in found[i]:
-            torch.testing.assert_close(out, expected[i], rtol=1e-4, atol=1e-5)
+    for each, one in zip(called_at_once(models, given), expected, strict=True):
+        for out in each:
+            torch.testing.assert_close(out, one, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ weights that change
