@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from . import cpu
+from .dtypes import INT8
 from .homes import BLOCKS, MODELS, Home, Mismatch, Options, Swap, cost_of_int8, in_one_line, probe, why_not_int8
 from .model import DiT
 from .ops.attention import ENGINES
 
 ATTENTION = {"auto": None, "native": "sdpa", **{name: name for name in ENGINES}}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INT8 = "int8"
 NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
 SIMPLE = (bool, int, float, str, tuple, torch.dtype, FunctionType)
 

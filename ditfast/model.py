@@ -14,6 +14,7 @@ from .activation_checkpointing import checkpointed
 from .blocks import view
 from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
 from .config import DiTConfig
+from .dtypes import INT8
 from .ops.checks import check_dtype
 from .plain import is_plain, is_silent
 
@@ -198,12 +199,12 @@ class DiT(nn.Module):
     def _views(self, block: nn.Module) -> blocks.Block:
         return cast(Block, block).views()._replace(int8=self.int8)
 
-    def quantize(self, dtype: str | None = "int8") -> DiT:
+    def quantize(self, dtype: str | None = INT8) -> DiT:
         """Has the CPU engine multiply the blocks' linears in int8, and prints what that gains and costs on a few random inputs.
 
         Activations are rounded to 255 steps between their least and largest value, token by token; weights to 254 between
-        plus and minus their largest, output by output; sums are exact. The parameters stay as they are, and so does every
-        forward that is not the CPU engine's: one with gradients, or on a GPU.
+        plus and minus their largest, output by output (down to half as many where the CPU has no VNNI); sums are exact. The
+        parameters stay as they are, and so does every forward that is not the CPU engine's: one with gradients, or on a GPU.
 
         Args:
             dtype: ``"int8"``; None for the parameters' own again.
@@ -215,7 +216,7 @@ class DiT(nn.Module):
             ValueError: another dtype, weights that are not fp32 or bf16 on a CPU, a block or linear that somebody hooked,
                 wrapped or replaced, or no CPU engine here, and why.
         """
-        if dtype not in ("int8", None):
+        if dtype not in (INT8, None):
             raise ValueError(f"dtype: got {dtype!r}, expected 'int8' or None")
         if dtype is None:
             if self.int8:

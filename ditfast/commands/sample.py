@@ -19,7 +19,7 @@ from ..class_names import ClassNameError, find_class, read_names
 from ..config import DiTConfig
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, Step, steps
 from ..digits import load_digits
-from ..dtypes import DTYPES
+from ..dtypes import DTYPES, INT8
 from ..model import DiT
 from ..sampling import Sampler
 from ..sampling.folder import FolderError, RunStopped
@@ -43,7 +43,6 @@ EXAMPLES = """examples:
 FLOW_SOLVERS = ("euler", "heun", "sde")
 PIXEL_CHANNELS = (1, 3)
 NO_VAE = "none"
-INT8 = "int8"
 GRID_SUFFIX = ".png"
 OTHER_FILES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npz"}
 

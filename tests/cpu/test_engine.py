@@ -158,6 +158,17 @@ def test_pairs_do_not_saturate(native: engine.Engine) -> None:
     torch.testing.assert_close(found, torch.full_like(ones, 1 + 100.0 * D), rtol=1e-2, atol=0)
 
 
+@torch.inference_mode()
+def test_long_sums_lose_few_bits(native: engine.Engine) -> None:
+    """Of 4,096 products: in one go they would be off by ten times as much."""
+    D, H = 16, 4096
+    fc2 = (torch.randn(D, H).abs(), torch.zeros(D))
+    mlp = cpu.Step(cpu.Products(cpu.MLP, ((torch.randn(H, D), torch.ones(H)),), (fc2,)), None, None, None, 1e-6)
+    x, final = torch.randn(1, 64, D), cpu.Final(None, None, 1e-6)
+    found, _ = native.run(x, [mlp], final)
+    assert error(found, exact_chain(x, [mlp], final)[0]) < 2e-7
+
+
 # ------------------------------------------------------------------------------------------------ the conditioning's linear
 @DTYPES
 @pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (1, 100, 7), (2, 16, 5), (3, 33, 4), (7, 64, 9), (16, 40, 11)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ditfast.cpu import library
+from ditfast.cpu import engine, library
 from ditfast.files import cache_folder
 
 NATIVE = frozenset({*library.AVX2, *library.AVX512, *library.EXTRAS})
@@ -111,3 +111,9 @@ def test_a_machine_without_a_compiler_runs_on_torch(tmp_path: Path) -> None:
     warning, *_ = done.stderr.splitlines()
     assert warning.endswith(f"UserWarning: {why}; without it blocks run on torch's kernels, slower")
     assert done.stderr.count("Warning") == 1
+
+
+def test_a_cpu_that_cannot_have_it_is_told_nothing(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setattr(library, "cpu_features", lambda: frozenset({"sse4_2"}))
+    assert engine.found.__wrapped__() == (None, "the CPU engine needs an x86 CPU with AVX2, and Linux")
+    assert not recwarn.list
