@@ -8,14 +8,14 @@ output layer, so a block reads and writes its [B, T, D] stream 8 times where eag
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import cpu, ops
 from .config import FIRST_NORM_EPS
-from .plain import is_plain
+from .plain import plain_weights
 
 
 class Linear(NamedTuple):
@@ -187,7 +187,7 @@ class AttentionTo(NamedTuple):
         first, second, kv = linears(self.weights.q), linears(self.weights.proj), linears(self.weights.kv)
         if not (first and second and kv):
             return None
-        return cpu.Products(cpu.CROSS_ATTENTION, first, second, self.num_heads, self.context, kv[0], self.int8)
+        return cpu.Products(cpu.CROSS_ATTENTION, first, second, self.num_heads, cpu.Context(self.context, *kv[0]), self.int8)
 
 
 class Mlp(NamedTuple):
@@ -216,4 +216,5 @@ def project(x: Tensor, projection: Projection) -> Tensor:
 
 def view(linear: nn.Module) -> Projection:
     """A linear's weights, to be read; or the module, where it wants to be called."""
-    return Linear(cast(Tensor, linear.weight), cast(Tensor, linear.bias)) if is_plain(linear) else linear
+    weights = plain_weights(linear)
+    return linear if weights is None else Linear(*weights)

@@ -12,7 +12,7 @@ from .config import TIMESTEP_FEATURES, DiTConfig
 from .ops.cpu_products import in_fp32, torch_linear
 from .ops.dispatch import needs_gradient
 from .ops.timestep_embedding import timestep_embedding
-from .plain import is_plain
+from .plain import plain_weights
 
 WIDENED_AT_ONCE = 2**20  # elements, of a weight too large to have a second copy of: 4 MiB in fp32 stay in the cache
 
@@ -74,13 +74,15 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     Whether they do is read off the parameters at each call: nothing is cached, so nothing can be stale. Calls that need
     gradients, and compiled graphs, go through the linears one by one.
     """
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    plain = all(is_plain(linear) for linear in linears)
-    if plain and not torch.compiler.is_compiling() and not needs_gradient(x, *weights, *biases):
-        weight, bias = _joined(weights), _joined(biases)
-        if weight is not None and bias is not None:
-            return list(wide_linear(x, weight, bias).split([len(part) for part in weights], dim=-1))
-    return [torch_linear(x, linear.weight, linear.bias) if is_plain(linear) else linear(x) for linear in linears]
+    found = [plain_weights(linear) for linear in linears]
+    plain = [both for both in found if both is not None]
+    if len(plain) == len(linears) and not torch.compiler.is_compiling():
+        weights, biases = zip(*plain, strict=True)
+        if not needs_gradient(x, *weights, *biases):
+            weight, bias = _joined(weights), _joined(biases)
+            if weight is not None and bias is not None:
+                return list(wide_linear(x, weight, bias).split([bias.shape[0] for bias in biases], dim=-1))
+    return [linear(x) if both is None else torch_linear(x, *both) for linear, both in zip(linears, found, strict=True)]
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -114,4 +116,4 @@ def _joined(parts: Sequence[Tensor]) -> Tensor | None:
     storage = first.untyped_storage()
     if address > storage.data_ptr() + storage.nbytes():
         return None
-    return first.detach().as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+    return first.detach().as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())

@@ -78,7 +78,7 @@ class Block(nn.Module):
         """The stream x and u, its norm, both [B, T, D]: behind this block u is the norm ``following`` it."""
         return blocks.run(x, u, blocks.sublayers(self.views(), modulation, context), following)  # 2 x [B, T, D]
 
-    def views(self) -> blocks.Block:
+    def views(self, int8: bool = False) -> blocks.Block:
         attn, mlp, cross_attn = self.attn, self.mlp, self.cross_attn
         return blocks.Block(
             num_heads=self.num_heads,
@@ -88,6 +88,7 @@ class Block(nn.Module):
             fc1=view(mlp.fc1),
             fc2=view(mlp.fc2),
             cross=None if cross_attn is None else cross_attn.views(),
+            int8=int8,
         )
 
 
@@ -197,7 +198,7 @@ class DiT(nn.Module):
         return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
 
     def _views(self, block: nn.Module) -> blocks.Block:
-        return cast(Block, block).views()._replace(int8=self.int8)
+        return cast(Block, block).views(self.int8)
 
     def quantize(self, dtype: str | None = INT8) -> DiT:
         """Has the CPU engine multiply the blocks' linears in int8, and prints what that gains and costs on a few random inputs.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+TENSORS = (nn.Parameter, Tensor)
+
 
 def is_unhooked(module: nn.Module) -> bool:
-    own = vars(module)
+    own = module.__dict__
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
@@ -21,16 +23,25 @@ def is_silent(module: nn.Module) -> bool:
     )
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling a Linear or Conv2d is nothing but the product with its weight and the sum with its bias.
+def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a Linear or Conv2d, if calling it is nothing but the product with the one and the sum with the other.
 
     Else somebody hooked, wrapped, replaced, parametrised or quantised it (LoRA, weight norm, offloading), and expects it to
-    be called.
+    be called: None.
     """
-    return (
+    own = module.__dict__  # where reading is quick: this is asked of every linear at every forward
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    if (
         type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
-        and "forward" not in vars(module)
+        and "forward" not in own
         and is_unhooked(module)
-        and module._parameters.get("bias") is not None
-        and type(module._parameters.get("weight")) in (nn.Parameter, Tensor)
-    )
+        and type(weight) in TENSORS
+        and bias is not None
+    ):
+        return weight, bias
+    return None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a Linear or Conv2d has ``plain_weights``."""
+    return plain_weights(module) is not None

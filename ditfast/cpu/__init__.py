@@ -1,18 +1,7 @@
 """The CPU engine: a chain of sublayers in one call of a small C++ library, over packed weights."""
 
-from .engine import (
-    CROSS_ATTENTION,
-    MLP,
-    SELF_ATTENTION,
-    Final,
-    Products,
-    Step,
-    found,
-    linear_of_few,
-    run,
-    runs_on,
-    takes,
-)
+from .chain import CROSS_ATTENTION, MLP, SELF_ATTENTION, Context, Final, Products, Step
+from .engine import found, linear_of_few, run, runs_on, takes
 from .int8 import Cost, check, forget, measure, unfit
 from .packed import Linears
 
@@ -20,6 +9,7 @@ __all__ = [
     "CROSS_ATTENTION",
     "MLP",
     "SELF_ATTENTION",
+    "Context",
     "Cost",
     "Final",
     "Linears",

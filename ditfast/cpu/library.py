@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,43 +31,11 @@ class NotBuilt(Unavailable):
     """On a CPU that could have the engine."""
 
 
-class Vector(ctypes.Structure):  # as rows.h has it
-    _fields_ = [
-        ("values", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("token_stride", ctypes.c_int64),
-        ("half", ctypes.c_int64),
-    ]
-
-
-class Linear(ctypes.Structure):  # as linear.h
-    _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-    ]
-
-
-class Sublayer(ctypes.Structure):  # as engine.cpp, and the next
-    _fields_ = [
-        ("kind", ctypes.c_int64),
-        ("first", Linear),
-        ("second", Linear),
-        ("shift", Vector),
-        ("scale", Vector),
-        ("gate", Vector),
-        ("eps", ctypes.c_double),
-        ("heads", ctypes.c_int64),
-        ("context", ctypes.c_void_p),
-        ("sources", ctypes.c_int64),
-    ]
-
-
-class Norm(ctypes.Structure):
-    _fields_ = [("shift", Vector), ("scale", Vector), ("eps", ctypes.c_double)]
+# Structures, as the sources have them; eight bytes a field.
+VECTOR = "P3q"  # rows.h: values, batch stride, token stride, whether they are bf16
+LINEAR = "4P2q"  # linear.h: weight, bias, scale, sums, outputs, inputs
+SUBLAYER = struct.Struct(f"q{2 * LINEAR}{3 * VECTOR}dqPq")  # engine.cpp, and the next
+NORM = struct.Struct(f"{2 * VECTOR}d")
 
 
 @functools.cache

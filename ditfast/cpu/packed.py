@@ -25,10 +25,14 @@ Linears: TypeAlias = tuple[tuple[Tensor, Tensor], ...]  # weights and biases, of
 
 
 class PackedLinear(NamedTuple):
-    """A structure that points into tensors, and the tensors."""
+    """The fields of a ``library.LINEAR``, which points into tensors, and the tensors."""
 
-    structure: library.Linear
+    fields: tuple[int, ...]
     tensors: tuple[Tensor, ...]
+
+    @property
+    def inputs(self) -> int:
+        return self.fields[-1]
 
 
 class Watch:
@@ -107,8 +111,8 @@ class PackedChains:
         threads = torch.get_num_threads()
         self._engine.ditfast_pack(product, weight.data_ptr(), outputs, inputs, *weight.stride(), packed.data_ptr(), threads)
         tensors = (packed, *vectors)
-        pointers = [tensor.data_ptr() for tensor in tensors] + [None] * (4 - len(tensors))
-        return PackedLinear(library.Linear(*pointers, outputs, inputs), tensors)
+        pointers = [tensor.data_ptr() for tensor in tensors] + [0] * (4 - len(tensors))
+        return PackedLinear((*pointers, outputs, inputs), tensors)
 
     @staticmethod
     def _padded(vector: Tensor, columns: int) -> Tensor:

@@ -9,6 +9,7 @@ and 6. In fp16 likewise, the weight's gradient 5 to 37 and attention forward 1.1
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,22 +50,40 @@ SLOW_DTYPES = slow_dtypes()
 
 def in_fp32(x: Tensor) -> bool:
     """Whether a product of x, or of what autocast makes of it, is one of fp32 operands instead."""
-    return x.device.type == "cpu" and (autocast_dtype(x.device) or x.dtype) in SLOW_DTYPES
+    return bool(SLOW_DTYPES) and x.device.type == "cpu" and (autocast_dtype(x.device) or x.dtype) in SLOW_DTYPES
 
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear``, under autocast too."""
-    if in_fp32(x):
-        return _linear_op(*under_autocast(x, weight, bias))
-    return F.linear(x, weight, bias)
+    return linear_for(x)(x, weight, bias)
+
+
+def linear_for(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The ``torch_linear`` of tensors like x."""
+    return _widened_linear if in_fp32(x) else F.linear
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Of heads [B, T, H, d], keys and values [B, S, H, d]; [B, T, H*d], contiguous."""
-    if in_fp32(q):
-        return _attention_op(q, k, v)[0].flatten(2)
-    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).contiguous()
+    return attention_for(q)(q, k, v)
+
+
+def attention_for(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The ``torch_attention`` of tensors like x."""
+    return _widened_attention if in_fp32(x) else _sdpa
+
+
+def _widened_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _linear_op(*under_autocast(x, weight, bias))
+
+
+def _widened_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _attention_op(q, k, v)[0].flatten(2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, H, T, d]
+    return out.transpose(1, 2).flatten(2).contiguous()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

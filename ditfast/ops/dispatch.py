@@ -190,9 +190,8 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """None where autocast is off."""
     kind = "cpu" if device.type == "meta" else device.type  # torch has no autocast of tensors without data
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    available = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # which takes a while to ask
+    return torch.get_autocast_dtype(kind) if available and torch.is_autocast_enabled(kind) else None
 
 
 def define_op(

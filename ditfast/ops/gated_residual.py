@@ -39,7 +39,7 @@ def torch_gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     if h.dtype == x.dtype and gate is None:
         return (x + h).contiguous()
     if gate is not None and gate.dtype == h.dtype == x.dtype:  # one pass, and one rounding: torch computes it in fp32
-        return torch.addcmul(x, gate if gate.dim() == 3 else gate[:, None], h).contiguous()
+        return torch.addcmul(x, gate if gate.dim() == 3 else gate.unsqueeze(1), h).contiguous()
     branch = h.float() if gate is None else per_token(gate) * h.float()
     return (x.float() + branch).to(x.dtype).contiguous()
 

@@ -77,7 +77,7 @@ def _cpu_version(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: flo
 
 def _weighted_layer_norm(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
     """Of one sample [1, T, D]: torch's CPU layer norm takes fp32 weights beside bf16 activations, and is the whole op."""
-    weight = None if scale is None else 1 + scale[0].float()
+    weight = None if scale is None else scale[0].float() + 1
     bias = None if shift is None else shift[0].float()
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 

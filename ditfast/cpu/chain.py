@@ -1,0 +1,92 @@
+"""A chain of sublayers as tensors, and whether they go together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .packed import Linears
+
+SELF_ATTENTION, CROSS_ATTENTION, MLP = range(3)  # kinds, as engine.cpp numbers them
+
+
+class Context(NamedTuple):
+    """What cross-attention looks at."""
+
+    tokens: Tensor  # [B, S, D]
+    weight: Tensor  # of the kv linear
+    bias: Tensor
+
+
+class Products(NamedTuple):
+    """A sublayer's weights: what follows its norm, up to its gate."""
+
+    kind: int
+    first: Linears  # qkv, or q, k and v apart, or cross-attention's q; fc1
+    second: Linears  # proj; fc2
+    heads: int = 1
+    context: Context | None = None
+    int8: bool = False
+
+
+class Step(NamedTuple):
+    products: Products
+    shift: Tensor | None
+    scale: Tensor | None
+    gate: Tensor | None
+    eps: float
+
+
+class Final(NamedTuple):
+    """The norm behind a chain."""
+
+    shift: Tensor | None
+    scale: Tensor | None
+    eps: float
+
+
+class DoesNotFit(Exception):
+    """A shape or dtype is not what the ops want, which say what is wrong."""
+
+
+def check_weights(products: Products, dtype: torch.dtype | None) -> None:
+    """Raises DoesNotFit unless a sublayer's weights, of one dtype unless it is None, go together."""
+    kind, first, second, heads, *_ = products
+    outputs, D = _features(first, dtype)
+    found, inputs = _features(second, dtype)
+    expected = {SELF_ATTENTION: 3 * D, CROSS_ATTENTION: D, MLP: outputs}[kind]
+    if outputs != expected or found != D or inputs != (outputs if kind == MLP else D) or D % heads:
+        raise DoesNotFit
+
+
+def check_context(context: Context, B: int, D: int, dtype: torch.dtype | None) -> None:
+    """Raises DoesNotFit unless the context, of one dtype unless it is None, is for B samples of width D."""
+    tokens, weight, bias = context
+    if weight.shape != (2 * D, D) or bias.shape != (2 * D,) or tokens.shape[::2] != (B, D):
+        raise DoesNotFit
+    _check_alike(context, dtype)
+
+
+def _features(linears: Linears, dtype: torch.dtype | None) -> tuple[int, int]:
+    """The outputs of linears side by side, and their inputs."""
+    outputs, inputs = 0, linears[0][0].shape[-1]
+    for weight, bias in linears:
+        shape = weight.shape
+        if len(shape) != 2 or shape[1] != inputs or bias.shape != shape[:1]:
+            raise DoesNotFit
+        _check_alike((weight, bias), dtype)
+        outputs += shape[0]
+    return outputs, inputs
+
+
+def _check_alike(tensors: tuple[Tensor, ...], dtype: torch.dtype | None) -> None:
+    for tensor in tensors:
+        if not is_here(tensor) or (dtype is not None and tensor.dtype != dtype):
+            raise DoesNotFit
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether it is a plain array in this machine's memory."""
+    return tensor.is_cpu and tensor.layout == torch.strided

@@ -1,0 +1,67 @@
+"""A chain on torch's kernels, for a CPU that has no engine: what the ops would compute, checked and launched with less ado."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..ops.cpu_products import attention_for, linear_for
+from ..ops.dispatch import autocast_dtype
+from ..ops.gated_residual import torch_gated_residual
+from ..ops.layer_norm_modulate import torch_layer_norm_modulate
+from ..ops.torch_gelu import torch_gelu
+from .chain import MLP, DoesNotFit, Final, Products, Step, check_context, check_weights, is_here
+
+Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def run(x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor]:
+    """x [B, T, D] through the steps, and that after the final norm: both of the dtype of x, as is all between them.
+
+    Raises:
+        DoesNotFit: weights or vectors that are not for x.
+    """
+    _check(x, steps, final)
+    x = x.contiguous()
+    linear, attention = linear_for(x), attention_for(x)
+    for products, shift, scale, gate, eps in steps:
+        u = torch_layer_norm_modulate(x, shift, scale, eps)  # [B, T, D]
+        x = torch_gated_residual(x, _multiplied(u, products, linear, attention), gate)  # [B, T, D]
+    return x, torch_layer_norm_modulate(x, *final)
+
+
+def _check(x: Tensor, steps: Sequence[Step], final: Final) -> None:
+    dtype = x.dtype if autocast_dtype(x.device) is None else None
+    B, T, D = x.shape
+    shapes = (torch.Size((B, D)), torch.Size((B, T, D)))
+    vectors = [final.shift, final.scale]
+    for products, shift, scale, gate, _ in steps:
+        vectors += (shift, scale, gate)
+        check_weights(products, dtype)
+        if products.context is not None:
+            check_context(products.context, B, D, dtype)
+        if products.first[0][0].shape[1] != D:
+            raise DoesNotFit
+    if not all(vector is None or (vector.shape in shapes and is_here(vector)) for vector in vectors):
+        raise DoesNotFit
+
+
+def _multiplied(u: Tensor, products: Products, linear: Linear, attention: Attention) -> Tensor:
+    """A sublayer, up to its gate."""
+    first = [linear(u, weight, bias) for weight, bias in products.first]
+    ((weight, bias),) = products.second
+    if products.kind == MLP:
+        return linear(torch_gelu(first[0]), weight, bias)  # [B, T, D]
+    heads = (products.heads, -1)
+    if products.context is not None:
+        q = first[0].unflatten(-1, heads)  # [B, T, H, d]
+        k, v = linear(*products.context).unflatten(-1, (2, *heads)).unbind(2)  # 2 x [B, S, H, d]
+    elif len(first) == 1:
+        q, k, v = first[0].unflatten(-1, (3, *heads)).unbind(2)  # 3 x [B, T, H, d]
+    else:
+        q, k, v = (part.unflatten(-1, heads) for part in first)  # 3 x [B, T, H, d]
+    return linear(attention(q, k, v), weight, bias)  # [B, T, D]

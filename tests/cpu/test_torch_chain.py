@@ -1,0 +1,160 @@
+"""Chains on a CPU without an engine: the ops' own values, and their errors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cpu_chains import exact_chain, random_chain
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import error, randomize
+from torch import Tensor, nn
+
+import ditfast
+from ditfast import DiT, DiTConfig, blocks, cpu
+from ditfast.config import CONDITIONINGS
+from ditfast.cpu import engine, torch_chain
+from ditfast.cpu.chain import DoesNotFit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SMALL = DiTConfig(depth=2, hidden_size=100, num_heads=5, input_size=(8, 12), num_classes=10)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A machine without an engine: sublayers of each chain that runs there."""
+    seen: list[int] = []
+    run = torch_chain.run
+
+    def count(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> tuple[Tensor, Tensor]:
+        found = run(x, steps, final)
+        seen.append(len(steps))
+        return found
+
+    monkeypatch.setattr(engine, "found", lambda: (None, "the CPU engine needs a compiler"))
+    monkeypatch.setattr(torch_chain, "run", count)
+    return seen
+
+
+def inputs(config: DiTConfig, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, *config.input_shape, dtype=dtype), torch.rand(batch) * 999, torch.randint(10, (batch,))
+
+
+def on_ops(model: nn.Module, *given: Tensor) -> Tensor:
+    with ditfast.backend("torch"):
+        return model(*given)
+
+
+# ------------------------------------------------------------------------------------------------ the ops' values
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@torch.inference_mode()
+def test_models(calls: list[int], conditioning: str, batch: int, dtype: torch.dtype) -> None:
+    config = DiTConfig(depth=2, hidden_size=100, num_heads=5, input_size=(8, 12), num_classes=10, conditioning=conditioning)
+    model, given = randomize(DiT(config)).eval().to(dtype), inputs(config, batch, dtype)
+    expected = on_ops(model, *given)
+    assert calls == []
+    assert torch.equal(model(*given), expected)
+    assert calls == [6 if conditioning == "cross_attention" else 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@torch.no_grad()
+def test_autocast(calls: list[int], dtype: torch.dtype) -> None:
+    model, given = randomize(DiT(SMALL)).eval(), inputs(SMALL, 2)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(model(*given), on_ops(model, *given))
+    assert calls == ([4] if dtype == torch.bfloat16 else [])
+
+
+@torch.no_grad()
+def test_a_swapped_model(calls: list[int]) -> None:
+    """Whose q, k and v are apart."""
+    q, k, v, proj, fc1, fc2 = (blocks.view(nn.Linear(60, 60)) for _ in range(6))
+    weights = blocks.Block(3, 1e-6, blocks.SeparateQKV(q, k, v), proj, fc1, fc2)
+    x, chain = torch.randn(2, 7, 60), blocks.sublayers(weights, blocks.Modulation(*torch.randn(6, 2, 60)))
+    found = blocks.run_alone(x, chain)
+    assert calls == [2]
+    with ditfast.backend("torch"):
+        assert torch.equal(found, blocks.run_alone(x, chain))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    B=st.integers(1, 5),
+    T=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    vectors=st.sampled_from(["sample", "token", "none"]),
+)
+def test_any_shape(B: int, T: int, heads: int, head_dim: int, dtype: torch.dtype, vectors: str) -> None:
+    x, steps, final = random_chain(B, T, heads * head_dim, heads, dtype, vectors)
+    with torch.no_grad():
+        found, _ = torch_chain.run(x, steps, final)
+    exact, _ = exact_chain(x, steps, final)
+    assert error(found, exact) <= (3e-6 if dtype == torch.float32 else 1.5e-2)
+
+
+# ------------------------------------------------------------------------------------------------ what is left to the ops
+def test_gradients_go_through_the_ops(calls: list[int]) -> None:
+    model, given = randomize(DiT(SMALL)).eval(), inputs(SMALL, 2)
+    model(*given).square().mean().backward()
+    assert calls == []
+    assert model.blocks[0].mlp.fc1.weight.grad is not None
+
+
+@torch.no_grad()
+def test_a_hooked_linear_is_called(calls: list[int]) -> None:
+    model, given = randomize(DiT(SMALL)).eval(), inputs(SMALL, 2)
+    expected, seen = model(*given), []
+    model.blocks[1].mlp.fc2.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(*given), expected, rtol=1e-4, atol=1e-5)
+    assert (seen, calls) == ([1], [4])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("mlp.fc1.weight", (400, 99)), ("mlp.fc1.bias", (1,)), ("mlp.fc2.bias", (1,)), ("attn.qkv.weight", (299, 100))],
+)
+@torch.no_grad()
+def test_weights_that_do_not_fit_are_named(calls: list[int], name: str, shape: tuple[int, ...]) -> None:
+    model = randomize(DiT(SMALL)).eval()
+    path, _, parameter = name.rpartition(".")
+    setattr(model.blocks[0].get_submodule(path), parameter, nn.Parameter(torch.randn(shape)))
+    with pytest.raises((ValueError, RuntimeError)) as found:
+        model(*inputs(SMALL, 1))
+    with pytest.raises(type(found.value)) as expected:
+        on_ops(model, *inputs(SMALL, 1))
+    assert (str(found.value), calls) == (str(expected.value), [])
+
+
+@pytest.mark.parametrize(("shape", "device"), [((1, 40), "cpu"), ((2, 1, 40), "cpu"), ((2, 40), "meta")])
+@pytest.mark.parametrize("place", ["shift", "scale", "gate", "final"])
+@torch.no_grad()
+def test_vectors_that_do_not_fit(place: str, shape: tuple[int, ...], device: str) -> None:
+    """In the engine too."""
+    x, steps, final = random_chain(2, 9, 40, 2, torch.float32, "sample")
+    vector = torch.randn(shape, device=device)
+    if place == "final":
+        final = final._replace(scale=vector)
+    else:
+        steps[1] = steps[1]._replace(**{place: vector})
+    chosen, _ = engine.found()
+    for run in (torch_chain.run, *([] if chosen is None else [chosen.run])):
+        with pytest.raises(DoesNotFit):
+            run(x, steps, final)
+
+
+@torch.no_grad()
+def test_weights_that_changed(calls: list[int]) -> None:
+    model, given = randomize(DiT(SMALL)).eval(), inputs(SMALL, 1)
+    model(*given)
+    other = randomize(copy.deepcopy(model))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(*given), other(*given))
+    assert calls == [4, 4, 4]
