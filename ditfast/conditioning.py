@@ -68,8 +68,10 @@ def pack_linears(linears: Sequence[nn.Linear]) -> None:
             part.data = place
 
 
-def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+def packed_linear(x: Tensor, linears: Sequence[nn.Linear], int8: bool = False) -> list[Tensor]:
     """``[linear(x) for linear in linears]``, as one GEMM where the weights lie in one storage (see ``pack_linears``).
+
+    With ``int8`` a few rows are multiplied, where the CPU engine does that, with weights that are rounded to it.
 
     Whether they do is read off the parameters at each call: nothing is cached, so nothing can be stale. Calls that need
     gradients, and compiled graphs, go through the linears one by one.
@@ -79,15 +81,19 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     if len(plain) == len(linears) and not torch.compiler.is_compiling():
         weights, biases = zip(*plain, strict=True)
         if not needs_gradient(x, *weights, *biases):
+            sizes = [bias.shape[0] for bias in biases]
+            rounded = cpu.int8_linear_of_few(x, tuple(plain)) if int8 else None
+            if rounded is not None:
+                return list(rounded.split(sizes, dim=-1))
             weight, bias = _joined(weights), _joined(biases)
             if weight is not None and bias is not None:
-                return list(wide_linear(x, weight, bias).split([bias.shape[0] for bias in biases], dim=-1))
+                return list(wide_linear(x, weight, bias).split(sizes, dim=-1))
     return [linear(x) if both is None else torch_linear(x, *both) for linear, both in zip(linears, found, strict=True)]
 
 
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``F.linear`` of few rows with a very tall weight."""
-    found = cpu.linear_of_few(x, weight, bias)
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor, int8: bool = False) -> Tensor:
+    """``F.linear`` of few rows with a very tall weight; with ``int8`` as ``packed_linear`` has it."""
+    found = cpu.int8_linear_of_few(x, ((weight, bias),)) if int8 else cpu.linear_of_few(x, weight, bias)
     if found is not None:
         return found
     if in_fp32(x) and not needs_gradient(x, weight, bias):

@@ -84,7 +84,7 @@ class DiTConfig:
             name: one of ``MODEL_NAMES``.
             image_size: pixels, of which the VAE keeps one in eight along each side; 256 unless ``input_size`` is given.
             input_size: the latent size itself (pixel-space models: the image size).
-            fields: any other field of ``DiTConfig``.
+            fields: any other field of ``DiTConfig``; it may replace one that the name stands for (``depth=2``).
         """
         if name not in MODEL_NAMES:
             raise ValueError(f"name: got {name!r}, expected one of {', '.join(MODEL_NAMES)}")
@@ -98,7 +98,7 @@ class DiTConfig:
         size, patch = name.removeprefix("DiT-").split("/")
         depth, hidden_size, num_heads = _SIZES[size]
         named = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
-        return cls(input_size=input_size, **named, **fields)  # type: ignore[arg-type]
+        return cls(input_size=input_size, **(named | fields))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         for field in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):

@@ -146,12 +146,12 @@ class DiT(nn.Module):
         """
         self._check(x, t, y)
         t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # 2 x [B, D]
-        vectors = self._vectors(t_embedding + y_embedding)  # depth + 1 x [B, up to 6 * D]
+        vectors = self._vectors(t_embedding + y_embedding, self.int8)  # depth + 1 x [B, up to 6 * D]
         context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
         return self._denoise(self.x_embedder(x, self.pos_embed), vectors, context)  # [B, C', H, W]
 
     def modulation_vectors(self, t: Tensor, y: Tensor) -> Tensor:
-        """[B, V]: what adaLN makes of t [B] and y [B], every block's vectors and the final norm's side by side."""
+        """[B, V]: what adaLN makes of t [B] and y [B], every block's vectors and the final norm's side by side; not in int8."""
         vectors = self._vectors(self.t_embedder(t) + self.y_embedder(y))
         return torch.cat(list(vectors), dim=1)
 
@@ -204,8 +204,10 @@ class DiT(nn.Module):
         """Has the CPU engine multiply the blocks' linears in int8, and prints what that gains and costs on a few random inputs.
 
         Activations are rounded to 255 steps between their least and largest value, token by token; weights to 254 between
-        plus and minus their largest, output by output (down to half as many where the CPU has no VNNI); sums are exact. The
-        parameters stay as they are, and so does every forward that is not the CPU engine's: one with gradients, or on a GPU.
+        plus and minus their largest, output by output (down to half as many where the CPU has no VNNI); sums are exact. For
+        up to 16 samples the conditioning's weights are rounded like that too, which are most of what is read then; what they
+        multiply is not. The parameters stay as they are, and so does every forward that is not the CPU engine's: one with
+        gradients, or on a GPU.
 
         Args:
             dtype: ``"int8"``; None for the parameters' own again.
@@ -280,9 +282,9 @@ class DiT(nn.Module):
         out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
         return ops.classifier_free_guidance(out, cfg_scale, channels)  # [2B, C', H, W]
 
-    def _vectors(self, c: Tensor) -> Sequence[Tensor]:
+    def _vectors(self, c: Tensor, int8: bool = False) -> Sequence[Tensor]:
         """Each adaLN linear's output for the conditioning vector [B, D], in one GEMM; none in designs without."""
-        return packed_linear(F.silu(c), self.adaln_linears()) if self.config.modulation_vectors else []
+        return packed_linear(F.silu(c), self.adaln_linears(), int8) if self.config.modulation_vectors else []
 
     def _modulations(self, vectors: Sequence[Tensor]) -> tuple[list[blocks.Modulation], blocks.Norm]:
         if not vectors:

@@ -122,8 +122,7 @@ def test_a_part_with_another_dtype_is_no_part_of_the_chain() -> None:
             ditfast.accelerate(part, dtype="int8")
         errors.append(error(run(model, inputs)[0], exact))
     assert all(LOWEST < found < HIGHEST for found in errors)
-    assert len(set(errors)) == 3
-    assert errors[2] == errors[3]
+    assert len(set(errors)) == 4  # the model has the final layer's conditioning too
 
 
 class Adapted(nn.Linear):

@@ -110,6 +110,11 @@ def test_position_width() -> None:
     assert "multiple of 4" in raises_naming("hidden_size", lambda: DiTConfig(hidden_size=6, num_heads=1))
 
 
+def test_a_named_model_with_other_fields() -> None:
+    config = DiTConfig.from_name("DiT-B/4", depth=2, patch_size=8, mlp_ratio=2.0)
+    assert config == DiTConfig(depth=2, hidden_size=768, num_heads=12, patch_size=8, input_size=32, mlp_ratio=2.0)
+
+
 def test_from_name_errors() -> None:
     assert "DiT-XL/2" in raises_naming("name", lambda: DiTConfig.from_name("XL/2"))
     assert "multiples of 8" in raises_naming("image_size", lambda: DiTConfig.from_name("DiT-S/2", image_size=250))

@@ -15,7 +15,7 @@ from ..files import cache_folder
 from ..ops.dispatch import autocast_dtype, forced
 from . import library, torch_chain
 from .chain import Context, DoesNotFit, Final, Products, Step, check_context, check_weights, is_here
-from .packed import BYTE, FULL, HALF, PackedChains, PackedLinear
+from .packed import BYTE, BYTE_ROWS, FULL, HALF, Linears, PackedChains, PackedLinear
 
 FEW_ROWS = 16  # faster than torch up to there: weights of [28416, 384] and [149504, 1024], one thread of a Zen 3
 PRODUCTS = {torch.float32: FULL, torch.bfloat16: HALF}
@@ -103,20 +103,28 @@ class Engine:
 
     def linear_of_few(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x [M, K] through a weight [N, K], for M up to ``FEW_ROWS``: in the time that reading the weight takes."""
-        (M, K), N = x.shape, len(weight)
-        inputs, biases = x.float().contiguous(), bias.float().contiguous()
-        y = torch.empty(M, N, dtype=torch.float32, device=x.device)
-        pointers = inputs.data_ptr(), weight.data_ptr(), weight.dtype == torch.bfloat16, biases.data_ptr(), y.data_ptr()
-        self._functions.ditfast_few_rows(*pointers, M, N, K, torch.get_num_threads())
+        biases = bias.float().contiguous()
+        return self._few_rows(PRODUCTS[weight.dtype], x, weight.data_ptr(), None, biases.data_ptr(), len(weight))
+
+    def int8_linear_of_few(self, x: Tensor, linears: Linears) -> Tensor:
+        """x [M, K] through linears side by side: weights rounded to int8, which are a quarter to read, x as it is."""
+        tensors = [tensor for linear in linears for tensor in linear]
+        (packed,) = self._chains.find(tensors, BYTE_ROWS) or self._chains.pack(tensors, [linears], BYTE_ROWS)
+        weight, bias, scale, _, outputs, _ = packed.fields
+        return self._few_rows(BYTE, x, weight, scale, bias, outputs)
+
+    def _few_rows(self, product: int, x: Tensor, weight: int, scale: int | None, bias: int, outputs: int) -> Tensor:
+        M, K = x.shape
+        rows, y = x.float().contiguous(), torch.empty(M, outputs, dtype=torch.float32, device=x.device)
+        pointers = rows.data_ptr(), weight, scale, bias, y.data_ptr()
+        self._functions.ditfast_few_rows(product, *pointers, M, outputs, K, torch.get_num_threads())
         return y.to(x.dtype)
 
     def forget(self, weights: Iterable[Tensor]) -> None:
         """Drops what is packed of them."""
         self._chains.forget(weights)
 
-    def _packed(
-        self, products: Sequence[Products], product: int, width: int, dtype: torch.dtype | None
-    ) -> list[PackedLinear]:
+    def _packed(self, products: Sequence[Products], product: int, width: int, dtype: torch.dtype | None) -> list[PackedLinear]:
         linears = [each for p in products for each in (p.first, p.second)]
         tensors = [tensor for together in linears for linear in together for tensor in linear]
         known = self._chains.find(tensors, product)
@@ -146,13 +154,28 @@ def run(x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor]
 
 def linear_of_few(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     """``F.linear`` of x [M, K] by this machine's engine; None where it does not take them."""
-    fits = x.dim() == 2 and 0 < len(x) <= FEW_ROWS and weight.is_contiguous() and weight.shape == (len(bias), x.shape[1])
-    if not fits or not takes(x) or not x.dtype == weight.dtype == bias.dtype or autocast_dtype(x.device) is not None:
+    if not _is_of_few(x, ((weight, bias),)) or not weight.is_contiguous():
         return None
     engine, _ = found()
-    if engine is None or not (is_here(weight) and is_here(bias)):
+    return None if engine is None else engine.linear_of_few(x, weight, bias)
+
+
+def int8_linear_of_few(x: Tensor, linears: Linears) -> Tensor | None:
+    """``Engine.int8_linear_of_few`` of this machine's; None where it does not take them."""
+    if not _is_of_few(x, linears):
         return None
-    return engine.linear_of_few(x, weight, bias)
+    engine, _ = found()
+    return None if engine is None else engine.int8_linear_of_few(x, linears)
+
+
+def _is_of_few(x: Tensor, linears: Linears) -> bool:
+    if x.dim() != 2 or not 0 < len(x) <= FEW_ROWS or not takes(x) or autocast_dtype(x.device) is not None:
+        return False
+    K, dtype = x.shape[1], x.dtype
+    return all(
+        weight.shape == (bias.shape[0], K) and weight.dtype == bias.dtype == dtype and is_here(weight) and is_here(bias)
+        for weight, bias in linears
+    )
 
 
 class _Vectors:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from . import library
 
 FULL, HALF, BYTE = range(3)  # products, as engine.cpp numbers them
+BYTE_ROWS = 3  # in packed chains: weights of int8 where they lie row by row, for ``few_rows.h``
 STORED = {FULL: torch.float32, HALF: torch.bfloat16}
 LARGEST_BYTE = 127
 LARGEST_PAIR = 127  # neighbours of one sign, before they are rounded: 255 * 128 fits in 16 bits
@@ -96,6 +97,8 @@ class PackedChains:
                     self._chains.pop(key, None)
 
     def _pack(self, together: Linears, product: int) -> PackedLinear:
+        if product == BYTE_ROWS:
+            return self._rows(together)
         weight = torch.cat([weight.detach() for weight, _ in together]) if len(together) > 1 else together[0][0].detach()
         bias = torch.cat([bias.detach().float() for _, bias in together])
         outputs, inputs = weight.shape
@@ -113,6 +116,12 @@ class PackedChains:
         tensors = (packed, *vectors)
         pointers = [tensor.data_ptr() for tensor in tensors] + [0] * (4 - len(tensors))
         return PackedLinear((*pointers, outputs, inputs), tensors)
+
+    @staticmethod
+    def _rows(together: Linears) -> PackedLinear:
+        weights, scales = zip(*(quantised(weight.detach(), pairs=False) for weight, _ in together), strict=True)
+        tensors = torch.cat(weights), torch.cat([bias.detach().float() for _, bias in together]), torch.cat(scales)
+        return PackedLinear((*(tensor.data_ptr() for tensor in tensors), 0, *tensors[0].shape), tensors)
 
     @staticmethod
     def _padded(vector: Tensor, columns: int) -> Tensor:

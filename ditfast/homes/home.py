@@ -169,7 +169,9 @@ class Swap:
     def vectors(self, linear: nn.Module, activated: Tensor) -> Tensor:
         """[B, D] through a linear of the conditioning."""
         projection = self.view(linear)
-        return wide_linear(activated, *projection) if isinstance(projection, blocks.Linear) else projection(activated)
+        if isinstance(projection, blocks.Linear):
+            return wide_linear(activated, *projection, self.options.int8)
+        return projection(activated)
 
     def cached_modulations(
         self, conditions: Sequence[Tensor], linears: Sequence[nn.Module], compute: Callable[[], Modulations]

@@ -91,6 +91,8 @@ static inline I dpbusd(I sum, I a, I b) {
 #define _mm512_and_si512(a, b) ((a) & (b))
 #define _mm512_cvtepu16_epi32(x) \
   ([](__m256i v) { uint16_t s[16]; std::memcpy(s, &v, 32); return emulated::each<emulated::I>([&](int i) { return int(s[i]); }); }(x))
+#define _mm512_cvtepi8_epi32(x) \
+  ([](__m128i v) { int8_t s[16]; std::memcpy(s, &v, 16); return emulated::each<emulated::I>([&](int i) { return int(s[i]); }); }(x))
 #define _mm512_cvtneps_pbh(x) \
   ([](emulated::F v) { uint16_t s[16]; for (int i = 0; i < 16; i++) s[i] = emulated::to_bf16(emulated::flushed(v[i])); return emulated::as<__m256i>(s); }(x))
 #define _mm512_dpbf16_ps(sum, a, b) emulated::dpbf16(sum, a, b)

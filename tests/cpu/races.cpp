@@ -79,7 +79,7 @@ int main() {
       for (i64 i = 0; i < REPEATS; i++) {
         ditfast_spot_check(&watched, &bytes, 1);
         ditfast_run(chain, 3, &norm, x.data(), x_out.data(), u_out.data(), 0, product, SAMPLES, TOKENS, WIDTH, THREADS);
-        ditfast_few_rows(x.data(), weight.data(), 0, weight.data(), y.data(), 4, HIDDEN, WIDTH, THREADS);
+        ditfast_few_rows(FULL, x.data(), weight.data(), nullptr, weight.data(), y.data(), 4, HIDDEN, WIDTH, THREADS);
       }
     };
     std::thread other(call);

@@ -184,6 +184,25 @@ def test_few_rows(variant: engine.Engine, M: int, K: int, N: int, dtype: torch.d
     assert torch.equal(cpu.linear_of_few(x[-1:], weight, bias), found[-1:])
 
 
+@DTYPES
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (1, 100, 7), (2, 16, 5), (3, 33, 4), (16, 40, 11)])
+@torch.inference_mode()
+def test_few_rows_in_int8(variant: engine.Engine, M: int, K: int, N: int, dtype: torch.dtype) -> None:
+    """Of two linears side by side: what is not rounded is as exact as ever."""
+    x = torch.randn(M, K).to(dtype)
+    linears = tuple((torch.randn(n, K).to(dtype), torch.randn(n).to(dtype)) for n in (N, 3))
+    stored, scale = packed.quantised(torch.cat([weight for weight, _ in linears]).float(), pairs=False)
+    exact = F.linear(x.double(), stored.double() * scale.double()[:, None], torch.cat([bias for _, bias in linears]).double())
+    found = cpu.int8_linear_of_few(x, linears)
+    assert found is not None
+    assert found.dtype == dtype
+    assert error(found, exact) <= error(exact.to(dtype), exact) + 1e-6
+    torch.set_num_threads(3)
+    assert torch.equal(cpu.int8_linear_of_few(x[-1:], linears), found[-1:])
+    linears[1][0].data.mul_(2)
+    assert error(cpu.int8_linear_of_few(x, linears), exact) > 1e-2
+
+
 @torch.inference_mode()
 def test_few_rows_that_it_leaves(native: engine.Engine) -> None:
     x, weight, bias = torch.randn(2, 8), torch.randn(3, 8), torch.randn(3)
@@ -197,6 +216,8 @@ def test_few_rows_that_it_leaves(native: engine.Engine) -> None:
         (x, torch.randn(3, 9), bias),
     ):
         assert cpu.linear_of_few(*others) is None
+        if not others[1].mT.is_contiguous():
+            assert cpu.int8_linear_of_few(others[0], ((weight, bias), others[1:])) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert cpu.linear_of_few(x, weight, bias) is None
 

@@ -209,10 +209,16 @@ int ditfast_run(
   return 2;
 }
 
-void ditfast_few_rows(
-    const float* x, const void* weight, i64 half, const float* bias, float* y, i64 rows, i64 outputs, i64 inputs, i64 threads) {
-  if (half) multiply_few_rows(x, (const bf16*)weight, bias, y, rows, outputs, inputs, threads);
-  else multiply_few_rows(x, (const float*)weight, bias, y, rows, outputs, inputs, threads);
+// y = x W^T + b, of weights [outputs, inputs] that are stored as those of a product are; int8's times ``scale``, else null.
+int ditfast_few_rows(
+    i64 product, const float* x, const void* weight, const float* scale, const float* bias, float* y, i64 rows, i64 outputs,
+    i64 inputs, i64 threads) {
+  switch (product) {
+    case FULL: return multiply_few_rows(x, (const float*)weight, scale, bias, y, rows, outputs, inputs, threads), 0;
+    case HALF: return multiply_few_rows(x, (const bf16*)weight, scale, bias, y, rows, outputs, inputs, threads), 0;
+    case BYTE: return multiply_few_rows(x, (const int8_t*)weight, scale, bias, y, rows, outputs, inputs, threads), 0;
+  }
+  return 2;
 }
 
 i64 ditfast_packed_bytes(i64 product, i64 outputs, i64 inputs) {
@@ -228,9 +234,10 @@ i64 ditfast_packed_bytes(i64 product, i64 outputs, i64 inputs) {
 uint64_t ditfast_spot_check(const char* const* tensors, const i64* bytes, i64 count) {
   uint64_t hash = 1469598103934665603u;
   for (i64 i = 0; i < count; i++)
-    for (i64 spot = 0; spot < SPOTS && bytes[i] >= 8; spot++) {
-      uint64_t value;
-      std::memcpy(&value, tensors[i] + (bytes[i] - 8) * spot / (SPOTS - 1) / 4 * 4, 8);
+    for (i64 spot = 0; spot < SPOTS; spot++) {
+      const i64 size = std::min<i64>(8, bytes[i]);
+      uint64_t value = 0;
+      std::memcpy(&value, tensors[i] + (bytes[i] - size) * spot / (SPOTS - 1) / 4 * 4, size);
       hash = (hash ^ value) * 1099511628211u;
       hash ^= hash >> 32;
     }

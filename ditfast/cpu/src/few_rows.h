@@ -24,10 +24,11 @@ INLINE void dot_products(const float* x, const T* weight, i64 inputs, float* out
   for (int r = 0; r < R; r++) out[r] = sum(sums[r]);
 }
 
-// x [rows, inputs], weight [outputs, inputs], y [rows, outputs], all of them contiguous.
+// x [rows, inputs], weight [outputs, inputs], y [rows, outputs], all of them contiguous; ``scale`` (or null) of each output.
 template <class T>
 static void multiply_few_rows(
-    const float* x, const T* weight, const float* bias, float* y, i64 rows, i64 outputs, i64 inputs, i64 threads) {
+    const float* x, const T* weight, const float* scale, const float* bias, float* y, i64 rows, i64 outputs, i64 inputs,
+    i64 threads) {
   parallel(outputs, threads, [&](i64 first, i64 last) {
     for (i64 n = first; n < last; n++)
       for (i64 r = 0; r < rows; r += ROWS_AT_ONCE) {
@@ -40,7 +41,7 @@ static void multiply_few_rows(
           case 3: dot_products<3>(in, weight + n * inputs, inputs, found); break;
           default: dot_products<ROWS_AT_ONCE>(in, weight + n * inputs, inputs, found);
         }
-        for (i64 i = 0; i < count; i++) y[(r + i) * outputs + n] = found[i] + bias[n];
+        for (i64 i = 0; i < count; i++) y[(r + i) * outputs + n] = (scale ? scale[n] * found[i] : found[i]) + bias[n];
       }
   });
 }

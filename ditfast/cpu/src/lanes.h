@@ -59,6 +59,7 @@ INLINE Lanes odd_bf16(Lanes pairs) {
 INLINE Lanes load(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+INLINE Lanes load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 INLINE void store(bf16* p, Lanes x) {
 #ifdef __AVX512BF16__
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
@@ -121,6 +122,8 @@ INLINE __m256 load_8(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 INLINE Lanes load(const bf16* p) { return {load_8(p), load_8(p + 8)}; }
+INLINE __m256 load_8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+INLINE Lanes load(const int8_t* p) { return {load_8(p), load_8(p + 8)}; }
 INLINE void store_8(bf16* p, __m256 x) {
   // To the nearest, ties to even; what is not a number keeps the bits that say so, and one more.
   const __m256i i = _mm256_castps_si256(x), top = _mm256_srli_epi32(i, 16), odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
