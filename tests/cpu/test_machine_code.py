@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from ditfast.cpu import library
+from ditfast.files import cache_folder
 
 
 class Instruction(NamedTuple):
@@ -24,13 +25,13 @@ FEATURES = {"avx2": {*library.AVX2}, "avx512": {*library.AVX2, *library.AVX512, 
 
 
 @pytest.fixture(scope="module", params=FEATURES)
-def loops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[Instruction]]:
+def loops(request: pytest.FixtureRequest) -> list[list[Instruction]]:
     """Innermost ones of the library for a CPU with AVX2 and no more, or with everything."""
     if not shutil.which("objdump"):
         pytest.skip("needs objdump")
     options = library.options_for(frozenset(FEATURES[request.param]))
     try:
-        path = library.build(options, tmp_path_factory.mktemp("library"))
+        path = library.build(options, cache_folder("cpu"))
     except library.Unavailable as error:
         pytest.skip(str(error))
     return list(innermost(disassembled(path)))
