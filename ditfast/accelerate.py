@@ -73,9 +73,9 @@ def accelerate(
         dtype: torch.bfloat16 or torch.float16 to compute a DiT in it, without gradients, while the parameters
             stay as they are; copies of the weights are kept in it, and made again when a weight changes (writes through
             ``.data`` are seen after the next forward with gradients). None for the parameters' own. The output has the
-            dtype it had. ``"int8"`` has the CPU engine multiply the blocks' linears in int8, as ``DiT.quantize`` does, and
-            prints what that gains and costs on a few random inputs; forwards that are not the CPU engine's (with
-            gradients, or compiled) stay as they are.
+            dtype it had. ``"int8"`` has the CPU engine multiply the blocks' linears in int8 and round the conditioning's
+            weights to it, as ``DiT.quantize`` does, and prints what that gains and costs on a few random inputs; forwards
+            with gradients, or compiled, stay as they are.
         attention: of a DiT: ``"auto"``, or ``"flash"``, ``"sdpa"`` (diffusers' name: ``"native"``) or ``"triton"`` for one
             engine; int8 has no other than ``"auto"``.
         cache_modulation: keep a DiT's modulation vectors for each batch of conditioning vectors met, up to 512 MiB, for

@@ -122,7 +122,7 @@ def run_through(x: Tensor, stops: Sequence[Stop], final: Norm) -> Tensor:
 
 
 def run_on_cpu(x: Tensor, chain: Sequence[Sublayer], following: Norm) -> tuple[Tensor, Tensor] | None:
-    """``run`` by the CPU engine; None where it does not take x, or somebody wants one of the linears to be called."""
+    """``run`` in one call, by the CPU engine or on torch's kernels; None where that is not for x, or a linear to be called."""
     if not cpu.takes(x):
         return None
     steps = []

@@ -71,10 +71,9 @@ def pack_linears(linears: Sequence[nn.Linear]) -> None:
 def packed_linear(x: Tensor, linears: Sequence[nn.Linear], int8: bool = False) -> list[Tensor]:
     """``[linear(x) for linear in linears]``, as one GEMM where the weights lie in one storage (see ``pack_linears``).
 
-    With ``int8`` a few rows are multiplied, where the CPU engine does that, with weights that are rounded to it.
-
     Whether they do is read off the parameters at each call: nothing is cached, so nothing can be stale. Calls that need
-    gradients, and compiled graphs, go through the linears one by one.
+    gradients, and compiled graphs, go through the linears one by one. With ``int8`` the CPU engine, where it takes them,
+    multiplies with weights that are rounded to it, and kept until they change.
     """
     found = [plain_weights(linear) for linear in linears]
     plain = [both for both in found if both is not None]
@@ -82,7 +81,7 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear], int8: bool = False) -
         weights, biases = zip(*plain, strict=True)
         if not needs_gradient(x, *weights, *biases):
             sizes = [bias.shape[0] for bias in biases]
-            rounded = cpu.int8_linear_of_few(x, tuple(plain)) if int8 else None
+            rounded = cpu.int8_weights_linear(x, tuple(plain)) if int8 else None
             if rounded is not None:
                 return list(rounded.split(sizes, dim=-1))
             weight, bias = _joined(weights), _joined(biases)
@@ -93,7 +92,7 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear], int8: bool = False) -
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor, int8: bool = False) -> Tensor:
     """``F.linear`` of few rows with a very tall weight; with ``int8`` as ``packed_linear`` has it."""
-    found = cpu.int8_linear_of_few(x, ((weight, bias),)) if int8 else cpu.linear_of_few(x, weight, bias)
+    found = cpu.int8_weights_linear(x, ((weight, bias),)) if int8 else cpu.linear_of_few(x, weight, bias)
     if found is not None:
         return found
     if in_fp32(x) and not needs_gradient(x, weight, bias):

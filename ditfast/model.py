@@ -184,7 +184,7 @@ class DiT(nn.Module):
         modulations, final = self._modulations(vectors)  # depth x up to 6 x [B, D], 2 x [B, D]
         if self.config.conditioning == "in_context":
             x = torch.cat([x, context], dim=1)  # [B, T+2, D]
-        if cpu.takes(x) and all(map(is_silent, self.blocks)):
+        if cpu.takes(x) and all(map(_is_silent_block, self.blocks)):
             pairs = zip(self.blocks, modulations, strict=True)
             chain = [s for block, vectors in pairs for s in blocks.sublayers(self._views(block), vectors, context)]
             u = blocks.run_through(x, [chain], final)  # [B, T, D]
@@ -204,10 +204,9 @@ class DiT(nn.Module):
         """Has the CPU engine multiply the blocks' linears in int8, and prints what that gains and costs on a few random inputs.
 
         Activations are rounded to 255 steps between their least and largest value, token by token; weights to 254 between
-        plus and minus their largest, output by output (down to half as many where the CPU has no VNNI); sums are exact. For
-        up to 16 samples the conditioning's weights are rounded like that too, which are most of what is read then; what they
-        multiply is not. The parameters stay as they are, and so does every forward that is not the CPU engine's: one with
-        gradients, or on a GPU.
+        plus and minus their largest, output by output (down to half as many where the CPU has no VNNI); sums are exact. Of
+        the conditioning's linears the weights are rounded, and what they multiply is not. The parameters stay as they are,
+        and so does every forward with gradients, compiled, or on a GPU.
 
         Args:
             dtype: ``"int8"``; None for the parameters' own again.
@@ -243,7 +242,9 @@ class DiT(nn.Module):
 
     def _is_read(self, block: nn.Module) -> bool:
         """Whether nobody wants a block or its linears to be called."""
-        return is_silent(block) and blocks.are_read(blocks.sublayers(self._views(block), blocks.Modulation(), self.pos_embed))
+        return _is_silent_block(block) and blocks.are_read(
+            blocks.sublayers(self._views(block), blocks.Modulation(), self.pos_embed)
+        )
 
     def _switch_int8(self, on: bool) -> None:
         self.int8 = on
@@ -361,6 +362,11 @@ def sincos_positions(config: DiTConfig) -> Tensor:
     column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)  # 2 x [T]
     angles = torch.stack([column, row], dim=1)[:, :, None] * frequencies  # [T, 2, D/4]
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None].float()  # [1, T, D]
+
+
+def _is_silent_block(module: nn.Module) -> bool:
+    """Whether a module is ours, and nobody would notice that it is not called."""
+    return type(module).forward is Block.forward and is_silent(module)
 
 
 def _modulation(config: DiTConfig, vectors: int) -> nn.Sequential:

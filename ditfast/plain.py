@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-TENSORS = (nn.Parameter, Tensor)
+PLAIN_TYPES = (nn.Parameter, Tensor)
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -35,7 +35,7 @@ def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor] | None:
         type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
         and "forward" not in own
         and is_unhooked(module)
-        and type(weight) in TENSORS
+        and type(weight) in PLAIN_TYPES
         and bias is not None
     ):
         return weight, bias

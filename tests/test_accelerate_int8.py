@@ -125,6 +125,18 @@ def test_a_part_with_another_dtype_is_no_part_of_the_chain() -> None:
     assert len(set(errors)) == 4  # the model has the final layer's conditioning too
 
 
+@torch.no_grad()
+def test_cached_modulation_is_that_of_its_backend() -> None:
+    """In int8 its weights are rounded, on another backend they are not."""
+    model, inputs = official(), official_inputs()
+    with ditfast.backend("torch"):
+        exact = run(ditfast.accelerate(model), inputs)[0]
+    ditfast.accelerate(model, dtype="int8", cache_modulation=True)
+    assert LOWEST < error(run(model, inputs)[0], exact) < HIGHEST
+    with ditfast.backend("torch"):
+        assert torch.equal(run(model, inputs)[0], exact)
+
+
 class Adapted(nn.Linear):
     """As LoRA libraries have them: an own forward."""
 
@@ -207,7 +219,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "meta device" in refused("model_or_pipeline", official().to("meta"))
     with ditfast.backend("torch"):
         assert "forced" in refused("dtype", model)
-    monkeypatch.setattr("ditfast.cpu.engine.found", lambda: (None, "the CPU engine needs a compiler"))
+    monkeypatch.setattr("ditfast.cpu.dispatch.found", lambda: (None, "the CPU engine needs a compiler"))
     assert refused("dtype", model) == "dtype: got int8, but the CPU engine needs a compiler"
     assert swap_of(model) is None
 

@@ -101,7 +101,7 @@ def test_a_grid_alone_is_no_folder(option: list[str], tmp_path: Path, capsys: py
 def test_int8_is_for_a_cpu_with_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ditfast.cpu.engine.found", lambda: (None, "the CPU engine needs a compiler"))
+    monkeypatch.setattr("ditfast.cpu.dispatch.found", lambda: (None, "the CPU engine needs a compiler"))
     assert draw(tmp_path / "run", "--dtype", "int8") == 2
     assert capsys.readouterr().err == "ditfast sample: --dtype: got int8, but the CPU engine needs a compiler\n"
     monkeypatch.setattr("ditfast.commands.sample.choose_device", lambda *_: torch.device("meta"))

@@ -250,6 +250,40 @@ def test_replaced_linears_are_called() -> None:
         assert not torch.allclose(fast(x, t, y), before)
 
 
+class Halved(Block):
+    """A block with another forward."""
+
+    def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        x, u = super().forward(x, *others)
+        return x / 2, u / 2
+
+
+class Wrapped(nn.Module):
+    """Somebody's module around a block."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block(*given)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
+@torch.no_grad()
+def test_replaced_blocks_are_called(conditioning: str) -> None:
+    config = dataclasses.replace(SMALL, conditioning=conditioning)
+    _, fast = pair(config, torch.float32)
+    given = inputs(config, torch.float32)
+    fast.final_layer.linear.bias.zero_()
+    before = fast(*given)
+    if conditioning == "cross_attention":  # where nothing of a block is read but by itself
+        fast.blocks[0] = Wrapped(fast.blocks[0])
+        torch.testing.assert_close(fast(*given), before)
+    fast.blocks[-1].__class__ = Halved
+    torch.testing.assert_close(fast(*given), before / 2)
+
+
 PROJECTIONS = (
     "x_embedder.proj",
     "blocks.0.attn.qkv",

@@ -13,7 +13,7 @@ from torch import Tensor
 from ditfast import cpu
 from ditfast.benchmarks import digits_quality, sampling
 from ditfast.benchmarks.digits_quality import Draw
-from ditfast.cpu import engine
+from ditfast.cpu import dispatch, engine
 
 needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 needs_engine = pytest.mark.skipif(cpu.found()[0] is None, reason="needs the CPU engine")
@@ -54,7 +54,7 @@ def test_the_engine_and_int8_inside_a_run(tmp_path: Path, monkeypatch: pytest.Mo
 def test_int8_without_an_engine_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine, "found", lambda: (None, "the CPU engine needs a C++ compiler"))
+    monkeypatch.setattr(dispatch, "found", lambda: (None, "the CPU engine needs a C++ compiler"))
     arguments = ["--width", "S", "--depth", "1", "--steps", "2", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert sampling.main([*arguments, "--rivals", "ditfast", "ditfast-int8"]) == 0
     note = "skipped: ditfast-int8: got int8, but the CPU engine needs a C++ compiler"
@@ -99,7 +99,7 @@ def test_int8_is_within_noise(tmp_path: Path) -> None:
 
 @needs_sklearn
 def test_int8_is_skipped_without_an_engine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(engine, "found", lambda: (None, "the CPU engine needs a C++ compiler"))
+    monkeypatch.setattr(dispatch, "found", lambda: (None, "the CPU engine needs a C++ compiler"))
     assert digits_quality.main([*QUICK, "--variants", "int8"]) == 0
     assert "skipped: int8: got int8, but the CPU engine needs a C++ compiler" in capsys.readouterr().out
 

@@ -1,7 +1,7 @@
 """The CPU engine: a chain of sublayers in one call of a small C++ library, over packed weights."""
 
 from .chain import CROSS_ATTENTION, MLP, SELF_ATTENTION, Context, Final, Products, Step
-from .engine import found, int8_linear_of_few, linear_of_few, run, runs_on, takes
+from .dispatch import found, int8_weights_linear, linear_of_few, run, runs_on, takes
 from .int8 import Cost, check, forget, measure, unfit
 from .packed import Linears
 
@@ -18,7 +18,7 @@ __all__ = [
     "check",
     "forget",
     "found",
-    "int8_linear_of_few",
+    "int8_weights_linear",
     "linear_of_few",
     "measure",
     "run",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.dispatch import autocast_dtype
 from .packed import Linears
 
 SELF_ATTENTION, CROSS_ATTENTION, MLP = range(3)  # kinds, as engine.cpp numbers them
@@ -51,20 +53,33 @@ class DoesNotFit(Exception):
     """A shape or dtype is not what the ops want, which say what is wrong."""
 
 
+def dtype_of_weights(x: Tensor) -> torch.dtype | None:
+    """That a chain for x wants; None where autocast casts them."""
+    return x.dtype if autocast_dtype(x.device) is None else None
+
+
+def check_vector(vector: Tensor, shapes: Sequence[torch.Size]) -> None:
+    """Raises DoesNotFit unless modulation is of one of the shapes."""
+    if vector.shape not in shapes or not is_here(vector):
+        raise DoesNotFit
+
+
 def check_weights(products: Products, dtype: torch.dtype | None) -> None:
     """Raises DoesNotFit unless a sublayer's weights, of one dtype unless it is None, go together."""
     kind, first, second, heads, *_ = products
-    outputs, D = _features(first, dtype)
-    found, inputs = _features(second, dtype)
-    expected = {SELF_ATTENTION: 3 * D, CROSS_ATTENTION: D, MLP: outputs}[kind]
-    if outputs != expected or found != D or inputs != (outputs if kind == MLP else D) or D % heads:
+    between, D = _features(first, dtype)
+    outputs, inputs = _features(second, dtype)
+    expected = {SELF_ATTENTION: 3 * D, CROSS_ATTENTION: D, MLP: between}[kind]
+    if between != expected or outputs != D or inputs != (between if kind == MLP else D) or D % heads:
         raise DoesNotFit
 
 
 def check_context(context: Context, B: int, D: int, dtype: torch.dtype | None) -> None:
     """Raises DoesNotFit unless the context, of one dtype unless it is None, is for B samples of width D."""
     tokens, weight, bias = context
-    if weight.shape != (2 * D, D) or bias.shape != (2 * D,) or tokens.shape[::2] != (B, D):
+    if weight.shape != (2 * D, D) or bias.shape != (2 * D,) or tokens.dim() != 3 or tokens.shape[::2] != (B, D):
+        raise DoesNotFit
+    if tokens.shape[1] == 0:
         raise DoesNotFit
     _check_alike(context, dtype)
 

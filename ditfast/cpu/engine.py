@@ -1,62 +1,18 @@
-"""Who runs a chain of sublayers on a CPU, and when: the engine, or torch's kernels where there is none."""
+"""The compiled engine: the call, over weights packed for it."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..files import cache_folder
-from ..ops.dispatch import autocast_dtype, forced
-from . import library, torch_chain
-from .chain import Context, DoesNotFit, Final, Products, Step, check_context, check_weights, is_here
-from .packed import BYTE, BYTE_ROWS, FULL, HALF, Linears, PackedChains, PackedLinear
-
-FEW_ROWS = 16  # faster than torch up to there: weights of [28416, 384] and [149504, 1024], one thread of a Zen 3
-PRODUCTS = {torch.float32: FULL, torch.bfloat16: HALF}
-
-
-@functools.cache
-def found() -> tuple[Engine | None, str]:
-    """This machine's engine, built at the first call; or None, and why, with a warning if the user could help."""
-    try:
-        options = library.options_for(library.cpu_features())
-        return Engine(library.load(library.build(options, cache_folder("cpu")))), ""
-    except library.Unavailable as error:
-        if isinstance(error, library.NotBuilt):
-            warnings.warn(f"{error}; without it blocks run on torch's kernels, slower", stacklevel=2)
-        return None, str(error)
-
-
-def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is an engine for tensors of this kind, and nothing else is forced."""
-    return _is_free() and device.type == "cpu" and dtype in PRODUCTS and found()[0] is not None
-
-
-def takes(x: Tensor) -> bool:
-    """Whether ``run`` is for x [B, T, D]: without gradients, on a CPU, on which nothing else is forced."""
-    return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and x.numel() > 0
-        and (autocast_dtype(x.device) or x.dtype) in PRODUCTS
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        and _is_free()
-    )
-
-
-def _is_free() -> bool:
-    """Whether no backend or attention is forced."""
-    return forced().backend is None and forced().attention is None
+from ..ops.dispatch import autocast_dtype
+from . import library
+from .chain import Context, DoesNotFit, Final, Products, Step, check_context, check_vector, check_weights, dtype_of_weights
+from .packed import BYTE, BYTE_ROWS, FULL, PRODUCTS, Linears, PackedChains, PackedLinear
 
 
 class Engine:
@@ -79,7 +35,7 @@ class Engine:
         product = BYTE if steps and steps[0].products.int8 else PRODUCTS[autocast_dtype(x.device) or x.dtype]
         x = x.contiguous()
         B, T, D = x.shape
-        dtype = x.dtype if autocast_dtype(x.device) is None else None
+        dtype = dtype_of_weights(x)
         packed = self._packed([step.products for step in steps], product, D, dtype)
         vectors = _Vectors(B, T, D)
         chain = b""
@@ -102,12 +58,12 @@ class Engine:
         return x_out, u_out
 
     def linear_of_few(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x [M, K] through a weight [N, K], for M up to ``FEW_ROWS``: in the time that reading the weight takes."""
+        """x [M, K] through a weight [N, K], for a few rows: in the time that reading the weight takes."""
         biases = bias.float().contiguous()
         return self._few_rows(PRODUCTS[weight.dtype], x, weight.data_ptr(), None, biases.data_ptr(), len(weight))
 
-    def int8_linear_of_few(self, x: Tensor, linears: Linears) -> Tensor:
-        """x [M, K] through linears side by side: weights rounded to int8, which are a quarter to read, x as it is."""
+    def int8_weights_linear(self, x: Tensor, linears: Linears) -> Tensor:
+        """x [M, K] through linears side by side: their weights rounded to int8, which are a quarter to read; x as it is."""
         tensors = [tensor for linear in linears for tensor in linear]
         (packed,) = self._chains.find(tensors, BYTE_ROWS) or self._chains.pack(tensors, [linears], BYTE_ROWS)
         weight, bias, scale, _, outputs, _ = packed.fields
@@ -143,41 +99,6 @@ class Engine:
         return F.linear(tokens.to(weight.dtype), weight, bias).to(torch.bfloat16 if half else torch.float32).contiguous()
 
 
-def run(x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor] | None:
-    """``Engine.run`` of this machine's, or ``torch_chain.run``, where ``takes(x)``; None where something does not fit."""
-    engine, _ = found()
-    try:
-        return torch_chain.run(x, steps, final) if engine is None else engine.run(x, steps, final)
-    except DoesNotFit:
-        return None
-
-
-def linear_of_few(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
-    """``F.linear`` of x [M, K] by this machine's engine; None where it does not take them."""
-    if not _is_of_few(x, ((weight, bias),)) or not weight.is_contiguous():
-        return None
-    engine, _ = found()
-    return None if engine is None else engine.linear_of_few(x, weight, bias)
-
-
-def int8_linear_of_few(x: Tensor, linears: Linears) -> Tensor | None:
-    """``Engine.int8_linear_of_few`` of this machine's; None where it does not take them."""
-    if not _is_of_few(x, linears):
-        return None
-    engine, _ = found()
-    return None if engine is None else engine.int8_linear_of_few(x, linears)
-
-
-def _is_of_few(x: Tensor, linears: Linears) -> bool:
-    if x.dim() != 2 or not 0 < len(x) <= FEW_ROWS or not takes(x) or autocast_dtype(x.device) is not None:
-        return False
-    K, dtype = x.shape[1], x.dtype
-    return all(
-        weight.shape == (bias.shape[0], K) and weight.dtype == bias.dtype == dtype and is_here(weight) and is_here(bias)
-        for weight, bias in linears
-    )
-
-
 class _Vectors:
     """Fields of a ``library.VECTOR`` for modulation vectors, and what only they point to."""
 
@@ -188,8 +109,7 @@ class _Vectors:
     def of(self, vector: Tensor | None) -> tuple[int, int, int, bool]:
         if vector is None:
             return 0, 0, 0, False
-        if not vector.is_cpu or vector.shape not in self._shapes:
-            raise DoesNotFit
+        check_vector(vector, self._shapes)
         strides = vector.stride()
         if strides[-1] != 1 or vector.dtype not in PRODUCTS:
             vector = vector.float().contiguous()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import DTYPES
-from . import engine
+from . import dispatch
+from .packed import PRODUCTS
 
 LEAST_SECONDS = 0.2  # of forwards behind each median
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -38,23 +39,23 @@ def check(name: str, parameters: Iterable[Tensor]) -> None:
     others = unfit(parameters)
     if others:
         raise ValueError(f"{name}: got int8 for {others}, expected fp32 or bf16 weights on the CPU")
-    found, why = engine.found()
+    found, why = dispatch.found()
     if found is None:
         raise ValueError(f"{name}: got int8, but {why}")
-    if not engine.runs_on(torch.device("cpu"), torch.float32):
+    if not dispatch.runs_on(torch.device("cpu"), torch.float32):
         raise ValueError(f"{name}: got int8, which only the CPU engine has, where another backend or attention is forced")
 
 
 def unfit(parameters: Iterable[Tensor]) -> str:
     """In words, the kinds of parameters that the CPU engine has no int8 for; empty if there are none."""
     kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
-    others = sorted(f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in engine.PRODUCTS)
+    others = sorted(f"{dtype} on {device}" for device, dtype in kinds if device != "cpu" or dtype not in PRODUCTS)
     return f"weights of {', '.join(others)}" if others else ""
 
 
 def forget(parameters: Iterable[Tensor]) -> None:
     """Drops what the CPU engine has packed of them, which it packs again where it is wanted."""
-    found, _ = engine.found()
+    found, _ = dispatch.found()
     if found is not None:
         found.forget(parameters)
 

@@ -116,6 +116,7 @@ def load(path: Path) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.ditfast_run.argtypes = [pointer, number, *[pointer] * 4, *[number] * 6]
     library.ditfast_few_rows.argtypes = [number, *[pointer] * 5, *[number] * 4]
+    library.ditfast_few_rows.restype = None
     library.ditfast_pack.argtypes = [number, pointer, *[number] * 4, pointer, number]
     library.ditfast_packed_bytes.argtypes = [number] * 3
     library.ditfast_packed_bytes.restype = number

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from . import library
 
 FULL, HALF, BYTE = range(3)  # products, as engine.cpp numbers them
-BYTE_ROWS = 3  # in packed chains: weights of int8 where they lie row by row, for ``few_rows.h``
+BYTE_ROWS = 3  # beside those that weights are packed for: int8 of which no panels are made, for few_rows.h
+PRODUCTS = {torch.float32: FULL, torch.bfloat16: HALF}
 STORED = {FULL: torch.float32, HALF: torch.bfloat16}
 LARGEST_BYTE = 127
 LARGEST_PAIR = 127  # neighbours of one sign, before they are rounded: 255 * 128 fits in 16 bits

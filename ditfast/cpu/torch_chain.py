@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..ops.cpu_products import attention_for, linear_for
-from ..ops.dispatch import autocast_dtype
 from ..ops.gated_residual import torch_gated_residual
 from ..ops.layer_norm_modulate import torch_layer_norm_modulate
 from ..ops.torch_gelu import torch_gelu
-from .chain import MLP, DoesNotFit, Final, Products, Step, check_context, check_weights, is_here
+from .chain import MLP, DoesNotFit, Final, Products, Step, check_context, check_vector, check_weights, dtype_of_weights
 
 Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,9 +34,9 @@ def run(x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor]
 
 
 def _check(x: Tensor, steps: Sequence[Step], final: Final) -> None:
-    dtype = x.dtype if autocast_dtype(x.device) is None else None
+    dtype = dtype_of_weights(x)
     B, T, D = x.shape
-    shapes = (torch.Size((B, D)), torch.Size((B, T, D)))
+    shapes = torch.Size((B, D)), torch.Size((B, T, D))
     vectors = [final.shift, final.scale]
     for products, shift, scale, gate, _ in steps:
         vectors += (shift, scale, gate)
@@ -46,17 +45,17 @@ def _check(x: Tensor, steps: Sequence[Step], final: Final) -> None:
             check_context(products.context, B, D, dtype)
         if products.first[0][0].shape[1] != D:
             raise DoesNotFit
-    if not all(vector is None or (vector.shape in shapes and is_here(vector)) for vector in vectors):
-        raise DoesNotFit
+    for vector in vectors:
+        if vector is not None:
+            check_vector(vector, shapes)
 
 
 def _multiplied(u: Tensor, products: Products, linear: Linear, attention: Attention) -> Tensor:
     """A sublayer, up to its gate."""
-    first = [linear(u, weight, bias) for weight, bias in products.first]
-    ((weight, bias),) = products.second
+    (last,) = products.second
     if products.kind == MLP:
-        return linear(torch_gelu(first[0]), weight, bias)  # [B, T, D]
-    heads = (products.heads, -1)
+        return linear(torch_gelu(linear(u, *products.first[0])), *last)  # [B, T, D]
+    first, heads = [linear(u, *each) for each in products.first], (products.heads, -1)
     if products.context is not None:
         q = first[0].unflatten(-1, heads)  # [B, T, H, d]
         k, v = linear(*products.context).unflatten(-1, (2, *heads)).unbind(2)  # 2 x [B, S, H, d]
@@ -64,4 +63,4 @@ def _multiplied(u: Tensor, products: Products, linear: Linear, attention: Attent
         q, k, v = first[0].unflatten(-1, (3, *heads)).unbind(2)  # 3 x [B, T, H, d]
     else:
         q, k, v = (part.unflatten(-1, heads) for part in first)  # 3 x [B, T, H, d]
-    return linear(attention(q, k, v), weight, bias)  # [B, T, D]
+    return linear(attention(q, k, v), *last)  # [B, T, D]

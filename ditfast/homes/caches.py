@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import blocks
+from ..ops.dispatch import forced
 
 Fingerprint: TypeAlias = tuple[tuple[int, int], ...]
 Modulations: TypeAlias = tuple[Sequence[blocks.Modulation | None], blocks.Norm]  # None of a block that is called
@@ -76,11 +77,14 @@ class Caches:
     def modulations(
         self, conditions: Sequence[Tensor], weights: Iterable[Tensor], compute: Callable[[], Modulations]
     ) -> Modulations:
-        """``compute()``, once for the same bits of the conditions as long as the weights stay; reads them on the host."""
+        """``compute()``, once for the same bits of the conditions and the same backend as long as the weights stay.
+
+        Reads the conditions on the host.
+        """
         now = fingerprint(weights)
         if now is None:
             return compute()
-        key = tuple(map(_bits, conditions))
+        key = (forced(), *map(_bits, conditions))
         with self._lock:
             if self._weights != now:
                 self._weights = now

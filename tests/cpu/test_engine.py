@@ -185,22 +185,37 @@ def test_few_rows(variant: engine.Engine, M: int, K: int, N: int, dtype: torch.d
 
 
 @DTYPES
-@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (1, 100, 7), (2, 16, 5), (3, 33, 4), (16, 40, 11)])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (1, 100, 7), (2, 16, 5), (3, 33, 4), (30, 40, 11)])
 @torch.inference_mode()
-def test_few_rows_in_int8(variant: engine.Engine, M: int, K: int, N: int, dtype: torch.dtype) -> None:
+def test_int8_weights(variant: engine.Engine, M: int, K: int, N: int, dtype: torch.dtype) -> None:
     """Of two linears side by side: what is not rounded is as exact as ever."""
     x = torch.randn(M, K).to(dtype)
     linears = tuple((torch.randn(n, K).to(dtype), torch.randn(n).to(dtype)) for n in (N, 3))
     stored, scale = packed.quantised(torch.cat([weight for weight, _ in linears]).float(), pairs=False)
     exact = F.linear(x.double(), stored.double() * scale.double()[:, None], torch.cat([bias for _, bias in linears]).double())
-    found = cpu.int8_linear_of_few(x, linears)
+    found = cpu.int8_weights_linear(x, linears)
     assert found is not None
     assert found.dtype == dtype
     assert error(found, exact) <= error(exact.to(dtype), exact) + 1e-6
     torch.set_num_threads(3)
-    assert torch.equal(cpu.int8_linear_of_few(x[-1:], linears), found[-1:])
+    assert torch.equal(cpu.int8_weights_linear(x[-1:], linears), found[-1:])
     linears[1][0].data.mul_(2)
-    assert error(cpu.int8_linear_of_few(x, linears), exact) > 1e-2
+    assert error(cpu.int8_weights_linear(x, linears), exact) > 1e-2
+
+
+@torch.inference_mode()
+def test_int8_weights_of_other_kinds(native: engine.Engine) -> None:
+    x, weight, bias = torch.randn(2, 8), torch.randn(3, 8), torch.randn(3)
+    expected = cpu.int8_weights_linear(x, ((weight, bias),))
+    assert expected is not None
+    assert torch.equal(cpu.int8_weights_linear(x, ((weight.T.contiguous().T, bias),)), expected)
+    for others in ((x[:0], weight, bias), (x[None], weight, bias), (x, weight, bias.bfloat16()), (x, torch.randn(3, 9), bias)):
+        assert cpu.int8_weights_linear(others[0], (others[1:],)) is None
+        assert cpu.int8_weights_linear(others[0], ((weight, bias), others[1:])) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.int8_weights_linear(x, ((weight, bias),)) is None
+    with torch.enable_grad():
+        assert cpu.int8_weights_linear(x, ((weight, bias),)) is None
 
 
 @torch.inference_mode()
@@ -216,8 +231,6 @@ def test_few_rows_that_it_leaves(native: engine.Engine) -> None:
         (x, torch.randn(3, 9), bias),
     ):
         assert cpu.linear_of_few(*others) is None
-        if not others[1].mT.is_contiguous():
-            assert cpu.int8_linear_of_few(others[0], ((weight, bias), others[1:])) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert cpu.linear_of_few(x, weight, bias) is None
 
@@ -369,6 +382,10 @@ def test_other_tensors(native: engine.Engine) -> None:
     assert not cpu.takes(torch.randn(1, 2, 3, device="meta"))
     assert not cpu.takes(torch.randn(1, 2, 3).half())
     assert not cpu.takes(torch.randn(1, 2, 3).double())
+    with torch.autocast("cpu", torch.bfloat16):  # which casts what is multiplied, not the stream
+        assert cpu.takes(torch.randn(1, 2, 3))
+        assert not cpu.takes(torch.randn(1, 2, 3).half())
+        assert not cpu.takes(torch.randn(1, 2, 3).double())
     seen: list[bool] = []
     torch.vmap(lambda x: (seen.append(cpu.takes(x)), x)[1])(torch.randn(2, 1, 2, 3))
     assert seen == [False]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ditfast.cpu import engine, library
+from ditfast.cpu import dispatch, library
 from ditfast.files import cache_folder
 
 NATIVE = frozenset({*library.AVX2, *library.AVX512, *library.EXTRAS})
@@ -100,13 +100,16 @@ def test_a_machine_without_a_compiler_runs_on_torch(tmp_path: Path) -> None:
     code = (
         "import torch, ditfast; from ditfast import cpu\n"
         "model = ditfast.load_digits()\n"
+        "from ditfast.cpu import torch_chain\n"
+        "run, calls = torch_chain.run, []\n"
+        "torch_chain.run = lambda *args: calls.append(1) or run(*args)\n"
         "with torch.inference_mode(): out = model(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 10]))\n"
-        "print(cpu.takes(out)); print(cpu.found()[1]); print(bool(out.isfinite().all()))"
+        "print(len(calls)); print(cpu.found()[1]); print(bool(out.isfinite().all()))"
     )
     environment = os.environ | {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    takes, why, finite = done.stdout.splitlines()
-    assert (takes, finite) == ("False", "True")
+    calls, why, finite = done.stdout.splitlines()
+    assert (calls, finite) == ("1", "True")
     assert why == "the CPU engine needs a C++ compiler, and 'no-such-compiler' is not installed"
     warning, *_ = done.stderr.splitlines()
     assert warning.endswith(f"UserWarning: {why}; without it blocks run on torch's kernels, slower")
@@ -115,5 +118,5 @@ def test_a_machine_without_a_compiler_runs_on_torch(tmp_path: Path) -> None:
 
 def test_a_cpu_that_cannot_have_it_is_told_nothing(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
     monkeypatch.setattr(library, "cpu_features", lambda: frozenset({"sse4_2"}))
-    assert engine.found.__wrapped__() == (None, "the CPU engine needs an x86 CPU with AVX2, and Linux")
+    assert dispatch.found.__wrapped__() == (None, "the CPU engine needs an x86 CPU with AVX2, and Linux")
     assert not recwarn.list

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ditfast import DiT, DiTConfig, cpu
 from ditfast.cpu import engine
+from ditfast.cpu.chain import DoesNotFit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRODUCTS = pytest.mark.parametrize("product", ["fp32", "bf16", "int8"])
@@ -196,7 +197,7 @@ def test_weights_that_are_elsewhere(variant: engine.Engine, place: int) -> None:
     parts = list(steps[1].products.second[0])
     parts[place] = parts[place].to("meta")
     steps[1] = steps[1]._replace(products=steps[1].products._replace(second=(tuple(parts),)))
-    with pytest.raises(engine.DoesNotFit):
+    with pytest.raises(DoesNotFit):
         variant.run(x, steps, final)
 
 
@@ -222,7 +223,7 @@ def test_torchs_default_dtype_does_not_matter(variant: engine.Engine, default: t
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
-        found = engine.linear_of_few(x, weight, bias), variant.run(*given)[0]
+        found = cpu.linear_of_few(x, weight, bias), variant.run(*given)[0]
     finally:
         torch.set_default_dtype(before)
     assert found[0].dtype == torch.float32
@@ -233,11 +234,11 @@ def test_torchs_default_dtype_does_not_matter(variant: engine.Engine, default: t
 @torch.no_grad()
 def test_a_tall_weight_elsewhere_or_with_nan(variant: engine.Engine) -> None:
     x, weight, bias = torch.randn(3, 40), torch.randn(700, 40), torch.randn(700)
-    assert engine.linear_of_few(x, weight.to("meta"), bias) is None
-    assert engine.linear_of_few(x, weight, bias.to("meta")) is None
+    assert cpu.linear_of_few(x, weight.to("meta"), bias) is None
+    assert cpu.linear_of_few(x, weight, bias.to("meta")) is None
     weight[5, 7] = NAN
     x[1, 3] = INF
-    found, expected = engine.linear_of_few(x, weight, bias), F.linear(x, weight, bias)
+    found, expected = cpu.linear_of_few(x, weight, bias), F.linear(x, weight, bias)
     assert torch.equal(found.isfinite(), expected.isfinite())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ditfast
 from ditfast import DiT, DiTConfig, blocks, cpu
 from ditfast.config import CONDITIONINGS
-from ditfast.cpu import engine, torch_chain
+from ditfast.cpu import dispatch, torch_chain
 from ditfast.cpu.chain import DoesNotFit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(steps))
         return found
 
-    monkeypatch.setattr(engine, "found", lambda: (None, "the CPU engine needs a compiler"))
+    monkeypatch.setattr(dispatch, "found", lambda: (None, "the CPU engine needs a compiler"))
     monkeypatch.setattr(torch_chain, "run", count)
     return seen
 
@@ -144,7 +144,7 @@ def test_vectors_that_do_not_fit(place: str, shape: tuple[int, ...], device: str
         final = final._replace(scale=vector)
     else:
         steps[1] = steps[1]._replace(**{place: vector})
-    chosen, _ = engine.found()
+    chosen, _ = dispatch.found()
     for run in (torch_chain.run, *([] if chosen is None else [chosen.run])):
         with pytest.raises(DoesNotFit):
             run(x, steps, final)

@@ -210,15 +210,14 @@ int ditfast_run(
 }
 
 // y = x W^T + b, of weights [outputs, inputs] that are stored as those of a product are; int8's times ``scale``, else null.
-int ditfast_few_rows(
+void ditfast_few_rows(
     i64 product, const float* x, const void* weight, const float* scale, const float* bias, float* y, i64 rows, i64 outputs,
     i64 inputs, i64 threads) {
   switch (product) {
-    case FULL: return multiply_few_rows(x, (const float*)weight, scale, bias, y, rows, outputs, inputs, threads), 0;
-    case HALF: return multiply_few_rows(x, (const bf16*)weight, scale, bias, y, rows, outputs, inputs, threads), 0;
-    case BYTE: return multiply_few_rows(x, (const int8_t*)weight, scale, bias, y, rows, outputs, inputs, threads), 0;
+    case FULL: return multiply_few_rows(x, (const float*)weight, scale, bias, y, rows, outputs, inputs, threads);
+    case HALF: return multiply_few_rows(x, (const bf16*)weight, scale, bias, y, rows, outputs, inputs, threads);
+    case BYTE: return multiply_few_rows(x, (const int8_t*)weight, scale, bias, y, rows, outputs, inputs, threads);
   }
-  return 2;
 }
 
 i64 ditfast_packed_bytes(i64 product, i64 outputs, i64 inputs) {

@@ -1,4 +1,4 @@
-// y = x W^T + b for a few rows of x: each weight is read once, where it lies.
+// y = x W^T + b for a few rows of x: each row of the weight is fetched once.
 #pragma once
 
 #include "parallel.h"
