@@ -7,10 +7,20 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditfast import cpu
+
+ANY_CHAIN = {  # for hypothesis, as random_chain takes it
+    "B": st.integers(1, 5),
+    "T": st.integers(1, 70),
+    "heads": st.integers(1, 3),
+    "head_dim": st.integers(1, 100),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "vectors": st.sampled_from(["sample", "token", "none"]),
+}
 
 Chain: TypeAlias = tuple[Tensor, list[cpu.Step], cpu.Final]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import cpu_variants as variants
 import pytest
 import torch
-from cpu_chains import called_at_once, exact_chain, in_int8, random_chain
+from cpu_chains import ANY_CHAIN, called_at_once, exact_chain, in_int8, random_chain
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support import UNIT_ROUNDOFF, error, randomize
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,14 +79,7 @@ def test_models(variant: engine.Engine, conditioning: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    B=st.integers(1, 5),
-    T=st.integers(1, 70),
-    heads=st.integers(1, 3),
-    head_dim=st.integers(1, 100),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    vectors=st.sampled_from(["sample", "token", "none"]),
-)
+@given(**ANY_CHAIN)
 def test_any_shape(name: str, B: int, T: int, heads: int, head_dim: int, dtype: torch.dtype, vectors: str) -> None:
     chosen = variants.built(name)
     if isinstance(chosen, str):

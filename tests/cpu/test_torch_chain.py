@@ -6,9 +6,8 @@ import copy
 
 import pytest
 import torch
-from cpu_chains import exact_chain, random_chain
+from cpu_chains import ANY_CHAIN, exact_chain, random_chain
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support import error, randomize
 from torch import Tensor, nn
 
@@ -84,14 +83,7 @@ def test_a_swapped_model(calls: list[int]) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    B=st.integers(1, 5),
-    T=st.integers(1, 70),
-    heads=st.integers(1, 3),
-    head_dim=st.integers(1, 100),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    vectors=st.sampled_from(["sample", "token", "none"]),
-)
+@given(**ANY_CHAIN)
 def test_any_shape(B: int, T: int, heads: int, head_dim: int, dtype: torch.dtype, vectors: str) -> None:
     x, steps, final = random_chain(B, T, heads * head_dim, heads, dtype, vectors)
     with torch.no_grad():
