@@ -14,8 +14,7 @@ from ..ops.layer_norm_modulate import torch_layer_norm_modulate
 from ..ops.torch_gelu import torch_gelu
 from .chain import MLP, DoesNotFit, Final, Products, Step, check_context, check_vector, check_weights, dtype_of_weights
 
-Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+OfThree: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def run(x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor]:
@@ -50,7 +49,7 @@ def _check(x: Tensor, steps: Sequence[Step], final: Final) -> None:
             check_vector(vector, shapes)
 
 
-def _multiplied(u: Tensor, products: Products, linear: Linear, attention: Attention) -> Tensor:
+def _multiplied(u: Tensor, products: Products, linear: OfThree, attention: OfThree) -> Tensor:
     """A sublayer, up to its gate."""
     (last,) = products.second
     if products.kind == MLP:
