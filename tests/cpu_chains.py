@@ -1,4 +1,4 @@
-"""Chains of sublayers for the CPU engine, the same in float64, and models called by several threads."""
+"""Chains of sublayers for the CPU engine, the same in float64, and small models, which several threads may call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import TypeAlias
 
 import torch
 from hypothesis import strategies as st
+from support import randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditfast import cpu
+import ditfast
+from ditfast import DiT, DiTConfig, cpu
 
 ANY_CHAIN = {  # for hypothesis, as random_chain takes it
     "B": st.integers(1, 5),
@@ -22,7 +24,23 @@ ANY_CHAIN = {  # for hypothesis, as random_chain takes it
     "vectors": st.sampled_from(["sample", "token", "none"]),
 }
 
+SMALL = DiTConfig(depth=2, hidden_size=100, num_heads=5, input_size=(8, 12), num_classes=10)
+
 Chain: TypeAlias = tuple[Tensor, list[cpu.Step], cpu.Final]
+
+
+def inputs(config: DiTConfig, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(batch, *config.input_shape, dtype=dtype)
+    return x, torch.rand(batch) * 999, torch.randint(config.num_classes, (batch,))
+
+
+def new_model(config: DiTConfig = SMALL, dtype: torch.dtype = torch.float32) -> DiT:
+    return randomize(DiT(config)).eval().to(dtype)
+
+
+def on_torch(model: torch.nn.Module, *given: Tensor) -> Tensor:
+    with ditfast.backend("torch"):
+        return model(*given)
 
 
 def exact_chain(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import cpu_variants as variants
 import pytest
 import torch
-from cpu_chains import ANY_CHAIN, called_at_once, exact_chain, in_int8, random_chain
+from cpu_chains import ANY_CHAIN, SMALL, called_at_once, exact_chain, in_int8, inputs, new_model, on_torch, random_chain
 from hypothesis import HealthCheck, given, settings
-from support import UNIT_ROUNDOFF, error, randomize
+from support import UNIT_ROUNDOFF, error
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +18,6 @@ from ditfast.cpu import engine, packed
 from ditfast.cpu.packed import BYTE, FULL, HALF
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = DiTConfig(depth=2, hidden_size=100, num_heads=5, input_size=(8, 12), num_classes=10)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -44,20 +43,6 @@ def calls(native: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(native, "run", count)
     return seen
-
-
-def inputs(config: DiTConfig, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(batch, *config.input_shape, dtype=dtype)
-    return x, torch.rand(batch) * 999, torch.randint(config.num_classes, (batch,))
-
-
-def new_model(config: DiTConfig = SMALL, dtype: torch.dtype = torch.float32) -> DiT:
-    return randomize(DiT(config)).eval().to(dtype)
-
-
-def on_torch(model: torch.nn.Module, *given: Tensor) -> Tensor:
-    with ditfast.backend("torch"):
-        return model(*given)
 
 
 # ------------------------------------------------------------------------------------------------ parity

@@ -6,20 +6,19 @@ import copy
 
 import pytest
 import torch
-from cpu_chains import ANY_CHAIN, exact_chain, random_chain
+from cpu_chains import ANY_CHAIN, SMALL, exact_chain, inputs, new_model, on_torch, random_chain
 from hypothesis import HealthCheck, given, settings
 from support import error, randomize
 from torch import Tensor, nn
 
 import ditfast
-from ditfast import DiT, DiTConfig, blocks, cpu
+from ditfast import DiTConfig, blocks, cpu
 from ditfast.config import CONDITIONINGS
 from ditfast.cpu import dispatch, torch_chain
 from ditfast.cpu.chain import DoesNotFit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-SMALL = DiTConfig(depth=2, hidden_size=100, num_heads=5, input_size=(8, 12), num_classes=10)
 
 
 @pytest.fixture
@@ -38,15 +37,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def inputs(config: DiTConfig, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(batch, *config.input_shape, dtype=dtype), torch.rand(batch) * 999, torch.randint(10, (batch,))
-
-
-def on_ops(model: nn.Module, *given: Tensor) -> Tensor:
-    with ditfast.backend("torch"):
-        return model(*given)
-
-
 # ------------------------------------------------------------------------------------------------ the ops' values
 @DTYPES
 @pytest.mark.parametrize("batch", [1, 3])
@@ -54,8 +44,8 @@ def on_ops(model: nn.Module, *given: Tensor) -> Tensor:
 @torch.inference_mode()
 def test_models(calls: list[int], conditioning: str, batch: int, dtype: torch.dtype) -> None:
     config = DiTConfig(depth=2, hidden_size=100, num_heads=5, input_size=(8, 12), num_classes=10, conditioning=conditioning)
-    model, given = randomize(DiT(config)).eval().to(dtype), inputs(config, batch, dtype)
-    expected = on_ops(model, *given)
+    model, given = new_model(config, dtype), inputs(config, batch, dtype)
+    expected = on_torch(model, *given)
     assert calls == []
     assert torch.equal(model(*given), expected)
     assert calls == [6 if conditioning == "cross_attention" else 4]
@@ -64,9 +54,9 @@ def test_models(calls: list[int], conditioning: str, batch: int, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @torch.no_grad()
 def test_autocast(calls: list[int], dtype: torch.dtype) -> None:
-    model, given = randomize(DiT(SMALL)).eval(), inputs(SMALL, 2)
+    model, given = new_model(), inputs(SMALL, 2)
     with torch.autocast("cpu", dtype):
-        assert torch.equal(model(*given), on_ops(model, *given))
+        assert torch.equal(model(*given), on_torch(model, *given))
     assert calls == ([4] if dtype == torch.bfloat16 else [])
 
 
@@ -94,7 +84,7 @@ def test_any_shape(B: int, T: int, heads: int, head_dim: int, dtype: torch.dtype
 
 # ------------------------------------------------------------------------------------------------ what is left to the ops
 def test_gradients_go_through_the_ops(calls: list[int]) -> None:
-    model, given = randomize(DiT(SMALL)).eval(), inputs(SMALL, 2)
+    model, given = new_model(), inputs(SMALL, 2)
     model(*given).square().mean().backward()
     assert calls == []
     assert model.blocks[0].mlp.fc1.weight.grad is not None
@@ -102,7 +92,7 @@ def test_gradients_go_through_the_ops(calls: list[int]) -> None:
 
 @torch.no_grad()
 def test_a_hooked_linear_is_called(calls: list[int]) -> None:
-    model, given = randomize(DiT(SMALL)).eval(), inputs(SMALL, 2)
+    model, given = new_model(), inputs(SMALL, 2)
     expected, seen = model(*given), []
     model.blocks[1].mlp.fc2.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(model(*given), expected, rtol=1e-4, atol=1e-5)
@@ -115,13 +105,13 @@ def test_a_hooked_linear_is_called(calls: list[int]) -> None:
 )
 @torch.no_grad()
 def test_weights_that_do_not_fit_are_named(calls: list[int], name: str, shape: tuple[int, ...]) -> None:
-    model = randomize(DiT(SMALL)).eval()
+    model = new_model()
     path, _, parameter = name.rpartition(".")
     setattr(model.blocks[0].get_submodule(path), parameter, nn.Parameter(torch.randn(shape)))
     with pytest.raises((ValueError, RuntimeError)) as found:
         model(*inputs(SMALL, 1))
     with pytest.raises(type(found.value)) as expected:
-        on_ops(model, *inputs(SMALL, 1))
+        on_torch(model, *inputs(SMALL, 1))
     assert (str(found.value), calls) == (str(expected.value), [])
 
 
@@ -144,7 +134,7 @@ def test_vectors_that_do_not_fit(place: str, shape: tuple[int, ...], device: str
 
 @torch.no_grad()
 def test_weights_that_changed(calls: list[int]) -> None:
-    model, given = randomize(DiT(SMALL)).eval(), inputs(SMALL, 1)
+    model, given = new_model(), inputs(SMALL, 1)
     model(*given)
     other = randomize(copy.deepcopy(model))
     model.load_state_dict(other.state_dict())
