@@ -132,6 +132,27 @@ def test_vectors_that_do_not_fit(place: str, shape: tuple[int, ...], device: str
             run(x, steps, final)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "weight", "bias"),
+    [((3, 2, 40), 80, 80), ((2, 0, 40), 80, 80), ((2, 2, 40, 5), 80, 80), ((2, 2, 40), 120, 80), ((2, 2, 40), 80, 1)],
+    ids=["batch", "empty", "4-D", "weight", "bias"],
+)
+@torch.no_grad()
+def test_a_context_that_does_not_fit(tokens: tuple[int, ...], weight: int, bias: int) -> None:
+    """In the engine too; and one that does."""
+    x, (attention, _), final = random_chain(2, 9, 40, 2, torch.float32, "sample")
+    q = ((torch.randn(40, 40), torch.randn(40)),)
+
+    def crossing(context: cpu.Context) -> list[cpu.Step]:
+        return [attention._replace(products=cpu.Products(cpu.CROSS_ATTENTION, q, attention.products.second, 2, context))]
+
+    chosen, _ = dispatch.found()
+    for run in (torch_chain.run, *([] if chosen is None else [chosen.run])):
+        run(x, crossing(cpu.Context(torch.randn(2, 2, 40), torch.randn(80, 40), torch.randn(80))), final)
+        with pytest.raises(DoesNotFit):
+            run(x, crossing(cpu.Context(torch.randn(tokens), torch.randn(weight, 40), torch.randn(bias))), final)
+
+
 @torch.no_grad()
 def test_weights_that_changed(calls: list[int]) -> None:
     model, given = new_model(), inputs(SMALL, 1)
