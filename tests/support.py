@@ -52,7 +52,8 @@ class Runner:
 
         Without ``checks`` the simulator looks for no races and no reads of unwritten memory, and is several times as fast.
         """
-        device = torch.device("cuda" if WHERE == "gpu" else "cpu")
+        on_gpu = target in ("gpu", "torch") and torch.cuda.is_available()
+        device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         backend = "torch" if target == "torch" else "triton"
         engine = _simulator(int(target.removeprefix("sm_")), checks) if target.startswith("sm_") else contextlib.nullcontext()
         if target == "interpreter":

@@ -48,7 +48,7 @@ def _memory(tensor: Any, name: str) -> Memory | None:
         tensor = getattr(tensor, "base", tensor)  # triton.reinterpret
     if not isinstance(tensor, torch.Tensor):
         return None
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in options.device_types:
         raise SimError(f"ptxsim: tensor argument '{name}' is on {tensor.device}; only CPU tensors can be passed")
     description = f"{name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
     if not options.strict_views:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Options:
     cta_begin: int = 0  # run only the CTAs [cta_begin, cta_end) of the grid (0,0 = all)
     cta_end: int = 0
     ptx_filter: Callable[[str, str], str] | None = None  # f(kernel name, ptx) -> ptx to run instead: mutation tests
+    device_types: tuple[str, ...] = ("cpu",)  # of the tensors that may be passed; their memory has to be the CPU's
+    around_launch: Callable[[Callable[[], None], Sequence[torch.Tensor]], None] | None = None  # f(launch, tensors) launches
     unsupported: str = "lazy"  # lazy: error when executed; eager: error at launch
 
 
