@@ -58,8 +58,6 @@ class FakeCuda:
             raise
 
     def uninstall(self) -> None:
-        if self.parameters.count and not native().failed():
-            torch.cuda.set_sync_debug_mode("default")
         self._undo.close()
 
     def _patch(self) -> None:
@@ -195,6 +193,11 @@ def fake_cuda(**parameters: Any) -> Iterator[FakeCuda]:
         yield fake
     finally:
         fake.uninstall()
+
+
+def installed() -> bool:
+    """Return True while a fake CUDA is installed."""
+    return torch._C.__dict__.get("_CUDAGraph") is graphs.GraphBase
 
 
 def environment(**parameters: Any) -> dict[str, str]:
