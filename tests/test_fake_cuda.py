@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import subprocess
 import sys
@@ -328,6 +329,20 @@ def test_launches_are_counted(fake_gpu: FakeCuda) -> None:
     assert fake_gpu.launches == before
     x.add_(1)
     assert fake_gpu.launches == before + 1
+
+
+@ON_GPU
+def test_the_profiler_sees_every_launch(tmp_path: Path) -> None:
+    x = torch.ones(2, 4, 64, device="cuda")
+    ops.layer_norm_modulate(x, None, None)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        ops.layer_norm_modulate(x * 2, None, None)
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    kinds = [event.get("cat") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert kinds.count("kernel") == 2
+    assert "cpu_op" in kinds
 
 
 # ------------------------------------------------------------------ installing
