@@ -58,6 +58,7 @@ from ditfast.benchmarks.rivals import (
 from ditfast.benchmarks.rows import Row
 from ditfast.benchmarks.timing import bench_case, progress_bar
 from ditfast.config import MODEL_NAMES
+from ditfast.devices import add_device_argument
 from ditfast.dtypes import DTYPES
 from ditfast.prediction import spec_of
 
@@ -87,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: what fits the device")
     parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
-    parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    add_device_argument(parser)
     parser.add_argument("--out", type=_folder, default="bench-results", metavar="DIR", help="default %(default)s")
     args = parser.parse_args(argv)
     if args.checkpoint is not None and args.models:
@@ -212,17 +213,6 @@ def _folder(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder that can be written: {error}") from error
     return path
-
-
-def _device(text: str) -> torch.device:
-    kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (":" in text and not index.isdecimal()):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-        )
-    return torch.device(text)
 
 
 if __name__ == "__main__":

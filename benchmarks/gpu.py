@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ditfast.devices import with_index
 from ditfast.sampling.graph import cuda_capture
 
 Replay = Callable[[], None]
@@ -71,8 +72,8 @@ def open_gpu(device: torch.device) -> Gpu | None:
 
 class Cuda:
     def __init__(self, device: torch.device):
-        self.device = device
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+        self.device = with_index(device)
+        torch.cuda.set_device(self.device)  # streams and graphs are made on the current one
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)

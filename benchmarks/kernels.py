@@ -32,6 +32,7 @@ from ditfast.benchmarks.gpu import Cuda
 from ditfast.benchmarks.kernel_cases import OPS, Sizes, Work, arguments, work
 from ditfast.benchmarks.report import number
 from ditfast.benchmarks.timing import UNIT_ROUNDOFF
+from ditfast.devices import DeviceError, find_gpu
 from ditfast.flops import DeviceSpec
 from ditfast.prediction import spec_of
 
@@ -223,10 +224,11 @@ def _error(out: Tensor, exact: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------ what pytest runs
 @pytest.fixture(scope="session")
 def gauges() -> Gauges:
-    if not torch.cuda.is_available():
-        pytest.skip("times kernels on a GPU, and torch sees none here")
+    try:
+        device = find_gpu()
+    except DeviceError as error:
+        pytest.skip(f"times kernels on a GPU, but {error}")
     torch.backends.cudnn.allow_tf32 = False  # the oracle's fp32 convolution
-    device = torch.device("cuda")
     return Gauges(Cuda(device), spec_of(device))
 
 

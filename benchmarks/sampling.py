@@ -35,6 +35,7 @@ from ditfast import DiTConfig, cpu, reference
 from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.plain_loop import Loop, plain_loop
 from ditfast.benchmarks.report import save_json
+from ditfast.devices import add_device_argument
 from ditfast.diffusion import GaussianDiffusion, steps
 from ditfast.modulation_table import BUDGET_BYTES, ModulationTable
 from ditfast.sampling import image_noise
@@ -248,12 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3, help="whole runs of each rival; default %(default)s")
     parser.add_argument("--rivals", nargs="+", help="default: all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes sampling.json and sampling.png there")
     args = parser.parse_args(argv)
     hidden_size, num_heads = WIDTHS[args.width]
     config = DiTConfig(depth=args.depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch)
-    setting = Setting(config, args.batch, args.steps, args.cfg, torch.device(args.device))
+    setting = Setting(config, args.batch, args.steps, args.cfg, args.device)
     known = list(setting.rivals())
     names = args.rivals or known
     unknown = [name for name in names if name not in known]

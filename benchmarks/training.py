@@ -33,6 +33,7 @@ from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.report import save_json
 from ditfast.benchmarks.timing import progress_bar
 from ditfast.config import MODEL_NAMES
+from ditfast.devices import add_device_argument, find_device
 from ditfast.dtypes import DTYPES
 from ditfast.training import TrainSettings
 from ditfast.training.averages import Averages
@@ -213,10 +214,13 @@ def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.devi
 
 def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    training = Training(rival, config, batch, torch.device(device))
+    place = find_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    training = Training(rival, config, batch, place)
     for _ in range(STEPS_FOR_MEMORY):
         training.step()
-    return peak_memory(torch.device(device))
+    return peak_memory(place)
 
 
 def _wake(model: nn.Module) -> None:
@@ -248,27 +252,26 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    on_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", default=["DiT-XL/2" if on_cuda else "DiT-B/4"]
-    )
+    parser.add_argument("--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", help="default: DiT-XL/2; on a CPU DiT-B/4")
     parser.add_argument("--depth", type=int, metavar="N", help="blocks, instead of the model's own")
-    parser.add_argument("--batch", type=int, default=32 if on_cuda else 8, metavar="N", help="images; default %(default)s")
+    parser.add_argument("--batch", type=int, metavar="N", help="images; default: 32; on a CPU 8")
     parser.add_argument("--rivals", nargs="+", type=Rival.parse, metavar="KIND:DTYPE[:checkpoint]", help="default: all of them")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps that count; default %(default)s")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if on_cuda else "cpu"))
+    add_device_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes training.json there")
     args = parser.parse_args(argv)
+    on_cuda = args.device.type == "cuda"
+    models, batch = args.models or ["DiT-XL/2" if on_cuda else "DiT-B/4"], args.batch or (32 if on_cuda else 8)
     rivals = args.rivals or [Rival.parse(text) for text in (CUDA_RIVALS if on_cuda else CPU_RIVALS)]
     console = Console(width=max(136, Console().width))
     rows: list[Row] = []
     notes: list[str] = []
-    for model in args.models:
+    for model in models:
         config = DiTConfig.from_name(model)
         if args.depth is not None:
             config = dataclasses.replace(config, depth=args.depth)
-        found, remarks = measure(model, config, rivals, args.batch, args.rounds, args.device)
+        found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
         rows += found
         notes += remarks
         if found:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .commands import compile, convert, doctor, evaluate, extract_latents, sample, train, tune
+from .devices import DeviceError
 
 EXAMPLES = """examples:
   ditfast doctor                                  versions, device, and which engine each op takes, and why
@@ -43,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return bench.main(arguments[1:])
     args = _parser().parse_args(arguments)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except DeviceError as error:
+        print(f"{args.prog}: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +68,6 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(added)
-        added.set_defaults(run=command.run)
+        added.set_defaults(run=command.run, prog=added.prog)
     commands.add_parser("bench", help="time DiT forwards against their rivals (its own --help)", add_help=False)
     return parser

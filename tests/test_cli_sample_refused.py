@@ -36,13 +36,6 @@ def test_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFix
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_no_such_device(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["sample", "--out", "a", "--device", "cuda"])
-    assert "argument --device: got 'cuda', but torch sees no such device here" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -104,7 +97,7 @@ def test_int8_is_for_a_cpu_with_the_engine(
     monkeypatch.setattr("ditfast.cpu.dispatch.found", lambda: (None, "the CPU engine needs a compiler"))
     assert draw(tmp_path / "run", "--dtype", "int8") == 2
     assert capsys.readouterr().err == "ditfast sample: --dtype: got int8, but the CPU engine needs a compiler\n"
-    monkeypatch.setattr("ditfast.commands.sample.choose_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr("ditfast.devices.default_device", lambda: torch.device("meta"))
     assert draw(tmp_path / "run", "--dtype", "int8") == 2
     message = "--dtype: got int8 for weights of torch.float32 on meta, expected fp32 or bf16 weights on the CPU"
     assert capsys.readouterr().err == f"ditfast sample: {message}\n"

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from ..sampling.ranks import Ranks
 
 
@@ -45,30 +43,6 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer, 0 or more")
     return int(text)
-
-
-def device_name(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"got {text!r}, but torch sees no such device here")
-    return device
-
-
-def choose_device(given: torch.device | None, ranks: Ranks) -> torch.device:
-    """The one given, else CUDA where there is one: of several, the rank's own."""
-    device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda":
-        return device
-    index = ranks.local if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise BadArgument(f"--device: got {device}, but there are {torch.cuda.device_count()} of them for rank {ranks.local}")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 @contextmanager

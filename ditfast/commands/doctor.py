@@ -14,6 +14,7 @@ from rich.table import Table
 from .. import __version__, cpu, reference
 from ..config import DiTConfig
 from ..cpu import library
+from ..devices import default_device
 from ..model import DiT
 from ..ops.cpu_products import OPS_WITH_PRODUCTS, in_fp32
 from ..ops.dispatch import choose, kernels
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     console = Console(width=None if Console().is_terminal else 160)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     console.print(_versions_table(device))
     console.print(_engines_table(device))
     console.print(
@@ -59,7 +60,7 @@ def _versions_table(device: torch.device) -> Table:
             table.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             table.add_row(package, "[dim]not installed[/dim]")
-    cuda = torch.cuda.get_device_name() if device.type == "cuda" else f"none; {torch.get_num_threads()} CPU threads"
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else f"none; {torch.get_num_threads()} CPU threads"
     table.add_row("GPU", cuda)
     return table
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from .. import vae as autoencoder
+from ..devices import add_device_argument
 from ..sampling.folder import FolderError, RunStopped
 from ..sampling.ranks import Ranks, RanksError
 from ..training.data import DataError, ImageFolder, Latents
 from ..training.extract import Extraction
-from .arguments import BadArgument, choose_device, device_name, ended, positive
+from .arguments import BadArgument, ended, positive
 from .progress import image_progress
 
 NAME = "extract-latents"
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images encoded at once; default %(default)s")
     parser.add_argument("--shard", type=positive, default=1024, metavar="N", help="images in a file; default %(default)s")
     parser.add_argument("--readers", type=positive, metavar="N", help="threads that read images; default: one a core, up to 16")
-    parser.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,9 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _extract(args: argparse.Namespace, ranks: Ranks) -> None:
-    device = choose_device(args.device, ranks)
     images = ImageFolder(args.images, args.image_size)
-    vae = autoencoder.load_vae(args.vae).to(device)
+    vae = autoencoder.load_vae(args.vae).to(args.device)
     readers = args.readers or min(16, os.cpu_count() or 1)
     extraction = Extraction(images, vae, args.out, args.batch, args.shard, readers)
     extraction.claim({"images": str(args.images), "vae": args.vae})

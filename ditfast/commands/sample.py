@@ -17,6 +17,7 @@ from .. import vae as autoencoder
 from ..checkpoints import WEIGHTS, CheckpointError, load_checkpoint
 from ..class_names import ClassNameError, find_class, read_names
 from ..config import DiTConfig
+from ..devices import add_device_argument
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, Step, steps
 from ..digits import load_digits
 from ..dtypes import DTYPES, INT8
@@ -26,7 +27,7 @@ from ..sampling.folder import FolderError, RunStopped
 from ..sampling.painter import Painter, label_of
 from ..sampling.ranks import Ranks, RanksError
 from ..sampling.settings import device_kind, digest, versions
-from .arguments import BadArgument, choose_device, device_name, ended, finite, positive, seed
+from .arguments import BadArgument, ended, finite, positive, seed
 from .sample_out import draw_grid, fill_folder
 
 HELP = "images from a checkpoint, or from the digits model that ships with ditfast"
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="of the model; int8: its products on a CPU; default %(default)s",
     )
-    how.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
+    add_device_argument(parser, how)
     how.add_argument("--npz", action="store_true", help="also samples.npz, as ADM's evaluation reads it")
 
 
@@ -102,9 +103,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
     _check_together(args, ranks)
-    device = choose_device(args.device, ranks)
     if args.dtype == INT8:
-        _check_int8(device)
+        _check_int8(args.device)
     model = load_digits() if args.checkpoint is None else load_checkpoint(args.checkpoint, weights=args.weights)
     _fill_in(args, model.config)
     classes = _classes(args, model.config)
@@ -113,9 +113,9 @@ def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
     num = args.num or len(classes) * args.per_class
     label = partial(label_of, classes=classes, per_class=args.per_class, seed=args.seed)
     options: dict[str, Any] = {"cfg_interval": tuple(args.cfg_interval)} if args.cfg_interval else {}
-    model = _in_int8(model.float(), ranks) if args.dtype == INT8 else model.to(device, DTYPES[args.dtype])
+    model = _in_int8(model.float(), ranks) if args.dtype == INT8 else model.to(args.device, DTYPES[args.dtype])
     sampler = Sampler(model, schedule, seed=args.seed, clip=vae is None, **options)
-    painter = Painter(sampler, label, args.cfg, None if vae is None else vae.to(device))
+    painter = Painter(sampler, label, args.cfg, None if vae is None else vae.to(args.device))
     if args.out.suffix.lower() == GRID_SUFFIX:
         draw_grid(args.out, painter, classes, args.per_class, args.batch)
     else:
@@ -125,7 +125,7 @@ def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
             num,
             args.batch,
             ranks,
-            settings=_settings(args, painter, classes, num, device),
+            settings=_settings(args, painter, classes, num),
             about={"checkpoint": args.checkpoint, "weights": str(model.source), "vae": args.vae},
             grid=None if args.num else (classes, args.per_class),
             npz=args.npz,
@@ -149,9 +149,7 @@ def _in_int8(model: DiT, ranks: Ranks) -> DiT:
     return model
 
 
-def _settings(
-    args: argparse.Namespace, painter: Painter, classes: Sequence[int], num: int, device: torch.device
-) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, painter: Painter, classes: Sequence[int], num: int) -> dict[str, Any]:
     """What decides the bytes of the images."""
     vae, model = painter.vae, painter.sampler.model
     return {
@@ -169,7 +167,7 @@ def _settings(
         "cfg_interval": args.cfg_interval,
         "clip": vae is None,
         "dtype": args.dtype,
-        "device": device_kind(device),
+        "device": device_kind(args.device),
         **versions(),
     }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import vae as autoencoder
 from ..checkpoints import CheckpointError, load_checkpoint
 from ..config import CONDITIONINGS, MODEL_NAMES, DiTConfig
+from ..devices import add_device_argument
 from ..diffusion.flow import PATHS
 from ..digits import DIGITS_CONFIG
 from ..model import DiT
@@ -20,7 +21,7 @@ from ..training import CheckpointFault, DataError, RunError, RunOptions, Trainer
 from ..training.data import Data
 from ..training.parallel import KINDS, joined
 from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
-from .arguments import BadArgument, choose_device, device_name, ended, finite, natural, positive, seed, warnings_on_one_line
+from .arguments import BadArgument, ended, finite, natural, positive, seed, warnings_on_one_line
 from .train_progress import training_progress
 
 HELP = "a model by the paper's recipe, on one device or many; killed and resumed to the same bits"
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--checkpoint-activations", action="store_true", help="less memory: keep the outputs of products only")
     how.add_argument("--compile", action="store_true", help="the model with torch.compile")
     how.add_argument("--parallel", choices=KINDS, default=KINDS[0], help="of several ranks; default %(default)s")
-    how.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1; default: cuda if there is one")
+    add_device_argument(parser, how)
     how.add_argument("--save-every", type=positive, default=5000, metavar="N", help="steps; default %(default)s")
     how.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints; default %(default)s")
     how.add_argument("--sample-every", type=natural, default=0, metavar="N", help="steps between grids of samples; 0: none")
@@ -125,12 +126,11 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     settings, options = _settings(args)
-    device = choose_device(args.device, ranks)
-    vae = None if args.vae is None else autoencoder.load_vae(args.vae).to(device)
+    vae = None if args.vae is None else autoencoder.load_vae(args.vae).to(args.device)
     data = open_data(args.data, image_size=args.image_size, vae=vae)
     decode = _decoder(args, data, vae)
-    model = _model(args, data).to(device)
-    with joined(ranks, device), training_progress(settings.steps, ranks.rank) as on_step:
+    model = _model(args, data).to(args.device)
+    with joined(ranks, args.device), training_progress(settings.steps, ranks.rank) as on_step:
         trainer = Trainer(
             model, data, settings, args.out, options, ranks=ranks, parallel=args.parallel, decode=decode, on_step=on_step
         )

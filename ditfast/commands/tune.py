@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..config import CONDITIONINGS, MODEL_NAMES, DiTConfig
+from ..devices import DeviceError, find_gpu
 from ..dtypes import DTYPES
 from ..problem import SIZES, Problem
 from ..sampling.ranks import Ranks
@@ -47,9 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        return ended(NAME, Ranks(), "needs a GPU that torch can use (CUDA or ROCm): there is nothing to measure on here", 2)
-    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        device = find_gpu()
+    except DeviceError as error:
+        return ended(NAME, Ranks(), f"needs a GPU, but {error}", 2)
+    torch.cuda.set_device(device)
     return measure(args, GraphClock(device), record.versions_of(torch.cuda.get_device_name(device)))
 
 

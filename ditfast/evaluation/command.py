@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..devices import default_device
 from .compare import compare, compare_with_digits
 from .errors import EvaluationError
 from .image_set import open_images
@@ -63,7 +63,7 @@ def _evaluate(args: argparse.Namespace) -> Report:
     if args.reference == "digits":
         return compare_with_digits(images)
     reference = open_images(Path(args.reference))
-    inception = Inception(args.inception, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    inception = Inception(args.inception, default_device())
     columns = (TextColumn("Inception"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Inception", total=len(images) + len(reference))

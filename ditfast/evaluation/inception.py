@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..devices import with_index
 from .errors import EvaluationError, one_line
 from .image_set import ImageSet
 
@@ -44,8 +45,8 @@ class Inception:
         path = _checked(weights or Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2])
         outputs = ["2048", "logits_unbiased"]
         network = library.FeatureExtractorInceptionV3("inception", outputs, feature_extractor_weights_path=str(path))
-        self.network = network.to(device)
-        self.device = device
+        self.device = with_index(device)
+        self.network = network.to(self.device)
         self.name = f"Inception V3 of torch-fidelity {library.__version__}"
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep)  # TensorFlow's mixed_6/conv
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..devices import why_too_old
 from ..problem import SIZES, Problem
 
 # The first is plain torch; others that win replace it.
@@ -52,7 +53,7 @@ HAS_TRITON = has_triton()
 def why_not(route: str, device: torch.device, problem: Problem) -> str:
     """Why a route of the op cannot be taken on this device; empty if it can."""
     if route == "triton":
-        return why_not_triton(problem)
+        return why_not_triton(device, problem)
     if route == "flash":
         return why_not_flash(device, problem.dtype, problem.sizes[-1])
     if route == "cublaslt":
@@ -60,9 +61,12 @@ def why_not(route: str, device: torch.device, problem: Problem) -> str:
     return ""
 
 
-def why_not_triton(problem: Problem) -> str:
+def why_not_triton(device: torch.device, problem: Problem) -> str:
     if not HAS_TRITON:
         return "triton is not installed"
+    too_old = why_too_old(device)
+    if too_old:
+        return too_old
     if problem.op in ("attention", "cross_attention") and problem.sizes[-1] > LARGEST_HEAD:
         return f"the Triton kernels take head dims up to {LARGEST_HEAD}, not {problem.sizes[-1]}"
     return ""
@@ -73,7 +77,7 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
         return f"flash-attn does not run on {device.type}"
     if dtype == torch.float32:
         return "flash-attn does not take float32"
-    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+    if why_too_old(device):
         return "flash-attn needs compute capability 8.0 or later"
     if head_dim > LARGEST_HEAD or head_dim % 8:
         return f"flash-attn does not take head dim {head_dim}"
@@ -90,7 +94,7 @@ def default(device: torch.device, problem: Problem) -> Choice:
     """What an op takes on CUDA where nothing was measured or predicted."""
     if problem.op == "attention":
         return _default_attention(device, problem)
-    reason = why_not_triton(problem) or TORCH_BY_DEFAULT.get(problem.op, "")
+    reason = why_not_triton(device, problem) or TORCH_BY_DEFAULT.get(problem.op, "")
     if not reason and problem.training:
         reason = TORCH_FOR_GRADIENTS.get(problem.op, "")
     return Choice("torch", reason) if reason else Choice("triton", "the default on CUDA")
@@ -104,10 +108,10 @@ def library_attention(device: torch.device, problem: Problem) -> Choice:
 
 def _default_attention(device: torch.device, problem: Problem) -> Choice:
     library, (num_tokens, _, head_dim) = library_attention(device, problem), problem.sizes
-    if problem.dtype == torch.float32 or why_not_triton(problem):
+    if problem.dtype == torch.float32 or why_not_triton(device, problem):
         return library
     if torch.version.hip:
         return Choice("triton", "the same tiles on AMD; expected to win, not measured")
-    if head_dim == 72 and num_tokens >= LONG_SEQUENCE and "compute capability" not in library.why:
+    if head_dim == 72 and num_tokens >= LONG_SEQUENCE:
         return Choice("triton", "64 + 16 does 1.11x the useful work, flash-attn's 96 1.33x; expected to win, not measured")
     return library

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import DiTConfig
+from ..devices import with_index
 from ..model import DiT
 from ..sampling.ranks import Ranks, RanksError
 from ..sampling.rendezvous import rendezvous
@@ -43,7 +44,7 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(with_index(device))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store = rendezvous(ranks.rank, ranks.world, PATIENCE)

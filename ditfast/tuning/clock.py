@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..devices import with_index
 from ..sampling.graph import Capture, cuda_capture
 
 ROUNDS = 11
@@ -45,7 +46,7 @@ class GraphClock:
     """
 
     def __init__(self, device: torch.device, capture: Capture = cuda_capture, cuda: Any = torch.cuda):
-        self.device = device
+        self.device = with_index(device)
         self._capture, self._cuda = capture, cuda
         self._cache = cuda.get_device_properties(device).L2_cache_size
 

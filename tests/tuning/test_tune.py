@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from stub_clock import StubClock
 from support import TARGETS, WHERE, Runner
 from torch import Tensor
@@ -336,15 +337,13 @@ def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str])
 
 def test_on_cuda_it_measures_on_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Stub {device.index}")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", FakeCuda().get_device_properties)
     monkeypatch.setattr(command, "measure", lambda args, clock, versions: seen.append((clock.device, versions)) or 0)
-    assert cli.main(["tune", "--batch", "2"]) == 0
+    with fake_cuda(count=2):
+        torch.cuda.set_device(1)
+        assert cli.main(["tune", "--batch", "2"]) == 0
     ((device, versions),) = seen
     assert device == torch.device("cuda", 1)
-    assert (versions["device"], versions["torch"]) == ("Stub 1", torch.__version__)
+    assert (versions["device"], versions["torch"]) == ("NVIDIA H200", torch.__version__)
 
 
 # ------------------------------------------------------------------------------------------------ the clock of CUDA
