@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import bindings, nvml
+from . import bindings, graphs, nvml
 from .build import native
 from .parameters import Parameters
 
@@ -47,7 +48,8 @@ class FakeCuda:
     # -------------------------------------------------------------- installing
     def install(self) -> None:
         parameters = self.parameters
-        native().install(parameters.count, parameters.memory)
+        bindings.machine.set(parameters)
+        native().install(len(parameters.visible), parameters.memory)
         self._undo.callback(native().uninstall)
         try:
             self._patch()
@@ -62,16 +64,17 @@ class FakeCuda:
 
     def _patch(self) -> None:
         parameters = self.parameters
-        core = bindings.functions(parameters)
+        core = bindings.functions()
         for name, value in core.items():
             self._set(torch._C, name, value)
-        streams, graphs = self._fresh("torch.cuda.streams"), self._fresh("torch.cuda.graphs")
+        streams, cuda_graphs = _fresh("torch.cuda.streams"), _fresh("torch.cuda.graphs")
+        cuda_graphs.graph.default_capture_stream = None
         in_cuda = {
-            "_cudart": bindings.runtime(parameters),
+            "_cudart": bindings.runtime(),
             "_exchange_device": core["_cuda_exchangeDevice"],
             "_maybe_exchange_device": core["_cuda_maybeExchangeDevice"],
             "_is_in_bad_fork": core["_cuda_isInBadFork"],
-            "_get_device_properties": bindings.device_properties(parameters),
+            "_get_device_properties": bindings.device_properties,
             "_CudaDeviceProperties": bindings.Properties,
             "_initialized": False,
             "_queued_calls": list(torch.cuda._queued_calls),
@@ -83,11 +86,13 @@ class FakeCuda:
             "ExternalStream": streams.ExternalStream,
             "Event": streams.Event,
             "streams": streams,
-            "graphs": graphs,
-            **{name: getattr(graphs, name) for name in graphs.__all__},
+            "graphs": cuda_graphs,
+            **{name: getattr(cuda_graphs, name) for name in cuda_graphs.__all__},
         }
         for name, value in in_cuda.items():
             self._set(torch.cuda, name, value)
+        self._put(sys.modules, "torch.cuda.streams", streams)
+        self._put(sys.modules, "torch.cuda.graphs", cuda_graphs)
         self._set(torch.version, "cuda", None if parameters.hip else torch.version.cuda or "13.0")
         self._set(torch.version, "hip", parameters.hip)
         self._put(sys.modules, "pynvml", self.nvml.module)
@@ -95,16 +100,6 @@ class FakeCuda:
         self._set(torch._TorchCompileInductorWrapper, "__call__", _without_inductor)
         if not parameters.hip and os.environ.get("TRITON_INTERPRET") != "1" and importlib.util.find_spec("triton"):
             self._simulate()
-
-    def _fresh(self, name: str) -> ModuleType:
-        """Load a module of torch again, whose classes take their bases from torch._C when it is loaded."""
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        self._put(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
 
     def _simulate(self) -> None:
         """Send Triton's launches to the simulator."""
@@ -133,7 +128,7 @@ class FakeCuda:
         if fake.is_capturing():
             for tensor in tensors:
                 fake.keep_for_capture(tensor)
-            bindings.record(run)
+            graphs.record(run)
         run()
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
@@ -145,6 +140,17 @@ class FakeCuda:
         else:
             self._undo.callback(mapping.pop, name, None)
         mapping[name] = value
+
+
+@functools.cache
+def _fresh(name: str) -> ModuleType:
+    """Load a module of torch again, whose classes take their bases from torch._C when it is loaded."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Attributes:
