@@ -1,15 +1,18 @@
-"""Measurements, test outcomes and the summary of benchmarks/gpu.sh, which runs this file's commands in the folder OUT.
+"""What benchmarks/gpu.sh runs beside the benches' own commands; all files are in the folder that OUT names.
 
-    python -m ditfast.benchmarks.gpu_first micro       host times and attention backends, into facts.jsonl
-    python -m ditfast.benchmarks.gpu_first bench ...   bench.py; in a dry run the GPU's peaks are measured on small matrices
-    python -m ditfast.benchmarks.gpu_first training ...
-    python -m ditfast.benchmarks.gpu_first summary     all figures of the files in OUT, a line each
-    pytest -p ditfast.benchmarks.gpu_first             a line per test, into tests.jsonl
+    python -m ditfast.benchmarks.gpu_first micro           measures host times and attention backends, into facts.jsonl
+    python -m ditfast.benchmarks.gpu_first bench ...       is bench.py
+    python -m ditfast.benchmarks.gpu_first training ...    is training.py
+    python -m ditfast.benchmarks.gpu_first summary         prints the figures of all files
+    python -m pytest -p ditfast.benchmarks.gpu_first       writes a line per test into tests.jsonl
+
+In a dry run (DRY is set) models are small, and the GPU's peaks are measured on matrices that a CPU multiplies in no time.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -41,7 +44,6 @@ FAILURES_SHOWN = 25
 
 
 def main(command: str, arguments: list[str]) -> int:
-    torch.cuda.set_device(DEVICE)
     if DRY:
         measure_small_ceilings()
     if command == "bench":
@@ -83,10 +85,10 @@ def micro() -> int:
     with torch.inference_mode():
         for model, batch in itertools.product((reference.DiT, DiT), (1,) if DRY else (1, 8, 32)):
             name = model.__module__.removesuffix(".model")
-            record_fact({"measured": "host time", "model": name, "batch": batch}, lambda m=model, b=batch: host_time(m, b))
+            record_fact({"measured": "host time", "model": name, "batch": batch}, functools.partial(host_time, model, batch))
         for tokens, head_dim, backend in itertools.product((64,) if DRY else (64, 256, 1024), (64, 72), ATTENTION_BACKENDS):
             about = {"measured": "attention", "backend": backend, "T": tokens, "d": head_dim}
-            record_fact(about, lambda T=tokens, d=head_dim, b=backend: attention_speed(b, T, d))
+            record_fact(about, functools.partial(attention_speed, backend, tokens, head_dim))
     return 0
 
 
@@ -210,12 +212,9 @@ def read_json(name: str) -> dict[str, Any]:
 def read_lines(name: str) -> list[dict[str, Any]]:
     """Return the entries of a file of lines; a last line that was cut off is left out."""
     entries = []
-    with (OUT / name).open() if (OUT / name).exists() else open(os.devnull) as file:
-        for line in file:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                continue
+    for line in (OUT / name).read_text().splitlines() if (OUT / name).exists() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
     return entries
 
 
