@@ -84,6 +84,7 @@ def _init() -> None:
             "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
             "http://www.nvidia.com/Download/index.aspx"
         )
+    native().initialize()
     torch.cuda.default_generators = tuple(native().default_generator(i) for i in range(count))
 
 

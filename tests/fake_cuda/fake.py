@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import bindings, graphs, nvml
+from . import bindings, graphs, nvml, profiler
 from .build import native
 from .parameters import Parameters
 
@@ -58,8 +58,6 @@ class FakeCuda:
             raise
 
     def uninstall(self) -> None:
-        if self.parameters.count and not native().failed():
-            torch.cuda.set_sync_debug_mode("default")
         self._undo.close()
 
     def _patch(self) -> None:
@@ -97,6 +95,8 @@ class FakeCuda:
         self._set(torch.version, "hip", parameters.hip)
         self._put(sys.modules, "pynvml", self.nvml.module)
         self._set(torch.UntypedStorage, "__new__", staticmethod(_new_storage))
+        for name, value in profiler.PATCHES.items():
+            self._set(torch.autograd.profiler.profile, name, value)
         self._set(torch._TorchCompileInductorWrapper, "__call__", _without_inductor)
         if not parameters.hip and os.environ.get("TRITON_INTERPRET") != "1" and importlib.util.find_spec("triton"):
             self._simulate()
@@ -124,12 +124,16 @@ class FakeCuda:
             fake.set_error(self._failure)
             self._failure = None
             fake.check_usable()
-        fake.count_launch()
+
+        def counted() -> None:
+            fake.count_launch()
+            run()
+
         if fake.is_capturing():
             for tensor in tensors:
                 fake.keep_for_capture(tensor)
-            graphs.record(run)
-        run()
+            graphs.record(counted)
+        counted()
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._put(owner.__dict__ if isinstance(owner, ModuleType) else _Attributes(owner), name, value)
@@ -195,6 +199,11 @@ def fake_cuda(**parameters: Any) -> Iterator[FakeCuda]:
         yield fake
     finally:
         fake.uninstall()
+
+
+def installed() -> bool:
+    """Return True while a fake CUDA is installed."""
+    return torch._C.__dict__.get("_CUDAGraph") is graphs.GraphBase
 
 
 def environment(**parameters: Any) -> dict[str, str]:
