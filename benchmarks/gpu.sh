@@ -11,6 +11,7 @@
 # (all that was printed). Each step gets its share of the time that is left. One that fails or hangs costs itself only. The
 # exit status is 0 if every step ended with status 0, else 1. PYTHON names the interpreter; default: python3, else python.
 set -uo pipefail
+SECONDS=0
 set -m # every step is a process group of its own, which can be ended whole
 
 die() {
