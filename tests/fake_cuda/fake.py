@@ -20,6 +20,7 @@ from .parameters import Parameters
 
 VARIABLE = "FAKE_CUDA"
 FOLDER = Path(__file__).parent
+_installed: list[FakeCuda] = []
 
 
 class FakeCuda:
@@ -31,7 +32,7 @@ class FakeCuda:
         self._undo = contextlib.ExitStack()
         self._failure: str | None = None
 
-    # -------------------------------------------------------------- faults
+    # -------------------------------------------------------------- counts and faults
     @property
     def launches(self) -> int:
         """Kernels launched so far, torch's and Triton's."""
@@ -45,12 +46,27 @@ class FakeCuda:
         """Let the next Triton launch raise; as after an illegal access, every later call of CUDA raises it too."""
         self._failure = message.removeprefix("CUDA error: ")
 
+    @property
+    def captures(self) -> int:
+        """CUDA graphs captured so far."""
+        return graphs.counts["captures"]
+
+    @property
+    def replays(self) -> int:
+        """Replays of CUDA graphs so far."""
+        return graphs.counts["replays"]
+
     # -------------------------------------------------------------- installing
     def install(self) -> None:
         parameters = self.parameters
+        graphs.counts.update(captures=0, replays=0)
         bindings.machine.set(parameters)
         native().install(len(parameters.visible), parameters.memory)
         self._undo.callback(native().uninstall)
+        forget_devices()
+        self._undo.callback(forget_devices)
+        _installed.append(self)
+        self._undo.callback(_installed.remove, self)
         try:
             self._patch()
         except BaseException:
@@ -146,6 +162,12 @@ class FakeCuda:
         mapping[name] = value
 
 
+def forget_devices() -> None:
+    """Drop what ditfast has cached about the GPUs of another fake."""
+    if "ditfast.ops.decisions" in sys.modules:
+        sys.modules["ditfast.ops.decisions"].forget()
+
+
 @functools.cache
 def _fresh(name: str) -> ModuleType:
     """Load a module of torch again, whose classes take their bases from torch._C when it is loaded."""
@@ -201,9 +223,9 @@ def fake_cuda(**parameters: Any) -> Iterator[FakeCuda]:
         fake.uninstall()
 
 
-def installed() -> bool:
-    """Return True while a fake CUDA is installed."""
-    return torch._C.__dict__.get("_CUDAGraph") is graphs.GraphBase
+def installed() -> FakeCuda | None:
+    """Return the fake that this process has now."""
+    return _installed[-1] if _installed else None
 
 
 def environment(**parameters: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ from .build import native
 _numbers = itertools.count()
 _python_work: dict[int, tuple[int, Callable[[], None]]] = {}  # number -> its graph, what to run
 _capturing: list[int] = []
+counts = {"captures": 0, "replays": 0}
 
 
 def new_pool() -> tuple[int, int]:
@@ -61,6 +62,7 @@ class GraphBase:
     def capture_end_pre(self) -> None:
         _capturing.pop()
         native().end_capture()
+        counts["captures"] += 1
         self.captured_ = True
 
     def capture_end_post(self) -> None:
@@ -79,6 +81,7 @@ class GraphBase:
 
     def replay(self) -> None:
         self._check()
+        counts["replays"] += 1
         done, count = 0, native().work_count(self.number_)
         while done < count:
             done, number = native().replay(self.number_, done)
