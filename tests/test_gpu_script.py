@@ -159,6 +159,14 @@ def test_every_step_runs_once_in_order(script: Path) -> None:
     assert list(Path(script).glob("out/*.log")) == []
 
 
+def test_tests_run_on_most_cores_however_many_threads_a_process_has(script: Path) -> None:
+    nproc = script / "bin/nproc"
+    nproc.write_text('#!/bin/sh\necho "${OMP_NUM_THREADS:-14}"\n')  # coreutils' own obeys the variable too
+    nproc.chmod(0o755)
+    assert run_script(script, OMP_NUM_THREADS="3").returncode == 0
+    assert re.search(r"^tests .* -n 10 ", (script / "calls").read_text(), re.MULTILINE)
+
+
 def test_a_step_that_fails_costs_itself_only(script: Path) -> None:
     done = run_script(script, STEP="doctor", FAULT="echo no parity; exit 3")
     assert done.returncode == 1
@@ -231,7 +239,7 @@ def test_without_pip_a_copy_of_the_package_is_on_the_path(script: Path) -> None:
     install, *others = (script / "calls").read_text().splitlines()
     assert "/copy" not in install
     assert all(re.search(r"PYTHONPATH=\S+/copy:", line) for line in others)
-    done = run_script(script, STEP="install", FAULT="exit 1", PYTHON=with_real_doctor(script, code))
+    done = run_script(script, STEP="install", FAULT="exit 1", PYTHON=with_real_doctor(script, code), MINUTES="9")
     assert re.search(r"^from \S+/copy/ditfast/__init__.py$", (script / "out/logs.txt").read_text(), re.MULTILINE)
     assert statuses(script)["doctor"] == 0
 
