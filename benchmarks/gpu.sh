@@ -21,7 +21,7 @@ die() {
 
 # ------------------------------------------------------------------------------------------------ what is here
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-MINUTES=${MINUTES:-9} PYTHONPATH=${PYTHONPATH:-} DRY=${DRY:-} OUT=$(realpath -m "${OUT:-gpu-first}")
+MINUTES=${MINUTES:-9} PYTHONPATH=${PYTHONPATH:-} DRY=${DRY:+1} OUT=$(realpath -m "${OUT:-gpu-first}")
 export OUT DRY PYTHONPATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 [[ $MINUTES =~ ^[1-9][0-9]{0,2}$ ]] || die "MINUTES: got '$MINUTES', expected a whole number from 1 to 999"
 for PYTHON in ${PYTHON:-python3 python} ""; do # the first that has torch
