@@ -11,6 +11,7 @@
 # (all that was printed). Each step gets its share of the time that is left. One that fails or hangs costs itself only. The
 # exit status is 0 if every step ended with status 0, else 1. PYTHON names the interpreter; default: python3, else python.
 set -uo pipefail
+SECONDS=0
 set -m # every step is a process group of its own, which can be ended whole
 
 die() {
@@ -20,15 +21,16 @@ die() {
 
 # ------------------------------------------------------------------------------------------------ what is here
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-MINUTES=${MINUTES:-9} PYTHONPATH=${PYTHONPATH:-} DRY=${DRY:-} OUT=$(realpath -m "${OUT:-gpu-first}")
+MINUTES=${MINUTES:-9} PYTHONPATH=${PYTHONPATH:-} DRY=${DRY:+1} OUT=$(realpath -m "${OUT:-gpu-first}")
 export OUT DRY PYTHONPATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 [[ $MINUTES =~ ^[1-9][0-9]{0,2}$ ]] || die "MINUTES: got '$MINUTES', expected a whole number from 1 to 999"
 for PYTHON in ${PYTHON:-python3 python} ""; do # the first that has torch
   "$PYTHON" -c 'from importlib import util; raise SystemExit(util.find_spec("torch") is None)' 2> /dev/null && break
 done
 [[ $PYTHON ]] || die "found no Python that has torch: activate an environment that has it, or set PYTHON"
+# The first process of a dry run builds the fake, which takes g++ a minute.
 [[ $DRY ]] && export FAKE_CUDA=1 PYTHONPATH="$ROOT/tests/fake_cuda/process:$PYTHONPATH"
-timeout 60 "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
+timeout $((DRY ? 300 : 60)) "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
   || die "torch sees no GPU: look at nvidia-smi, or run with DRY=1, which needs none"
 
 mkdir -p "$OUT" && cd "$OUT" && rm -f {summary,logs}.txt {facts,tests}.jsonl {forward,compile,kernels,training}.json \
@@ -92,7 +94,8 @@ trap interrupt INT TERM
 
 # ------------------------------------------------------------------------------------------------ what is run
 MODEL=DiT-XL/2 BATCHES=(32 8 1 128) COMPILED=(32 1) TESTS=$ROOT/tests
-WORKERS=$(($(nproc) < 6 ? 2 : $(nproc) < 16 ? $(nproc) - 4 : 12))
+cores=$(env -u OMP_NUM_THREADS nproc) # which would be its answer
+WORKERS=$((cores < 6 ? 2 : cores < 16 ? cores - 4 : 12))
 KERNELS="XL and b32 and not backward and not compile" TRAINING=(--models DiT-XL/2 --batch 32 --rounds 3)
 if [[ $DRY ]]; then
   MODEL=DiT-S/8 BATCHES=(1) COMPILED=(1) TESTS=$ROOT/tests/gpu/test_streams.py
@@ -107,7 +110,7 @@ PYTEST=("$PYTHON" -m pytest -p ditfast.benchmarks.gpu_first -p no:cacheprovider 
 
 {
   date -u
-  nproc
+  echo "$cores cores"
   timeout 20 nvidia-smi
   git -C "$ROOT" rev-parse HEAD
   timeout 20 "$PYTHON" -m pip list --disable-pip-version-check
