@@ -358,10 +358,12 @@ def sincos_positions(config: DiTConfig) -> Tensor:
     """[1, T, D] fp32: sines and cosines of each patch's column in the first half of D, of its row in the second."""
     h, w = config.grid
     quarter = config.hidden_size // 4
-    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [D/4]
-    column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)  # 2 x [T]
-    angles = torch.stack([column, row], dim=1)[:, :, None] * frequencies  # [T, 2, D/4]
-    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None].float()  # [1, T, D]
+    with torch.device("cpu"):  # whose sines a model has that is built on any device
+        frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [D/4]
+        column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)  # 2 x [T]
+        angles = torch.stack([column, row], dim=1)[:, :, None] * frequencies  # [T, 2, D/4]
+        positions = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None].float()  # [1, T, D]
+    return positions.to(torch.get_default_device())
 
 
 def _is_silent_block(module: nn.Module) -> bool:

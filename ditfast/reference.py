@@ -7,10 +7,12 @@ checkpoints. Shapes: B images, C channels, H by W latent pixels, p patch side, T
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
 from .config import FIRST_NORM_EPS, TIMESTEP_FEATURES, DiTConfig
@@ -24,12 +26,39 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = TIMESTEP_FEATURES // 2
-        index = torch.arange(half, dtype=torch.float32, device=t.device)  # [128]
-        frequencies = torch.exp(-math.log(10000) * index / self.divisor)  # [128], fp32 in every model dtype
-        angles = t.float()[:, None] * frequencies  # [B, 128]
+        angles = t.float()[:, None] * frequencies(t, self.divisor)  # [B, 128]
         features = torch.cat([angles.cos(), angles.sin()], dim=1)  # [B, 256]
         return self.mlp(features.to(next(self.parameters()).dtype))  # [B, D]
+
+
+def frequencies(t: Tensor, divisor: int) -> Tensor:
+    """Return the frequencies [128] on t's device: fp32 in every model dtype, and the CPU's, whose bits no device changes."""
+    if not torch.compiler.is_dynamo_compiling():
+        if is_fake(t):
+            return torch.tensor(frequency_table(CPU, divisor).tolist(), device=t.device)
+        if t.is_cuda and (t.device, divisor) not in _tables and torch.cuda.is_current_stream_capturing():
+            table = torch.zeros(TIMESTEP_FEATURES // 2, dtype=torch.float32, device=t.device)
+            torch._foreach_add_(table.unbind(), frequency_table(CPU, divisor).tolist())  # a graph captures no copy
+            return table
+    return frequency_table(t.device, divisor)
+
+
+def frequency_table(device: torch.device, divisor: int) -> Tensor:
+    """Return exp(-log(10000) k / divisor) for k = 0..127, computed once; a constant to torch.compile."""
+
+    def compute() -> Tensor:
+        index = torch.arange(TIMESTEP_FEATURES // 2, dtype=torch.float32, device=CPU)
+        return torch.exp(-math.log(10000) * index / divisor).to(device)
+
+    if (device, divisor) not in _tables:
+        with ThreadPoolExecutor(1) as pool:  # modes such as inference are a thread's: a tensor that stays has none
+            _tables.setdefault((device, divisor), pool.submit(compute).result())
+    return _tables[device, divisor]
+
+
+CPU = torch.device("cpu")
+_tables: dict[tuple[torch.device, int], Tensor] = {}
+vars(frequency_table)["_dynamo_marked_constant"] = True
 
 
 class LabelEmbedder(nn.Module):
@@ -223,10 +252,12 @@ def sincos_positions(config: DiTConfig) -> Tensor:
     """[1, T, D]: the first half of D encodes the column of a patch, the second half its row; sines, then cosines."""
     h, w = config.grid
     quarter = config.hidden_size // 4
-    frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [D/4]
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # 2 x [h, w]
-    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]  # 2 x [T, D/4]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()  # [1, T, D]
+    with CPU:  # whose bits a model has that is built on any device
+        frequencies = 10000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [D/4]
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # 2 x [h, w]
+        angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]  # 2 x [T, D/4]
+        positions = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()  # [1, T, D]
+    return positions.to(torch.get_default_device())
 
 
 def initialize(model: DiT) -> None:

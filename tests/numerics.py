@@ -130,7 +130,7 @@ def timestep_errors(runner: Runner) -> Row:
     """The features are fp32 in every dtype, and so are the frequencies, of which float64 gets the same."""
     t = torch.rand(4096, device=runner.device) * 1000
     half = 128
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=runner.device) / half)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).to(runner.device)
     angles = t.double()[:, None] * frequencies.double()
     exact = torch.cat([angles.cos(), angles.sin()], dim=1)
     with ditfast.backend("torch"):

@@ -1,4 +1,7 @@
-"""diffusers' DiTTransformer2DModel, alone or in a DiTPipeline. Its blocks each hold an embedder of timesteps and labels."""
+"""diffusers' DiTTransformer2DModel, alone or in a DiTPipeline. Its blocks each hold an embedder of timesteps and labels.
+
+The embedders stay diffusers' own, so both sides of a comparison have the frequencies that diffusers computes on the device.
+"""
 
 from __future__ import annotations
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ..config import TIMESTEP_FEATURES
 from .dispatch import define_op, needs_gradient, route
+
+_tables: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, number of frequencies and divisor
 
 
 def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_divisor: int | None = None) -> Tensor:
@@ -30,13 +34,53 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
     if dim % 2:
         raise ValueError(f"dim: got {dim}, expected an even number")
     half = dim // 2
-    # Computed by torch on either backend: one rounding more or less of a frequency shows at large timesteps.
-    index = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(10000) * index / (frequency_divisor or half))  # [dim/2]
+    frequencies = _frequencies(t, half, frequency_divisor or half)  # [dim/2]
     if route(frequencies, "timestep_embedding", len(t), (dim,), needs_gradient(t)) == "torch":
         angles = t.float()[:, None] * frequencies  # [B, dim/2]
         return torch.cat([angles.cos(), angles.sin()], dim=1)
     return _op(t, frequencies)
+
+
+def _frequencies(t: Tensor, half: int, divisor: int) -> Tensor:
+    """Return the fp32 frequencies [half] on t's device, with the bits that the CPU's exp gives.
+
+    Another device's exp may differ in the last bit, which a large timestep makes 1.8e-5 of a feature.
+    """
+    device = t.device
+    if torch.compiler.is_dynamo_compiling():
+        return _table(device, half, divisor)
+    if is_fake(t):  # tracing takes numbers as constants, and tensors with data not always
+        return torch.tensor(_table(torch.device("cpu"), half, divisor).tolist(), device=device)
+    if device.type == "cuda" and (device, half, divisor) not in _tables and torch.cuda.is_current_stream_capturing():
+        return _captured_table(device, half, divisor)
+    return _table(device, half, divisor)
+
+
+def _table(device: torch.device, half: int, divisor: int) -> Tensor:
+    """Return the frequencies that are kept for a device; to torch.compile they are a constant."""
+    key = device, half, divisor
+    if key not in _tables:
+        # Inference, fake-tensor and functorch modes belong to a thread, and what is kept must come from none of them.
+        with ThreadPoolExecutor(1) as pool:
+            _tables.setdefault(key, pool.submit(_compute, *key).result())
+    return _tables[key]
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch.compile for it.
+vars(_table)["_dynamo_marked_constant"] = True
+
+
+def _compute(device: torch.device, half: int, divisor: int) -> Tensor:
+    index = torch.arange(half, dtype=torch.float32, device="cpu")
+    return torch.exp(-math.log(10000) * index / divisor).to(device)  # waits, so that any stream may read it
+
+
+def _captured_table(device: torch.device, half: int, divisor: int) -> Tensor:
+    """Return a table that the CUDA graph fills itself and owns: numbers as kernel arguments, since no copy can be captured."""
+    table = torch.zeros(half, dtype=torch.float32, device=device)
+    if half:
+        torch._foreach_add_(table.unbind(), _table(torch.device("cpu"), half, divisor).tolist())
+    return table
 
 
 def _fake(t: Tensor, frequencies: Tensor) -> Tensor:
