@@ -19,6 +19,7 @@ from ..model import DiT
 from ..sampling.ranks import Ranks, RanksError
 from ..training import CheckpointFault, DataError, RunError, RunOptions, Trainer, TrainingStopped, TrainSettings, open_data
 from ..training.data import Data
+from ..training.determinism import fix_workspace
 from ..training.parallel import KINDS, joined
 from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
 from .arguments import BadArgument, ended, finite, natural, positive, seed, warnings_on_one_line
@@ -96,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--checkpoint-activations", action="store_true", help="less memory: keep the outputs of products only")
     how.add_argument("--compile", action="store_true", help="the model with torch.compile")
+    how.add_argument(
+        "--deterministic", action="store_true", help="on a GPU, the same bits in every run, slower; on a CPU they always are"
+    )
     how.add_argument("--parallel", choices=KINDS, default=KINDS[0], help="of several ranks; default %(default)s")
     add_device_argument(parser, how)
     how.add_argument("--save-every", type=positive, default=5000, metavar="N", help="steps; default %(default)s")
@@ -126,6 +130,8 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     settings, options = _settings(args)
+    if settings.deterministic:
+        fix_workspace()
     vae = None if args.vae is None else autoencoder.load_vae(args.vae).to(args.device)
     data = open_data(args.data, image_size=args.image_size, vae=vae)
     decode = _decoder(args, data, vae)
@@ -143,7 +149,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
 def _settings(args: argparse.Namespace) -> tuple[TrainSettings, RunOptions]:
     names = (
         "steps batch accumulate seed loss path timesteps rate schedule warm_up weight_decay max_norm dtype ema flip"
-        " checkpoint_activations compile max_skipped"
+        " checkpoint_activations compile deterministic max_skipped"
     )
     try:
         settings = TrainSettings(**{name: getattr(args, name) for name in names.split()})

@@ -38,6 +38,8 @@ class TrainSettings:
         flip: mirror every other image (digits never are).
         checkpoint_activations: keep the outputs of a block's products only, and compute the rest again in the backward.
         compile: the model with torch.compile.
+        deterministic: on a GPU, only algorithms whose results are the same bits in every run, or an error where there is none;
+            slower. On a CPU they always are.
         max_skipped: steps in a row whose loss or gradient may be infinite or NaN; such a step changes no weight.
 
     Raises:
@@ -61,6 +63,7 @@ class TrainSettings:
     flip: bool = True
     checkpoint_activations: bool = False
     compile: bool = False
+    deterministic: bool = False
     max_skipped: int = 25
 
     def __post_init__(self) -> None:
@@ -86,10 +89,12 @@ class TrainSettings:
         if self.timesteps == "importance" and self.loss == "flow":
             raise ValueError("timesteps: got 'importance', but flow matching's times are no steps; expected 'uniform'")
 
-    def decisive(self) -> dict[str, Any]:
-        """The fields that a resumed run has to share: with a constant rate it may go on for more steps."""
+    def decisive(self, device_type: str) -> dict[str, Any]:
+        """The fields that a resumed run on such a device has to share: with a constant rate it may go on for more steps."""
         fields = dataclasses.asdict(self)
         del fields["max_skipped"]
+        if device_type == "cpu" or not self.deterministic:  # runs of earlier versions have no such field
+            del fields["deterministic"]
         if self.schedule == "constant":
             del fields["steps"]
         return fields

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..sampling.ranks import Ranks
 from .averages import Averages
 from .checkpoints import CheckpointFault, Checkpoints, start_at_zero
 from .data import Data, Stream, readers_watched
+from .determinism import check_workspace, deterministic
 from .errors import RunError, TrainingStopped
 from .evaluation import evaluate, preview
 from .folder import claimed
@@ -81,6 +83,8 @@ class Trainer:
         self.config: DiTConfig = model.config  # type: ignore[assignment]
         _check(self.config, data, settings, self.ranks)
         self.device = next(model.parameters()).device
+        if settings.deterministic and self.device.type == "cuda":
+            check_workspace()
         model.train()
         freeze_label_dropout(model)
         if isinstance(model, DiT):
@@ -133,7 +137,8 @@ class Trainer:
         try:
             with asked_to_stop() as stop_asked:
                 for batch in self._stream():
-                    report = self.stepper.take(self.done, batch, stop_asked)
+                    with self._determinism():
+                        report = self.stepper.take(self.done, batch, stop_asked)
                     self._after_step(report, log)
                     speed = speedometer.step()
                     log.scalars("speed", self.done, speed._asdict())
@@ -144,6 +149,9 @@ class Trainer:
         finally:
             log.close()
         return self._export()
+
+    def _determinism(self) -> AbstractContextManager[None]:
+        return deterministic(self.device, self.settings.compile) if self.settings.deterministic else nullcontext()
 
     def _stream(self) -> Iterator[Any]:
         left = self.settings.steps - self.done
@@ -226,7 +234,7 @@ class Trainer:
         return {
             "model": dataclasses.asdict(self.config),
             "data": self.data.fingerprint,
-            **self.settings.decisive(),
+            **self.settings.decisive(self.device.type),
         }
 
     # ------------------------------------------------------------------------------------------------ the average

@@ -48,9 +48,18 @@ def test_an_option_out_of_range_is_named(field: str, value: Any) -> None:
 
 
 def test_more_steps_are_the_same_run_only_at_a_constant_rate() -> None:
-    assert TrainSettings(steps=1).decisive() == TrainSettings(steps=2, max_skipped=3).decisive()
-    assert TrainSettings(steps=1, schedule="cosine").decisive() != TrainSettings(steps=2, schedule="cosine").decisive()
-    assert TrainSettings(steps=1).decisive() != TrainSettings(steps=1, rate=2e-4).decisive()
+    def decisive(**fields: Any) -> dict[str, Any]:
+        return TrainSettings(**fields).decisive("cpu")
+
+    assert decisive(steps=1) == decisive(steps=2, max_skipped=3)
+    assert decisive(steps=1, schedule="cosine") != decisive(steps=2, schedule="cosine")
+    assert decisive(steps=1) != decisive(steps=1, rate=2e-4)
+
+
+def test_determinism_decides_weights_on_a_gpu_only() -> None:
+    free, fixed = TrainSettings(steps=1), TrainSettings(steps=1, deterministic=True)
+    assert free.decisive("cpu") == fixed.decisive("cpu") == free.decisive("cuda")
+    assert fixed.decisive("cuda") == {**free.decisive("cuda"), "deterministic": True}
 
 
 def test_learning_rate() -> None:
