@@ -10,6 +10,8 @@ MODULATIONS = ("chunk6", "per_token", "fp32", "none", "shift_only", "scale_only"
 WIDTHS = (200, 384, 768, 1024, 1152)
 TOKENS = (16, 17, 64, 256, 1024)
 GEMM_TOKENS = (16, 17, 64, 256)  # products take the simulator long, fp32 ones five times as long
+MODEL_WIDTHS = (384, 768, 1024, 1152)  # DiT-S, B, L and XL
+MODEL_TOKENS = (16, 64, 256)  # patches of 8, 4 and 2 at 256 pixels
 GRIDS = {"1x4": (1, 4), "3x5": (3, 5), "8x8": (8, 8)}
 
 

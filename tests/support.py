@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,21 @@ from torch import Tensor, nn
 
 import ditfast
 
+HAS_GPU = torch.cuda.is_available()
+
 
 def _where() -> str:
-    if torch.cuda.is_available():
-        return "gpu"
-    if os.environ.get("TRITON_INTERPRET") != "1" and shutil.which(os.environ.get("CXX", "g++")):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter"
+    if shutil.which(os.environ.get("CXX", "g++")):
         return "simulator"
-    return "interpreter"
+    return "gpu" if HAS_GPU else "interpreter"
 
 
-WHERE = _where()
+WHERE = _where()  # where the kernels of tests run that are not marked gpu
 TARGETS = ("sm_80", "sm_90") if WHERE == "simulator" else (WHERE,)
+ON_SIMULATOR = pytest.mark.parametrize("compiled", TARGETS, indirect=True)  # without the fixture's case on a GPU
+ON_CPU = pytest.mark.parametrize("either", ["torch", "triton"], indirect=True)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in deterministic mode
 torch.backends.cudnn.allow_tf32 = False  # the reference's fp32 convolution is a bar, and tf32 would lower it
 if WHERE == "interpreter":  # triton reads it when it jits the first kernel
@@ -48,13 +52,13 @@ class Runner:
     @staticmethod
     @contextlib.contextmanager
     def open(target: str, *, checks: bool = True) -> Iterator[Runner]:
-        """``torch``, ``gpu``, ``interpreter``, or ``sm_80`` and the like for the simulator; outputs are poisoned.
+        """Open ``torch``, ``gpu``, ``gpu-torch``, ``interpreter``, or ``sm_80`` and the like for the simulator; poison outputs.
 
         Without ``checks`` the simulator looks for no races and no reads of unwritten memory, and is several times as fast.
         """
         on_gpu = target in ("gpu", "torch") and torch.cuda.is_available()
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-        backend = "torch" if target == "torch" else "triton"
+        backend = "torch" if target.endswith("torch") else "triton"
         engine = _simulator(int(target.removeprefix("sm_")), checks) if target.startswith("sm_") else contextlib.nullcontext()
         if target == "interpreter":
             import interpreter_fixes
@@ -143,17 +147,39 @@ def assert_as_good_as(out: Tensor, exact: Tensor, eager: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------ which cases to run
 def pairwise(**factors: Sequence[Any]) -> list[Any]:
     """pytest params that between them have every pair of values; and, marked slow, more that have every three."""
-    names = list(factors)
     cases = list(itertools.product(*factors.values()))
     fast = covering(cases, 2)
     return [
-        pytest.param(*cases[i], id=case_id(names, cases[i]), marks=() if i in fast else pytest.mark.slow)
-        for i in sorted(fast | covering(cases, min(3, len(names))))
+        pytest.param(*cases[i], id=case_id(factors, cases[i]), marks=() if i in fast else pytest.mark.slow)
+        for i in sorted(fast | covering(cases, min(3, len(factors))))
     ]
 
 
+def on_kernels(cases: Sequence[Any], **gpu: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrize ``compiled`` and the arguments of a case.
+
+    The simulator takes all cases as Hopper. As Ampere it takes those that between them have every value, and leaves the others
+    to the tier slow, since compiling is what they spend their time on. A GPU takes cases of its own.
+
+    Args:
+        cases: pytest params for the arguments that ``gpu`` names, in its order.
+        gpu: values of each argument on a GPU, where every pair of them is in a case.
+    """
+    params = []
+    fast = [case for case in cases if not case.marks]
+    sample = {fast[i].id for i in covering([case.values for case in fast], 1)}
+    for target in TARGETS if WHERE != "gpu" else ():
+        for case in cases:
+            marks = pytest.mark.slow if target == "sm_80" and case.id not in sample else case.marks
+            params.append(pytest.param(target, *case.values, id=f"{target}-{case.id}", marks=marks))
+    on_gpu = list(itertools.product(*gpu.values()))
+    for i in sorted(covering(on_gpu, min(2, len(gpu)))):
+        params.append(pytest.param("gpu", *on_gpu[i], id=f"gpu-{case_id(gpu, on_gpu[i])}", marks=pytest.mark.gpu))
+    return pytest.mark.parametrize(("compiled", *gpu), params, indirect=["compiled"])
+
+
 def covering(cases: Sequence[tuple[Any, ...]], strength: int) -> set[int]:
-    """Which of the cases to take to have every combination of ``strength`` values, chosen greedily."""
+    """Indices of cases, chosen greedily, that between them have every combination of ``strength`` values."""
     combinations = [set(itertools.combinations(enumerate(case), strength)) for case in cases]
     missing = set().union(*combinations)
     chosen = set()
@@ -164,7 +190,7 @@ def covering(cases: Sequence[tuple[Any, ...]], strength: int) -> set[int]:
     return chosen
 
 
-def case_id(names: Sequence[str], case: Sequence[Any]) -> str:
+def case_id(names: Iterable[str], case: Sequence[Any]) -> str:
     """``T17-D384-bf16``: numbers after their name, words as they are."""
     return "-".join(f"{name}{value}" if isinstance(value, int) else str(value) for name, value in zip(names, case, strict=True))
 

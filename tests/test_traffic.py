@@ -8,7 +8,7 @@ from typing import NamedTuple
 import oracles
 import pytest
 import torch
-from support import TARGETS, WHERE, Runner, gradients, leaves
+from support import ON_SIMULATOR, TARGETS, WHERE, Runner, gradients, leaves
 from torch import Tensor
 
 from ditfast import DiTConfig, blocks, ops
@@ -84,6 +84,7 @@ WIDTHS = pytest.mark.parametrize("D", [384, 768, 1024, 1152], ids=lambda D: f"D{
 
 
 @WIDTHS
+@ON_SIMULATOR
 def test_layer_norm_modulate(compiled: Runner, D: int) -> None:
     x, _, (_, shift, scale) = arguments(D)
     found = traffic("layer_norm_modulate_kernel", lambda: ops.layer_norm_modulate(x, shift, scale))
@@ -91,6 +92,7 @@ def test_layer_norm_modulate(compiled: Runner, D: int) -> None:
 
 
 @WIDTHS
+@ON_SIMULATOR
 def test_gated_residual(compiled: Runner, D: int) -> None:
     x, h, (gate, *_) = arguments(D)
     found = traffic("gated_residual_kernel", lambda: ops.gated_residual(x, h, gate))
@@ -98,6 +100,7 @@ def test_gated_residual(compiled: Runner, D: int) -> None:
 
 
 @WIDTHS
+@ON_SIMULATOR
 def test_joint(compiled: Runner, D: int) -> None:
     x, h, vectors = arguments(D)
     call = ops.gated_residual_layer_norm_modulate
@@ -106,6 +109,7 @@ def test_joint(compiled: Runner, D: int) -> None:
 
 
 @WIDTHS
+@ON_SIMULATOR
 def test_joint_backward(compiled: Runner, D: int) -> None:
     x, h, vectors = arguments(D)
     inputs = leaves(x, h, *vectors)

@@ -6,7 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, in_any_order, leaves, pairwise, raises_naming
+from oracles import MODEL_TOKENS
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    Runner,
+    assert_as_good_as,
+    gradients,
+    in_any_order,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 import ditfast
@@ -54,22 +68,23 @@ def check(runner: Runner, B: int, T: int, H: int, d: int, dtype: torch.dtype) ->
 
 
 # ------------------------------------------------------------------------------------------------ the kernels
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@on_kernels(pairwise(d=HEAD_DIMS), d=(32, 64, 72, 128))
 def test_kernel_head_dims(compiled: Runner, d: int) -> None:
     check(compiled, 2, 17, 3, d, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("T", "dtype"), pairwise(T=TOKENS, dtype=("bf16", "fp16")))
+@on_kernels(pairwise(T=TOKENS, dtype=("bf16", "fp16")), T=(1, 17, *MODEL_TOKENS), dtype=("bf16", "fp16"))
 def test_kernel_tokens(compiled: Runner, T: int, dtype: str) -> None:
     check(compiled, 2, T, 3, 72, DTYPES[dtype])
 
 
-@pytest.mark.parametrize(("d", "T"), pairwise(d=(40, 64, 128), T=(16, 70)))
+@on_kernels(pairwise(d=(40, 64, 128), T=(16, 70)), d=(64, 72), T=(16, 70))
 def test_kernel_full_precision(compiled: Runner, d: int, T: int) -> None:
     check(compiled, 1, T, 2, d, torch.float32)
 
 
 @pytest.mark.slow
+@ON_SIMULATOR
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", TOKENS)
 @pytest.mark.parametrize("d", [*HEAD_DIMS, 8, 36, 200, 256])
@@ -149,11 +164,15 @@ def test_gradients_of_torch() -> None:
         torch.testing.assert_close(found, exact)
 
 
+@ON_SIMULATOR
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     (qkv,) = leaves(packed(compiled, 2, 6, 2, 16, torch.float32)[:, 1:])
     torch.library.opcheck(torch.ops.ditfast.attention.default, (qkv, True))
 
 
+@ON_CPU
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(packed(either, 2, 5, 2, 16, torch.float32))
     dout = torch.randn(2, 5, 32, device=either.device)

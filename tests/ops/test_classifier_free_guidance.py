@@ -3,7 +3,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, TARGETS, Runner, assert_rounded_once, gradients, in_any_order, leaves, pairwise, raises_naming
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    Runner,
+    assert_rounded_once,
+    gradients,
+    in_any_order,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -34,9 +47,10 @@ CASES = pairwise(
     dtype=DTYPES,
 )
 NAMES = ("shape", "scale", "channels", "dtype")
+ON_KERNELS = on_kernels(CASES, shape=((4, 8, 32, 16), (6, 4, 3, 5)), scale=(1.5, 4.0), channels=(3, 4), dtype=DTYPES)
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, shape: tuple[int, ...], scale: float, channels: int, dtype: str) -> None:
     check(compiled, shape, scale, channels, DTYPES[dtype])
 
@@ -93,12 +107,14 @@ def test_errors_name_the_argument() -> None:
         assert "0..8" in raises_naming("channels", lambda: ops.classifier_free_guidance(out, 4.0, channels))  # noqa: B023
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     (out,) = leaves(torch.randn(2, 4, 3, 5, device=compiled.device))
     torch.library.opcheck(torch.ops.ditfast.classifier_free_guidance.default, (out, 4.0, 3))
     torch.library.opcheck(torch.ops.ditfast.classifier_free_guidance_backward.default, (out.detach(), 4.0, 3))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     (out,) = leaves(torch.randn(2, 4, 3, 5, device=either.device))
     graph = torch.compile(ops.classifier_free_guidance, fullgraph=True, backend="aot_eager")

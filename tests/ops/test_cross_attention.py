@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
     DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
     TARGETS,
     UNIT_ROUNDOFF,
     Runner,
@@ -12,6 +14,7 @@ from support import (
     gradients,
     in_any_order,
     leaves,
+    on_kernels,
     pairwise,
     raises_naming,
 )
@@ -50,9 +53,10 @@ def check(runner: Runner, B: int, T: int, S: int, H: int, d: int, dtype: torch.d
 
 
 CASES = pairwise(T=(16, 70), S=(1, 2, 33, 100), d=(64, 72), dtype=DTYPES)
+ON_KERNELS = on_kernels(CASES, T=(16, 70), S=(1, 100), d=(64, 72), dtype=DTYPES)
 
 
-@pytest.mark.parametrize(("T", "S", "d", "dtype"), CASES)
+@ON_KERNELS
 def test_kernels(compiled: Runner, T: int, S: int, d: int, dtype: str) -> None:
     check(compiled, 2, T, S, 3, d, DTYPES[dtype])
 
@@ -136,11 +140,13 @@ def test_the_kernels_have_a_largest_head(compiled: Runner) -> None:
     assert "at most 256" in raises_naming("q", lambda: ops.cross_attention(q, kv))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     inputs = leaves(*arguments(compiled, 2, 5, 2, 2, 16, torch.float32))
     torch.library.opcheck(torch.ops.ditfast.cross_attention.default, (*inputs, True))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(*arguments(either, 2, 5, 2, 2, 16, torch.float32))
     dout = torch.randn(2, 5, 32, device=either.device)

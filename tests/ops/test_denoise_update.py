@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, pairwise, raises_naming
+from support import DTYPES, ON_CPU, ON_SIMULATOR, TARGETS, Runner, assert_as_good_as, on_kernels, pairwise, raises_naming
 from torch import Tensor
 
 from ditfast import ops
@@ -71,9 +71,18 @@ CASES = pairwise(
     dtype=DTYPES,
 )
 NAMES = ("shape", "learned", "guided", "noisy", "clip", "dtype")
+ON_KERNELS = on_kernels(
+    CASES,
+    shape=((3, 4, 32, 32), (2, 3, 5, 7)),
+    learned=(True, False),
+    guided=(None, 3),
+    noisy=(True, False),
+    clip=(True, False),
+    dtype=DTYPES,
+)
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@ON_KERNELS
 def test_kernel(
     compiled: Runner, shape: tuple[int, ...], learned: bool, guided: int | None, noisy: bool, clip: bool, dtype: str
 ) -> None:
@@ -122,12 +131,14 @@ def test_errors_name_the_argument() -> None:
     assert "0..4" in raises_naming("guided_channels", lambda: ops.denoise_update(x, output, None, update, scale, 5))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     x, output = torch.randn(1, 4, 4, 4, device=compiled.device), torch.randn(2, 8, 4, 4, device=compiled.device)
     update, scale = torch.tensor(DDPM, device=compiled.device), torch.full((1,), 4.0, device=compiled.device)
     torch.library.opcheck(torch.ops.ditfast.denoise_update.default, (x, output, x, update, scale, 3, False))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     x, output = torch.randn(1, 4, 4, 4, device=either.device), torch.randn(2, 8, 4, 4, device=either.device)
     update, scale = torch.tensor(DDPM, device=either.device), torch.full((1,), 4.0, device=either.device)

@@ -3,9 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import GRIDS, MODULATIONS
+from oracles import GRIDS, MODEL_WIDTHS, MODULATIONS
 from support import (
     DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
     TARGETS,
     WHERE,
     Runner,
@@ -13,6 +15,7 @@ from support import (
     gradients,
     in_any_order,
     leaves,
+    on_kernels,
     pairwise,
     raises_naming,
 )
@@ -38,6 +41,7 @@ def check(grid: tuple[int, int], p: int, *inputs: Tensor | None, eps: float = 1e
 
 CASES = pairwise(K=(128, 200, 384, 1152), p=(2, 4, 8), grid=GRIDS, dtype=DTYPES, kind=MODULATIONS)
 NAMES = ("K", "p", "grid", "dtype", "kind")
+ON_KERNELS = on_kernels(CASES, K=MODEL_WIDTHS, p=(2, 4, 8), grid=("3x5", "8x8"), dtype=DTYPES, kind=("chunk6", "per_token"))
 
 
 def case(runner: Runner, K: int, p: int, grid: str, dtype: str, kind: str) -> list[Tensor | None]:
@@ -45,7 +49,7 @@ def case(runner: Runner, K: int, p: int, grid: str, dtype: str, kind: str) -> li
     return arguments(runner, 3, h * w, K, 8 * p * p, DTYPES[dtype], kind)
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, K: int, p: int, grid: str, dtype: str, kind: str) -> None:
     check(GRIDS[grid], p, *case(compiled, K, p, grid, dtype, kind))
 
@@ -77,6 +81,7 @@ def test_any_shape(B: int, C: int, p: int, grid: tuple[int, int], K: int, kind: 
 
 
 @pytest.mark.skipif(WHERE != "simulator", reason="counts launches on the simulator")
+@ON_SIMULATOR
 @pytest.mark.parametrize(("p", "kernels"), [(2, 1), (4, 1), (8, 2)])
 def test_one_kernel_where_a_program_holds_all_features(compiled: Runner, p: int, kernels: int) -> None:
     import ptxsim
@@ -132,6 +137,7 @@ def test_autocast(either: Runner, stream: str) -> None:
     assert_as_good_as(y, exact, eager)
 
 
+@ON_CPU
 def test_errors_name_the_argument(either: Runner) -> None:
     x, v = torch.zeros(2, 6, 8, device=either.device), torch.zeros(2, 8, device=either.device)
     weight, bias = torch.zeros(32, 8, device=either.device), torch.zeros(32, device=either.device)
@@ -147,12 +153,14 @@ def test_errors_name_the_argument(either: Runner) -> None:
     assert "32 values" in raises_naming("patch_size", lambda: ops.final_layer(x, v, v, weight, bias, grid, 3))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     for kind in ("chunk6", "none", "per_token"):
         inputs = arguments(compiled, 2, 6, 64, 32, torch.float32, kind)
         torch.library.opcheck(torch.ops.ditfast.final_layer.default, (*inputs, (2, 3), 2, 1e-6))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(*arguments(either, 2, 6, 64, 32, torch.float32, "chunk6"))
     graph = torch.compile(ops.final_layer, fullgraph=True, backend="aot_eager")

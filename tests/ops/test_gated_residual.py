@@ -1,13 +1,25 @@
 import oracles
 import pytest
 import torch
-from oracles import TOKENS, WIDTHS
-from support import DTYPES, Runner, assert_rounded_once, gradients, leaves, pairwise, raises_naming
+from oracles import MODEL_TOKENS, MODEL_WIDTHS, TOKENS, WIDTHS
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    Runner,
+    assert_rounded_once,
+    gradients,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
 
 CASES = pairwise(D=WIDTHS, T=TOKENS, dtype=DTYPES, kind=("chunk6", "per_token", "fp32", "none"))
+ON_KERNELS = on_kernels(CASES, D=MODEL_WIDTHS, T=MODEL_TOKENS, dtype=DTYPES, kind=("chunk6", "per_token", "fp32"))
 
 
 def check(runner: Runner, T: int, D: int, dtype: torch.dtype, kind: str) -> None:
@@ -19,7 +31,7 @@ def check(runner: Runner, T: int, D: int, dtype: torch.dtype, kind: str) -> None
     assert_rounded_once(total, exact, eager.to(dtype))
 
 
-@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
     check(compiled, T, D, DTYPES[dtype], kind)
 
@@ -44,7 +56,7 @@ def test_empty_batch(either: Runner) -> None:
     assert ops.gated_residual(x, x, torch.empty(0, 384, device=either.device)).shape == (0, 16, 384)
 
 
-@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+@ON_KERNELS
 def test_kernel_gradients(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
     x, h, dy = torch.randn(3, 2, T, D, device=compiled.device).to(DTYPES[dtype])
     gate, _, _ = oracles.modulation(kind, x)
@@ -67,12 +79,14 @@ def test_errors_name_the_argument() -> None:
     assert "(2, 8) or (2, 4, 8)" in raises_naming("gate", lambda: ops.gated_residual(x, x, torch.zeros(8)))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     x, h = torch.randn(2, 2, 5, 128, device=compiled.device)
     for gate in (torch.randn(2, 128, device=compiled.device), torch.randn_like(x), None):
         torch.library.opcheck(torch.ops.ditfast.gated_residual.default, leaves(x, h, gate))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     x, h, dy = torch.randn(3, 2, 5, 128, device=either.device)
     graph = torch.compile(ops.gated_residual, fullgraph=True, backend="aot_eager")

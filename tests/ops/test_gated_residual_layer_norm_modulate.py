@@ -3,9 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import MODULATIONS, TOKENS, WIDTHS
+from oracles import MODEL_TOKENS, MODEL_WIDTHS, MODULATIONS, TOKENS, WIDTHS
 from support import (
     DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
     TARGETS,
     Runner,
     assert_rounded_once,
@@ -13,6 +15,7 @@ from support import (
     gradients,
     in_any_order,
     leaves,
+    on_kernels,
     pairwise,
     raises_naming,
 )
@@ -34,9 +37,10 @@ def check(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, kind: str)
 
 
 CASES = pairwise(D=WIDTHS, T=TOKENS, dtype=DTYPES, kind=MODULATIONS)
+ON_KERNELS = on_kernels(CASES, D=MODEL_WIDTHS, T=MODEL_TOKENS, dtype=DTYPES, kind=("chunk6", "per_token", "fp32"))
 
 
-@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
     check(compiled, 2, T, D, DTYPES[dtype], kind)
 
@@ -60,7 +64,7 @@ def check_gradients(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, 
         assert_rounded_once(gradient, exact, eager.to(gradient.dtype))
 
 
-@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+@ON_KERNELS
 def test_kernel_gradients(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
     check_gradients(compiled, 2, T, D, DTYPES[dtype], kind)
 
@@ -157,6 +161,7 @@ def test_errors_name_the_argument() -> None:
         assert "(2, 8) or (2, 4, 8)" in raises_naming(name, lambda arguments=arguments: op(*arguments))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     x, h = torch.randn(2, 2, 5, 128, device=compiled.device)
     op = torch.ops.ditfast.gated_residual_layer_norm_modulate.default
@@ -164,6 +169,7 @@ def test_opcheck(compiled: Runner) -> None:
         torch.library.opcheck(op, (*leaves(x, h, *oracles.modulation(kind, x)), 1e-6, True))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     x, h, *upstream = torch.randn(4, 2, 5, 128, device=either.device)
     graph = torch.compile(ops.gated_residual_layer_norm_modulate, fullgraph=True, backend="aot_eager")

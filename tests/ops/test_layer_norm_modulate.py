@@ -3,8 +3,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import MODULATIONS, TOKENS, WIDTHS
-from support import DTYPES, TARGETS, Runner, assert_rounded_once, gradients, in_any_order, leaves, pairwise, raises_naming
+from oracles import MODEL_TOKENS, MODEL_WIDTHS, MODULATIONS, TOKENS, WIDTHS
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    Runner,
+    assert_rounded_once,
+    gradients,
+    in_any_order,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -21,9 +34,10 @@ def check(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, kind: str)
 
 
 CASES = pairwise(D=WIDTHS, T=TOKENS, dtype=DTYPES, kind=MODULATIONS)
+ON_KERNELS = on_kernels(CASES, D=MODEL_WIDTHS, T=MODEL_TOKENS, dtype=DTYPES, kind=("chunk6", "per_token", "fp32"))
 
 
-@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
     check(compiled, 2, T, D, DTYPES[dtype], kind)
 
@@ -43,7 +57,7 @@ def check_gradients(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, 
         assert_rounded_once(gradient, exact, eager.to(gradient.dtype))
 
 
-@pytest.mark.parametrize(("D", "T", "dtype", "kind"), CASES)
+@ON_KERNELS
 def test_kernel_gradients(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None:
     check_gradients(compiled, 2, T, D, DTYPES[dtype], kind)
 
@@ -117,6 +131,7 @@ def test_errors_name_the_argument() -> None:
     assert "on meta" in raises_naming("scale", lambda: ops.layer_norm_modulate(x, v, v.to("meta")))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     x = torch.randn(2, 6, 128, device=compiled.device)[:, 1:]
     for kind in ("chunk6", "none", "shift_only", "per_token"):
@@ -124,6 +139,7 @@ def test_opcheck(compiled: Runner) -> None:
         torch.library.opcheck(torch.ops.ditfast.layer_norm_modulate.default, (*inputs, 1e-6, True))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     x, dy = torch.randn(2, 2, 5, 128, device=either.device)
     graph = torch.compile(ops.layer_norm_modulate, fullgraph=True, backend="aot_eager")

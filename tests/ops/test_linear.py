@@ -3,8 +3,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import GEMM_TOKENS, WIDTHS, output_width
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, in_any_order, leaves, pairwise, raises_naming
+from oracles import GEMM_TOKENS, MODEL_TOKENS, MODEL_WIDTHS, WIDTHS, output_width
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    Runner,
+    assert_as_good_as,
+    gradients,
+    in_any_order,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -35,9 +48,10 @@ def check(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch.dtype) ->
 
 
 CASES = pairwise(K=WIDTHS, T=GEMM_TOKENS, dtype=DTYPES)
+ON_KERNELS = on_kernels(CASES, K=MODEL_WIDTHS, T=MODEL_TOKENS, dtype=DTYPES)
 
 
-@pytest.mark.parametrize(("K", "T", "dtype"), CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, K: int, T: int, dtype: str) -> None:
     check(compiled, 2, T, min(192, output_width(K, dtype)), K, DTYPES[dtype])
 
@@ -116,11 +130,13 @@ def test_errors_name_the_argument() -> None:
     assert "expected (16,)" in raises_naming("bias", lambda: ops.linear(x, weight, bias[:2]))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     inputs = leaves(*arguments(compiled, 2, 5, 24, 32, torch.float32))
     torch.library.opcheck(torch.ops.ditfast.linear.default, inputs)
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(*arguments(either, 2, 5, 24, 32, torch.float32))
     dy = torch.randn(2, 5, 24, device=either.device)

@@ -3,8 +3,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import GEMM_TOKENS, WIDTHS
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, leaves, pairwise, raises_naming
+from oracles import GEMM_TOKENS, MODEL_TOKENS, MODEL_WIDTHS, WIDTHS
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    Runner,
+    assert_as_good_as,
+    gradients,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -30,9 +42,10 @@ def check(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch.dtype, ki
 
 
 CASES = pairwise(N=WIDTHS, T=GEMM_TOKENS, dtype=DTYPES, kind=KINDS)
+ON_KERNELS = on_kernels(CASES, N=MODEL_WIDTHS, T=MODEL_TOKENS, dtype=DTYPES, kind=("chunk6", "fp32"))
 
 
-@pytest.mark.parametrize(("N", "T", "dtype", "kind"), CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, N: int, T: int, dtype: str, kind: str) -> None:
     check(compiled, 2, T, N, 128, DTYPES[dtype], kind)
 
@@ -73,6 +86,7 @@ def test_an_fp32_stream_under_autocast(either: Runner) -> None:
     assert y.dtype == torch.float32
 
 
+@ON_CPU
 def test_errors_name_the_argument(either: Runner) -> None:
     x, weight, bias, residual, gate = arguments(either, 2, 4, 8, 16, torch.float32, "chunk6")
     op = ops.linear_gated_residual
@@ -82,6 +96,7 @@ def test_errors_name_the_argument(either: Runner) -> None:
     assert "int64" in raises_naming("gate", lambda: op(x, weight, bias, residual, gate.long()))
 
 
+@ON_SIMULATOR
 def test_opcheck_and_fullgraph(compiled: Runner) -> None:
     given = arguments(compiled, 2, 5, 24, 32, torch.float32, "chunk6")
     torch.library.opcheck(torch.ops.ditfast.linear_gated_residual.default, given)

@@ -3,8 +3,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import GEMM_TOKENS, WIDTHS, output_width
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, leaves, pairwise, raises_naming
+from oracles import GEMM_TOKENS, MODEL_TOKENS, MODEL_WIDTHS, WIDTHS, output_width
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    Runner,
+    assert_as_good_as,
+    gradients,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -21,9 +33,10 @@ def check(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch.dtype) ->
 
 
 CASES = pairwise(K=WIDTHS, T=GEMM_TOKENS, dtype=DTYPES)
+ON_KERNELS = on_kernels(CASES, K=MODEL_WIDTHS, T=MODEL_TOKENS, dtype=DTYPES)
 
 
-@pytest.mark.parametrize(("K", "T", "dtype"), CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, K: int, T: int, dtype: str) -> None:
     check(compiled, 2, T, output_width(K, dtype), K, DTYPES[dtype])
 
@@ -43,7 +56,7 @@ def check_gradients(runner: Runner, B: int, T: int, N: int, K: int, dtype: torch
         assert_as_good_as(gradient, exact, eager)
 
 
-@pytest.mark.parametrize(("K", "T", "dtype"), CASES)
+@ON_KERNELS
 def test_kernel_gradients(compiled: Runner, K: int, T: int, dtype: str) -> None:
     check_gradients(compiled, 2, T, output_width(K, dtype), K, DTYPES[dtype])
 
@@ -101,11 +114,13 @@ def test_errors_name_the_argument() -> None:
     assert "expected (16,)" in raises_naming("bias", lambda: ops.linear_gelu(x, weight, bias[:2]))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     inputs = leaves(*(torch.randn(*shape, device=compiled.device) for shape in ((2, 5, 64), (96, 64), (96,))))
     torch.library.opcheck(torch.ops.ditfast.linear_gelu.default, (*inputs, True))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(*(torch.randn(*shape, device=either.device) for shape in ((2, 5, 64), (96, 64), (96,))))
     dy = torch.randn(2, 5, 96, device=either.device)

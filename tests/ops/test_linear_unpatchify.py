@@ -3,8 +3,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import GRIDS
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, in_any_order, leaves, pairwise, raises_naming
+from oracles import GRIDS, MODEL_WIDTHS
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    Runner,
+    assert_as_good_as,
+    gradients,
+    in_any_order,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -39,6 +52,7 @@ def check_gradients(grid: tuple[int, int], p: int, *tensors: Tensor) -> None:
 
 CASES = pairwise(K=(128, 200, 384, 1152), p=(2, 4, 8), grid=GRIDS, dtype=DTYPES)
 NAMES = ("K", "p", "grid", "dtype")
+ON_KERNELS = on_kernels(CASES, K=MODEL_WIDTHS, p=(2, 4, 8), grid=("3x5", "8x8"), dtype=DTYPES)
 
 
 def case(runner: Runner, K: int, p: int, grid: str, dtype: str) -> list[Tensor]:
@@ -46,12 +60,12 @@ def case(runner: Runner, K: int, p: int, grid: str, dtype: str) -> list[Tensor]:
     return arguments(runner, 3, h * w, K, 8 * p * p, DTYPES[dtype])
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, K: int, p: int, grid: str, dtype: str) -> None:
     check(GRIDS[grid], p, *case(compiled, K, p, grid, dtype))
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@ON_KERNELS
 def test_kernel_gradients(compiled: Runner, K: int, p: int, grid: str, dtype: str) -> None:
     check_gradients(GRIDS[grid], p, *case(compiled, K, p, grid, dtype))
 
@@ -125,6 +139,7 @@ def test_errors_name_the_argument() -> None:
     assert "32 values" in raises_naming("patch_size", lambda: ops.linear_unpatchify(x, weight, bias, (2, 3), 3))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     tensors = arguments(compiled, 2, 6, 64, 32, torch.float32)
     torch.library.opcheck(torch.ops.ditfast.linear_unpatchify.default, (*leaves(*tensors), (2, 3), 2))
@@ -133,6 +148,7 @@ def test_opcheck(compiled: Runner) -> None:
     torch.library.opcheck(backward, (dy, *tensors[:2], 2, [True, False, True]))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(*arguments(either, 2, 6, 64, 32, torch.float32))
     graph = torch.compile(ops.linear_unpatchify, fullgraph=True, backend="aot_eager")

@@ -3,7 +3,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, TARGETS, WHERE, Runner, assert_as_good_as, gradients, in_any_order, leaves, pairwise, raises_naming
+from oracles import MODEL_TOKENS
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    WHERE,
+    Runner,
+    assert_as_good_as,
+    gradients,
+    in_any_order,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 import ditfast
@@ -34,9 +49,10 @@ def check(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, hidden: in
 
 
 CASES = pairwise(D=(64, 200, 384), T=(1, 16, 17, 257), dtype=DTYPES)
+ON_KERNELS = on_kernels(CASES, D=(384, 768), T=(17, *MODEL_TOKENS[:2]), dtype=DTYPES)
 
 
-@pytest.mark.parametrize(("D", "T", "dtype"), CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, D: int, T: int, dtype: str) -> None:
     check(compiled, 2, T, D, DTYPES[dtype])
 
@@ -113,11 +129,13 @@ def test_errors_name_the_argument() -> None:
             raises_naming(name, lambda broken=broken: ops.mlp(*leaves(*broken)))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     inputs = leaves(*arguments(compiled, 2, 5, 16, torch.float32))
     torch.library.opcheck(torch.ops.ditfast.mlp.default, inputs)
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(*arguments(either, 2, 5, 16, torch.float32))
     dy = torch.randn(2, 5, 16, device=either.device)

@@ -3,8 +3,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import GRIDS
-from support import DTYPES, TARGETS, Runner, assert_as_good_as, gradients, in_any_order, leaves, pairwise, raises_naming
+from oracles import GRIDS, MODEL_WIDTHS
+from support import (
+    DTYPES,
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    Runner,
+    assert_as_good_as,
+    gradients,
+    in_any_order,
+    leaves,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -45,18 +58,19 @@ def check_gradients(p: int, *tensors: Tensor) -> None:
 
 CASES = pairwise(D=(128, 200, 384, 1152), p=(2, 4, 8), grid=GRIDS, dtype=DTYPES, positions=("same_dtype", "fp32"))
 NAMES = ("D", "p", "grid", "dtype", "positions")
+ON_KERNELS = on_kernels(CASES, D=MODEL_WIDTHS, p=(2, 4, 8), grid=("3x5", "8x8"), dtype=DTYPES, positions=("same_dtype", "fp32"))
 
 
 def case(runner: Runner, D: int, p: int, grid: str, dtype: str, positions: str) -> list[Tensor]:
     return arguments(runner, 3, 4, p, GRIDS[grid], D, DTYPES[dtype], DTYPES.get(positions, DTYPES[dtype]))
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, D: int, p: int, grid: str, dtype: str, positions: str) -> None:
     check(p, *case(compiled, D, p, grid, dtype, positions))
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@ON_KERNELS
 def test_kernel_gradients(compiled: Runner, D: int, p: int, grid: str, dtype: str, positions: str) -> None:
     check_gradients(p, *case(compiled, D, p, grid, dtype, positions))
 
@@ -151,6 +165,7 @@ def test_errors_name_the_argument() -> None:
     assert "on meta" in raises_naming("pos_embed", lambda: ops.patch_embed(x, weight, bias, pos_embed.to("meta"), 2))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     x, weight, bias, pos_embed = arguments(compiled, 3, 4, 2, (2, 3), 64, torch.float32, torch.float32)
     inputs = leaves(x, weight, bias, pos_embed[0])
@@ -160,6 +175,7 @@ def test_opcheck(compiled: Runner) -> None:
     torch.library.opcheck(torch.ops.ditfast.patch_embed_backward.default, gradient_inputs)
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(*arguments(either, 2, 4, 2, (2, 3), 64, torch.float32, torch.float32))
     graph = torch.compile(ops.patch_embed, fullgraph=True, backend="aot_eager")

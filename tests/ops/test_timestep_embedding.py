@@ -4,7 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import TARGETS, UNIT_ROUNDOFF, Runner, assert_rounded_once, in_any_order, pairwise, raises_naming
+from support import (
+    ON_CPU,
+    ON_SIMULATOR,
+    TARGETS,
+    UNIT_ROUNDOFF,
+    Runner,
+    assert_rounded_once,
+    in_any_order,
+    on_kernels,
+    pairwise,
+    raises_naming,
+)
 from torch import Tensor
 
 from ditfast import ops
@@ -40,9 +51,10 @@ TIMESTEPS = {
     "far": torch.tensor([1e5, 3.3e6, 1e8]),
 }
 CASES = pairwise(t=TIMESTEPS, dim=(2, 6, 256, 320), divisor=("own", "diffusers"))
+ON_KERNELS = on_kernels(CASES, t=TIMESTEPS, dim=(256,), divisor=("own",))
 
 
-@pytest.mark.parametrize(("t", "dim", "divisor"), CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, t: str, dim: int, divisor: str) -> None:
     check(compiled, TIMESTEPS[t], dim, None if divisor == "own" else 127)
 
@@ -102,6 +114,7 @@ def test_errors_name_the_argument() -> None:
     assert "even" in raises_naming("dim", lambda: ops.timestep_embedding(torch.zeros(2), dim=7))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     t = 999 * torch.rand(3, device=compiled.device)
     table = frequencies(256, None).to(compiled.device)
@@ -110,6 +123,7 @@ def test_opcheck(compiled: Runner) -> None:
     torch.library.opcheck(torch.ops.ditfast.timestep_embedding_backward.default, (dy, t, table))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     t = (999 * torch.rand(3, device=either.device)).requires_grad_()
     graph = torch.compile(ops.timestep_embedding, fullgraph=True, backend="aot_eager")

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import GRIDS
-from support import DTYPES, TARGETS, Runner, in_any_order, pairwise, raises_naming
+from support import DTYPES, ON_CPU, ON_SIMULATOR, TARGETS, Runner, in_any_order, on_kernels, pairwise, raises_naming
 
 from ditfast import ops
 
@@ -21,9 +21,10 @@ def check(runner: Runner, B: int, C: int, p: int, grid: tuple[int, int], dtype: 
 
 CASES = pairwise(p=(1, 2, 4, 8), C=(1, 4, 6), grid=GRIDS, dtype=DTYPES)
 NAMES = ("p", "C", "grid", "dtype")
+ON_KERNELS = on_kernels(CASES, p=(2, 4, 8), C=(4, 6), grid=("3x5", "8x8"), dtype=DTYPES)
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@ON_KERNELS
 def test_kernel(compiled: Runner, p: int, C: int, grid: str, dtype: str) -> None:
     check(compiled, 3, C, p, GRIDS[grid], DTYPES[dtype])
 
@@ -68,6 +69,7 @@ def test_errors_name_the_argument() -> None:
     assert "at least 1" in raises_naming("patch_size", lambda: ops.unpatchify(x, (2, 3), 0))
 
 
+@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     x = torch.randn(2, 6, 32, device=compiled.device, requires_grad=True)
     torch.library.opcheck(torch.ops.ditfast.unpatchify.default, (x, (2, 3), 2))
@@ -75,6 +77,7 @@ def test_opcheck(compiled: Runner) -> None:
     torch.library.opcheck(torch.ops.ditfast.unpatchify_backward.default, (dy, 2))
 
 
+@ON_CPU
 def test_fullgraph(either: Runner) -> None:
     x = torch.randn(2, 6, 32, device=either.device, requires_grad=True)
     graph = torch.compile(ops.unpatchify, fullgraph=True, backend="aot_eager")
