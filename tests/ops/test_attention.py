@@ -165,13 +165,11 @@ def test_gradients_of_torch() -> None:
 
 
 @ON_SIMULATOR
-@ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     (qkv,) = leaves(packed(compiled, 2, 6, 2, 16, torch.float32)[:, 1:])
     torch.library.opcheck(torch.ops.ditfast.attention.default, (qkv, True))
 
 
-@ON_CPU
 @ON_CPU
 def test_fullgraph(either: Runner) -> None:
     inputs = leaves(packed(either, 2, 5, 2, 16, torch.float32))
