@@ -25,7 +25,7 @@ from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
 from .arguments import BadArgument, ended, finite, natural, positive, seed, warnings_on_one_line
 from .train_progress import training_progress
 
-HELP = "a model by the paper's recipe, on one device or many; killed and resumed to the same bits"
+HELP = "a model by the paper's recipe, on one device or many; killed and resumed"
 DESCRIPTION = """Trains a DiT. DIR gets checkpoints, log.jsonl (a line a step), samples, TensorBoard's scalars and at the end
 model.safetensors, the average of the weights as official code reads it. The same command with --resume auto goes on with a run
 that was killed, on any number of processes."""

@@ -1,4 +1,4 @@
-"""Training: the paper's recipe, the same numbers on one rank or many, exact to resume."""
+"""Training: the paper's recipe, the same random numbers on one rank or many, runs that resume."""
 
 from .checkpoints import CheckpointFault
 from .data import Data, DataError, Digits, open_data

@@ -1,4 +1,4 @@
-"""A run: from data to weights, killed at any moment and resumed to the same bits."""
+"""A run: from data to weights, killed at any moment and resumed; to the same bits on a CPU, or if deterministic."""
 
 from __future__ import annotations
 
