@@ -292,7 +292,7 @@ def test_a_model_may_have_a_batch_of_its_own() -> None:
         (["--rivals", "magic"], "choose from"),
         (["--models", "DiT-S/2@x"], "or with @512 behind"),
         (["--device", "gpu"], "expected cpu, cuda or cuda:N"),
-        (["--device", "cuda:99"], "CUDA devices"),
+        (["--device", "cuda:99"], "got 'cuda:99', but"),
         (["--out", "/dev/null/results"], "expected a folder"),
     ],
 )
