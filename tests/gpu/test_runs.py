@@ -100,7 +100,7 @@ def train(place: Place, out: Path, dtype: str, resume: bool = False, on_step: Ca
     return trainer
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_a_deterministic_run_killed_and_resumed_has_the_same_bits(dtype: str, place: Place, tmp_path: Path) -> None:
     whole = train(place, tmp_path / "whole", dtype)
     with pytest.raises(Killed):
