@@ -125,7 +125,11 @@ vars(why_too_old)["_dynamo_marked_constant"] = True
 
 def _own_index() -> int:
     local_rank = os.environ.get("LOCAL_RANK")
-    return torch.cuda.current_device() if local_rank is None else int(local_rank)
+    if local_rank is None:
+        return torch.cuda.current_device()
+    if not local_rank.isdecimal():
+        raise DeviceError(f"LOCAL_RANK: got {local_rank!r}, expected a number from 0, as torchrun sets it")
+    return int(local_rank)
 
 
 def _why_unavailable() -> str:

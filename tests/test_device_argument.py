@@ -72,6 +72,18 @@ def test_a_rank_takes_its_own_gpu(arguments: list[str], monkeypatch: pytest.Monk
         assert parsed(*arguments) == torch.device("cuda", 1)
 
 
+@pytest.mark.parametrize("rank", ["one", "", "-1"])
+def test_a_local_rank_that_is_no_number_is_one_line(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with fake_cuda(), pytest.raises(SystemExit, match="2"):
+        parsed()
+    message = capsys.readouterr().err
+    assert f"LOCAL_RANK: got {rank!r}, expected a number" in message
+    assert message.count("\n") == 1
+
+
 def test_devices_of_python_users_get_an_index() -> None:
     with fake_cuda(count=2):
         torch.cuda.set_device(1)
