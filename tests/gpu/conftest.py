@@ -7,18 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from devices import Cpu, Gpu, Place
-from fake_cuda.fixtures import fake_gpu
 
 from ditfast import threads
-
-__all__ = ["fake_gpu"]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     with threads.one_thread():
-        if request.param == "cuda" and not torch.cuda.is_available():
-            request.getfixturevalue("fake_gpu")
         yield Cpu() if request.param == "cpu" else Gpu()
 
 
