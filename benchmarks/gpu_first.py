@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.sh runs beside the benches' own commands; all files are in the folder that OUT names.
+"""Measurements and a summary for benchmarks/gpu.sh, beside the benches' own commands; files are in the folder that OUT names.
 
     python -m ditfast.benchmarks.gpu_first micro           measures host times and attention backends, into facts.jsonl
     python -m ditfast.benchmarks.gpu_first bench ...       is bench.py

@@ -1,4 +1,4 @@
-"""Where tests run: kernels as compiled code on the simulator, or (no C++ compiler) in the interpreter; gpu tests on a GPU."""
+"""Devices of the tests: kernels run on the simulator, or (no C++ compiler) in the interpreter; gpu tests on a GPU."""
 
 from __future__ import annotations
 

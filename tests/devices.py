@@ -1,4 +1,4 @@
-"""Where the bodies of GPU tests run: on a CPU, and on a GPU or the fake one, so that no line is new to the first GPU."""
+"""Places where the bodies of GPU tests run: on a CPU, and on a GPU or the fake one, so that no line is new to the first GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is captured as a graph, how often, and that replaying it changes nothing, on the fake GPU."""
+"""Captures of sampling's graphs on the fake GPU: what, how often, and that a replay changes nothing."""
 
 from __future__ import annotations
 

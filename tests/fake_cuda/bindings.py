@@ -1,4 +1,4 @@
-"""What torch._C of a CUDA build has: functions, and the classes below torch.cuda.Stream and Event."""
+"""Stand-ins for what torch._C of a CUDA build has: functions, and the classes below torch.cuda.Stream and Event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fake GPU is: the parameters of the fake, and the device properties that follow from them."""
+"""Parameters of a fake GPU, and the device properties that follow from them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Properties:
-    """What torch.cuda.get_device_properties returns."""
+    """Result of torch.cuda.get_device_properties."""
 
     name: str
     major: int
