@@ -7,12 +7,14 @@ import math
 import pytest
 import ranks_of_training as work
 import torch
+from fake_cuda import fake_cuda
 from several_ranks import on_ranks
 from support import raises_naming
 from torch import distributed, nn
 from torch.multiprocessing import ProcessRaisedException
 
-from ditfast.sampling.ranks import Ranks
+from ditfast.sampling.ranks import Ranks, RanksError
+from ditfast.training import parallel
 from ditfast.training.parallel import KINDS, accumulating, clip_gradients, distribute, full_tensors, gathered, joined, told
 
 needs_gloo = pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo")
@@ -116,3 +118,17 @@ def test_an_infinite_gradient_scales_none(bad: float) -> None:
     optimizer = stepped([3.0], [bad, 1.0])
     assert not math.isfinite(clip_gradients(optimizer, 1.0))
     assert left(optimizer)[0] == [3.0]
+
+
+def test_a_gpu_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to where the ranks meet: the fake has no NCCL."""
+
+    def meet_nobody(*arguments: object) -> None:
+        raise RuntimeError("nobody is here")
+
+    monkeypatch.setattr(parallel, "rendezvous", meet_nobody)
+    with fake_cuda(count=2):
+        torch.cuda.set_device(1)
+        with pytest.raises(RanksError, match="nobody is here"), joined(Ranks(1, 2, 1), torch.device("cuda")):
+            pass
+        assert torch.cuda.current_device() == 1
