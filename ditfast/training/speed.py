@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections import deque
@@ -14,10 +15,13 @@ from .. import flops
 from ..config import DiTConfig
 from ..ops.cpu_products import SLOW_DTYPES
 from ..ops.dispatch import has_triton
+from ..prediction import spec_of
 
 BACKWARD = 2  # times a forward's products
 WINDOW = 20  # steps
-_SIZE, _TRIES = 512, 3  # of the product that stands for an unknown device's peak
+TRIES = 3
+SMALLEST, LARGEST = 512, 16384  # sides of the square products that stand for an unknown device's peak
+LONG_ENOUGH = 0.01  # seconds of a product beside which its launch does not count
 
 
 class Speed(NamedTuple):
@@ -51,17 +55,44 @@ class Speedometer:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second: of CUDA's dense 16-bit products by its data sheet, else of a large product here."""
-    if device.type == "cuda" and dtype != torch.float32 and not torch.version.hip and has_triton():
-        properties = torch.cuda.get_device_properties(device)
-        from ditfast.kernels.hardware import DEVICES
-
-        known = DEVICES.get(f"sm_{properties.major}{properties.minor}")
-        if known is not None:
-            return 2 * properties.multi_processor_count * known.multiply_adds * known.clock * 1e9
+    """Floating-point operations a second of dense products: by a GPU's data sheet, else measured once."""
+    known = _data_sheet(device, dtype) if device.type == "cuda" else None
+    if known is not None:
+        return known
     slow = device.type == "cpu" and dtype in SLOW_DTYPES  # the ops take fp32 products then
-    a = torch.ones(_SIZE, _SIZE, dtype=torch.float32 if slow else dtype, device=device)
-    return max(2 * _SIZE**3 / _seconds_of_product(a) for _ in range(_TRIES))
+    return _measured(device, torch.float32 if slow else dtype)
+
+
+def _data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:
+    """None of a device that is not known; TF32, where it is allowed, is half of 16 bits on all of NVIDIA's."""
+    fp32 = dtype == torch.float32
+    tf32 = fp32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    spec = spec_of(device)
+    if spec is not None:
+        return spec.half / 2 if tf32 else spec.peak(dtype)
+    if torch.version.hip or not has_triton() or (fp32 and not tf32):
+        return None
+    from ditfast.kernels.hardware import DEVICES
+
+    properties = torch.cuda.get_device_properties(device)
+    board = DEVICES.get(f"sm_{properties.major}{properties.minor}")
+    if board is None:
+        return None
+    half = 2 * properties.multi_processor_count * board.multiply_adds * board.clock * 1e9
+    return half / 2 if tf32 else half
+
+
+@functools.cache
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square product that is large enough for the device."""
+    side = SMALLEST
+    while True:
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        _seconds_of_product(a)  # warm-up
+        seconds = min(_seconds_of_product(a) for _ in range(TRIES))
+        if seconds >= LONG_ENOUGH or side == LARGEST:
+            return 2 * side**3 / seconds
+        side *= 2
 
 
 def peak_memory(device: torch.device) -> int:
@@ -76,6 +107,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _seconds_of_product(a: torch.Tensor) -> float:
-    start = time.perf_counter()
-    F.linear(a, a)[0, 0].item()
-    return time.perf_counter() - start
+    if a.is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(torch.cuda.current_stream(a.device))
+        F.linear(a, a)
+        end.record(torch.cuda.current_stream(a.device))
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    began = time.perf_counter()
+    F.linear(a, a)
+    return time.perf_counter() - began

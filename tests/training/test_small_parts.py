@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, fake_cuda
+from fake_cuda.fixtures import fake_gpu
 
 from ditfast.training import RunError, speed
 from ditfast.training.averages import Averages
@@ -19,6 +21,9 @@ from ditfast.training.log import JsonLines, RunLog
 from ditfast.training.loss_curve import LossCurve
 from ditfast.training.loss_scale import PATIENCE, LossScale
 from ditfast.training.stopping import asked_to_stop
+
+__all__ = ["fake_gpu"]
+CPU = torch.device("cpu")
 
 
 def test_averages_follow_at_their_own_pace() -> None:
@@ -150,7 +155,16 @@ def test_signals_are_heard_and_ctrl_c_is_obeyed_at_once_the_second_time(first: s
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_peak_is_of_the_products_that_ops_take(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _nothing_measured() -> Iterator[None]:
+    speed._measured.cache_clear()
+    yield
+    speed._measured.cache_clear()
+
+
+@pytest.mark.usefixtures("_nothing_measured")
+@pytest.mark.parametrize("slow", [True, False], ids=["no bf16 products", "bf16 products"])
+def test_peak_is_of_the_products_that_ops_take(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied: list[torch.dtype] = []
 
     def seconds(a: torch.Tensor) -> float:
@@ -158,8 +172,52 @@ def test_peak_is_of_the_products_that_ops_take(monkeypatch: pytest.MonkeyPatch) 
         return 1.0
 
     monkeypatch.setattr(speed, "_seconds_of_product", seconds)
-    for slow, expected in ((frozenset({torch.bfloat16}), torch.float32), (frozenset(), torch.bfloat16)):
-        monkeypatch.setattr(speed, "SLOW_DTYPES", slow)
-        assert speed.peak_flops(torch.device("cpu"), torch.bfloat16) == 2 * 512**3
-        assert set(multiplied) == {expected}
-        multiplied.clear()
+    monkeypatch.setattr(speed, "SLOW_DTYPES", frozenset({torch.bfloat16} if slow else ()))
+    assert speed.peak_flops(CPU, torch.bfloat16) == 2 * 512**3
+    assert set(multiplied) == {torch.float32 if slow else torch.bfloat16}
+
+
+@pytest.mark.usefixtures("_nothing_measured")
+def test_peak_is_measured_once_on_products_that_take_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[int] = []
+
+    def seconds(a: torch.Tensor) -> float:
+        sides.append(len(a))
+        return 1e-5 + 2 * len(a) ** 3 / 5e11  # a launch, and 500 GFLOPS
+
+    monkeypatch.setattr(speed, "_seconds_of_product", seconds)
+    assert speed.peak_flops(CPU, torch.float32) == pytest.approx(5e11, rel=1e-3)
+    assert sorted(set(sides)) == [512, 1024, 2048]
+    sides.clear()
+    speed.peak_flops(CPU, torch.float32)
+    assert not sides
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tera"),
+    [
+        pytest.param(torch.float32, "highest", 66.9, id="fp32"),
+        pytest.param(torch.float32, "high", 494.7, id="tf32"),
+        pytest.param(torch.bfloat16, "highest", 989.4, id="bf16"),
+    ],
+)
+def test_peak_of_a_known_gpu_is_its_data_sheet_s(
+    dtype: torch.dtype, precision: str, tera: float, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_measured", lambda *_: pytest.fail("measured"))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert speed.peak_flops(torch.device("cuda", 0), dtype) == pytest.approx(1e12 * tera)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_peak_of_another_gpu(dtype: torch.dtype) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("fakes a GPU")
+    with fake_cuda(name="NVIDIA GeForce RTX 2080", capability=(7, 5)):
+        a = torch.ones(32, 32, dtype=dtype, device="cuda")
+        assert 0 < speed._seconds_of_product(a) < 1
+        assert speed._data_sheet(a.device, dtype) is None
