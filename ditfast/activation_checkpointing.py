@@ -23,9 +23,14 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "linear_in_fp32", "linear
 ATTENTION = "attention"  # a part of every such op's name: torch's, flash-attn's, ours
 
 
-def checkpointed(block: Callable[..., Any]) -> Callable[..., Any]:
-    """The block, whose products' outputs alone are kept for the backward."""
-    return partial(checkpoint, block, use_reentrant=False, context_fn=selective_contexts)
+def checkpointed(block: Callable[..., Any], draws: bool) -> Callable[..., Any]:
+    """Return the block as a function that keeps the outputs of its products alone for the backward.
+
+    Args:
+        block: called with tensors.
+        draws: it may draw random numbers, so the recomputation begins with the random state of the forward.
+    """
+    return partial(checkpoint, block, use_reentrant=False, context_fn=selective_contexts, preserve_rng_state=draws)
 
 
 def selective_contexts() -> tuple[Context, Context]:

@@ -191,8 +191,10 @@ class DiT(nn.Module):
         else:  # one by one, as modules that are called
             first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
             u = ops.layer_norm_modulate(x, *first)  # [B, T, D]
+            checkpoints = self.checkpoint_activations and torch.is_grad_enabled()
             for block, modulation, following in zip(self.blocks, modulations, [*others, final], strict=True):
-                run = checkpointed(block) if self.checkpoint_activations and torch.is_grad_enabled() else block
+                # What is ours draws nothing; hooks and replaced linears, such as LoRA's with dropout, may.
+                run = checkpointed(block, draws=not self._is_read(block)) if checkpoints else block
                 x, u = run(x, u, modulation, following, context)  # 2 x [B, T, D]
         u = u[:, : self.config.num_tokens]  # [B, T, D]
         return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
