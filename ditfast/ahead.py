@@ -63,7 +63,7 @@ def launches(config: DiTConfig, arch: str, batches: Sequence[int], dtype: torch.
     with compiling_for(arch) as builds:
         for kind, batch in itertools.product(kinds, batches):
             model = _without_data(config, kind.weights)
-            with backend("triton"), FakeTensorMode(allow_non_fake_inputs=True), _Launching(), _autocast(kind):
+            with backend("triton"), FakeTensorMode(allow_non_fake_inputs=True), Launching(), _autocast(kind):
                 with torch.no_grad():
                     _sample(model.eval(), batch, solvers)
                 if training:
@@ -71,7 +71,7 @@ def launches(config: DiTConfig, arch: str, batches: Sequence[int], dtype: torch.
     return builds
 
 
-class _Launching(TorchDispatchMode):
+class Launching(TorchDispatchMode):
     """Ops call their launchers, though their tensors have no data; what torch computes does not matter."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,7 @@
-"""All problems of some models within a budget: first each one's routes, then tiles; what costs the model most comes first."""
+"""All problems of some models within a budget: first each one's routes, then tiles; what costs the model most comes first.
+
+Their kernels are compiled before they are timed, the routes' together, then the tiles' of each problem.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from ..ops.routes import ROUTES
 from ..prediction import predicted_ms
 from ..problem import Problem
 from .clock import Clock
+from .compile import compile_kernels
 from .measure import Measured, measure_routes, measure_tiles
 from .record import Entry
 
@@ -58,7 +62,14 @@ def tune(
     def in_time() -> bool:
         return clock.seconds() < end
 
+    def compile_them(problems: Iterable[Problem], step: int, every_config: bool) -> None:
+        def told(done: int, kernels: int) -> None:
+            show(f"compiling kernels, {done} of {kernels}", step, steps)
+
+        compile_kernels(problems, clock.device, every_config, in_time, told)
+
     with _undisturbed(clock):
+        compile_them(problems, 0, every_config=False)
         for i, one in enumerate(found):
             if not in_time():
                 one.notes.append("skipped: the budget is spent")
@@ -69,6 +80,8 @@ def tune(
         for i, one in enumerate(found):
             if not in_time():
                 break
+            if "triton" in one.ms:
+                compile_them([one.problem], len(found) + i, every_config=True)
             show(f"{one.problem.op}: tiles", len(found) + i, steps)
             measure_tiles(one, clock, in_time)
             _remember(one, remember)
