@@ -7,9 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_errors import pytest_configure, pytest_handlecrashitem, pytest_runtest_makereport
 from support import HAS_GPU, TARGETS, WHERE, Runner
 
 from ditfast import threads
+
+__all__ = ["pytest_configure", "pytest_handlecrashitem", "pytest_runtest_makereport"]
 
 
 def pytest_report_header() -> list[str]:
