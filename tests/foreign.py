@@ -7,10 +7,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import timm_style
 import torch
 from support import UNIT_ROUNDOFF, assert_as_good_as, error, randomize
 from torch import Tensor, nn
+
+
+def diffusers() -> Any:
+    """Return the module; the test that asks for it is skipped where it is not installed."""
+    return pytest.importorskip("diffusers")
 
 
 class Kind(NamedTuple):
@@ -24,10 +30,8 @@ def official_inputs(dtype: torch.dtype = torch.float32, B: int = 2, grid: tuple[
 
 
 def diffusers_dit(agree: bool = True, **settings: Any) -> nn.Module:
-    from diffusers import DiTTransformer2DModel
-
     config = dict(num_attention_heads=4, attention_head_dim=16, out_channels=8, num_layers=3, sample_size=8)
-    model = randomize(DiTTransformer2DModel(**{**config, **settings}).eval())
+    model = randomize(diffusers().DiTTransformer2DModel(**{**config, **settings}).eval())
     if agree:
         for block in model.transformer_blocks:
             block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
@@ -40,11 +44,9 @@ def diffusers_inputs(dtype: torch.dtype = torch.float32, B: int = 2) -> dict[str
 
 
 def pixart(**settings: Any) -> nn.Module:
-    from diffusers import PixArtTransformer2DModel
-
     config = dict(num_attention_heads=4, attention_head_dim=16, num_layers=2, cross_attention_dim=64, caption_channels=24)
     config = {**config, "sample_size": 8, "use_additional_conditions": False, **settings}
-    return randomize(PixArtTransformer2DModel(**config).eval())
+    return randomize(diffusers().PixArtTransformer2DModel(**config).eval())
 
 
 def pixart_inputs(dtype: torch.dtype = torch.float32, B: int = 2) -> dict[str, Any]:
@@ -58,11 +60,9 @@ def pixart_inputs(dtype: torch.dtype = torch.float32, B: int = 2) -> dict[str, A
 
 
 def sd3(**settings: Any) -> nn.Module:
-    from diffusers import SD3Transformer2DModel
-
     config = dict(num_attention_heads=4, attention_head_dim=16, num_layers=3, in_channels=4, out_channels=4, sample_size=8)
     text = dict(joint_attention_dim=24, caption_projection_dim=64, pooled_projection_dim=20, pos_embed_max_size=8)
-    return randomize(SD3Transformer2DModel(**{**config, **text, **settings}).eval())
+    return randomize(diffusers().SD3Transformer2DModel(**{**config, **text, **settings}).eval())
 
 
 def sd3_inputs(dtype: torch.dtype = torch.float32, B: int = 2) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from foreign import (
@@ -17,8 +19,9 @@ from foreign import (
     run,
     sd3,
 )
-from support import DTYPES, TARGETS, WHERE, Runner
-from torch import nn
+from support import DTYPES, TARGETS, WHERE, Runner, on_kernels, pairwise
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import ditfast
 
@@ -32,27 +35,30 @@ SHALLOW = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", SHALLOW)
-def test_outputs(kind: str, dtype: str) -> None:
-    model, inputs = SHALLOW[kind]().to(DTYPES[dtype]), KINDS[kind].example(DTYPES[dtype])
+def on(runner: Runner, inputs: dict[str, Any]) -> dict[str, Any]:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(runner.device), inputs)
+
+
+@on_kernels(pairwise(kind=tuple(SHALLOW), dtype=("fp32", "bf16")), kind=("official", "diffusers"), dtype=("fp32", "bf16"))
+def test_outputs(compiled: Runner, kind: str, dtype: str) -> None:
+    model = SHALLOW[kind]().to(compiled.device, DTYPES[dtype])
+    inputs = on(compiled, KINDS[kind].example(DTYPES[dtype]))
     with torch.no_grad():
         eager, exact = run(model, inputs), run(in_float64(model), in_dtype(inputs, torch.float64))
         ditfast.accelerate(model)
-        with Runner.open(TARGETS[-1]):
-            found = run(model, inputs)
+        found = run(model, inputs)
     assert_same_outputs(found, exact, eager)
 
 
-@pytest.mark.parametrize("kind", ["official", "diffusers", "PixArt", "SD3"])
-def test_gradients(kind: str) -> None:
-    model, inputs = SHALLOW[kind]().to(torch.bfloat16), KINDS[kind].example(torch.bfloat16)
-    upstream = [torch.randn(tensor.shape).bfloat16() for tensor in run(model, inputs)]
+@on_kernels(pairwise(kind=("official", "diffusers", "PixArt", "SD3")), kind=("official", "diffusers"))
+def test_gradients(compiled: Runner, kind: str) -> None:
+    model = SHALLOW[kind]().to(compiled.device, torch.bfloat16)
+    inputs = on(compiled, KINDS[kind].example(torch.bfloat16))
+    upstream = [torch.randn_like(tensor) for tensor in run(model, inputs)]
     eager = gradients(model, inputs, upstream)
     exact = gradients(in_float64(model), in_dtype(inputs, torch.float64), [gradient.double() for gradient in upstream])
     ditfast.accelerate(model)
-    with Runner.open(TARGETS[-1]):
-        found = gradients(model, inputs, upstream)
+    found = gradients(model, inputs, upstream)
     assert_same_gradients(found, exact, eager)
 
 

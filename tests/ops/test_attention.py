@@ -209,6 +209,7 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, dict[str,
     return calls
 
 
+@pytest.mark.usefixtures("unknown_device")
 def test_flash_attention_is_preferred_and_called_packed(
     flash_calls: list[tuple[Tensor, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +225,7 @@ def test_flash_attention_is_preferred_and_called_packed(
     assert_as_good_as(out, oracles.attention(qkv, torch.float64), oracles.attention(qkv, torch.bfloat16))
 
 
+@pytest.mark.usefixtures("unknown_device")
 @pytest.mark.parametrize(
     ("device", "dtype", "head_dim", "reason"),
     [
@@ -241,6 +243,7 @@ def test_falls_back_to_sdpa_with_a_reason(
     assert reason in why
 
 
+@pytest.mark.usefixtures("unknown_device")
 @pytest.mark.parametrize(
     ("flash", "hip", "head_dim", "num_tokens", "expected"),
     [

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from support import TARGETS, WHERE, Runner, raises_naming
+from support import ON_CPU, TARGETS, WHERE, Runner, raises_naming
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +26,7 @@ def chosen(device: torch.device, op: str, training: bool = False) -> tuple[str, 
     return choose(device, Problem(op, torch.bfloat16, 256, (64,) * len(SIZES[op]), training))
 
 
+@pytest.mark.usefixtures("unknown_device")
 def test_choices() -> None:
     assert chosen(CPU, "mlp")[0] == "torch"
     assert chosen(CUDA, "mlp") == ("triton", "the default on CUDA")
@@ -38,6 +39,7 @@ def test_choices() -> None:
     assert chosen(CPU, "mlp")[0] == "torch"
 
 
+@pytest.mark.usefixtures("unknown_device")
 def test_without_triton_cuda_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     decisions.forget()
     monkeypatch.setattr(routes, "HAS_TRITON", False)
@@ -113,6 +115,7 @@ def test_a_context_can_be_entered_again() -> None:
         assert chosen(CPU, "mlp")[0] == "torch"
 
 
+@pytest.mark.usefixtures("unknown_device")
 def test_gradients_of_gemms_take_the_library_by_default() -> None:
     assert chosen(CUDA, "mlp", training=True)[0] == "torch"
     assert chosen(CUDA, "layer_norm_modulate", training=True)[0] == "triton"
@@ -261,10 +264,9 @@ def test_forced_triton_without_a_device_says_what_to_do() -> None:
     assert "TRITON_INTERPRET=1" in done.stderr
 
 
+@ON_CPU
 def test_kernels_take_64_bit_offsets(either: Runner) -> None:
     """A stride that fits 32 bits, times a batch index, does not; the storage is virtual memory that is hardly touched."""
-    if either.device.type != "cpu":
-        pytest.skip("takes 4 GiB of address space on the host")
     far = 2**30 + 64
     storage = torch.from_numpy(np.zeros(2 * far + 3 * 128, np.int16)).view(torch.bfloat16)
     x = storage.as_strided((3, 3, 128), (far, 128, 1))
