@@ -41,9 +41,9 @@ cd "$WORK" || exit 2                        # so that nothing is written into th
 [[ -w ${HOME:-/} ]] || export HOME="$WORK" # Triton keeps there what it compiled
 
 # ------------------------------------------------------------------------------------------------ steps
-# Shares of nine minutes in seconds; ten are left for the start and the summary.
-declare -A SHARE=([install]=25 [doctor]=30 [forward]=90 [tests]=150 [micro]=40 [compile]=85 [kernels]=50 [training]=60)
-share_left=530 failed=0 current='' compilers=()
+# Shares of nine minutes in seconds; the rest is for the summary, and for a step that has to be killed.
+declare -A SHARE=([install]=25 [doctor]=30 [forward]=90 [tests]=145 [micro]=40 [compile]=80 [kernels]=50 [training]=60)
+share_left=520 failed=0 current='' compilers=()
 
 say() { echo "$*" | tee -a "$OUT/summary.txt"; }
 
@@ -54,7 +54,7 @@ start() { # NAME SECONDS COMMAND...: start a command that is ended after so long
 finish() { # NAME PID SECONDS: wait for a command, then write its line of the summary and its log
   local begin=$SECONDS status note=''
   current=$2
-  wait "$current"
+  wait "$current" 2> /dev/null # where bash would write that it was killed
   status=$?
   kill -KILL -- "-$current" 2> /dev/null # what it started and left behind
   current=''
@@ -66,7 +66,7 @@ finish() { # NAME PID SECONDS: wait for a command, then write its line of the su
 }
 
 step() { # NAME COMMAND...: run a command in its share of the time that is left
-  local limit=$(((60 * MINUTES - 10 - SECONDS) * SHARE[$1] / share_left))
+  local limit=$(((60 * MINUTES - 20 - SECONDS) * SHARE[$1] / share_left))
   ((share_left -= SHARE[$1]))
   if ((limit < 2)); then
     failed=1
