@@ -179,7 +179,7 @@ def test_a_step_that_hangs_is_ended_with_all_it_started(script: Path) -> None:
     done = run_script(script, STEP="doctor", FAULT=HANG)
     assert done.returncode == 1
     assert statuses(script) == {**dict.fromkeys(STEPS, 0), "doctor": 137}
-    assert re.search(r"doctor: status 137, \d+ of 5 s \(its time was up\)", done.stdout)
+    assert re.search(r"doctor: status 137, \d+ of \d+ s \(its time was up\)", done.stdout)
     assert done.stderr == ""
     assert not is_running(child_of(script))
 
