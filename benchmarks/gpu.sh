@@ -54,8 +54,11 @@ start() { # NAME SECONDS COMMAND...: start a command that is ended after so long
 finish() { # NAME PID SECONDS: wait for a command, then write its line of the summary and its log
   local begin=$SECONDS status note=''
   current=$2
-  wait "$current" 2> /dev/null # where bash would write that it was killed
-  status=$?
+  until
+    wait "$current" 2> /dev/null # where bash would write that it was killed
+    status=$?
+    ! kill -0 "$current" 2> /dev/null # wait also returns when somebody stops the process, which goes on later
+  do sleep 1; done
   kill -KILL -- "-$current" 2> /dev/null # what it started and left behind
   current=''
   ((status == 124 || status == 137)) && note=" (its time was up)"

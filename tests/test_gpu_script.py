@@ -184,6 +184,12 @@ def test_a_step_that_hangs_is_ended_with_all_it_started(script: Path) -> None:
     assert not is_running(child_of(script))
 
 
+def test_a_step_that_is_stopped_for_a_while_goes_on(script: Path) -> None:
+    done = run_script(script, STEP="doctor", FAULT='setsid sh -c "sleep 1; kill -CONT -- -$PPID" & kill -STOP 0; exit 7')
+    assert statuses(script) == {**dict.fromkeys(STEPS, 0), "doctor": 7}
+    assert done.stderr == ""
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_what_a_step_leaves_behind_is_ended(script: Path) -> None:
     done = run_script(script, STEP="doctor", FAULT='sleep 300 & echo $! > "$CALLS.child"')
