@@ -185,7 +185,9 @@ def test_a_step_that_hangs_is_ended_with_all_it_started(script: Path) -> None:
 
 
 def test_a_step_that_is_stopped_for_a_while_goes_on(script: Path) -> None:
-    done = run_script(script, STEP="doctor", FAULT='setsid sh -c "sleep 1; kill -CONT -- -$PPID" & kill -STOP 0; exit 7')
+    done = run_script(
+        script, STEP="doctor", FAULT='setsid bash -c "sleep 1; kill -CONT -- -$PPID" & sleep 0.5; kill -STOP 0; exit 7'
+    )
     assert statuses(script) == {**dict.fromkeys(STEPS, 0), "doctor": 7}
     assert done.stderr == ""
 
