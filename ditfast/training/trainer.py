@@ -22,7 +22,7 @@ from ..model import DiT
 from ..sampling.ranks import Ranks
 from .averages import Averages
 from .checkpoints import CheckpointFault, Checkpoints, start_at_zero
-from .data import Data, Stream, readers_watched
+from .data import Data, Stream
 from .determinism import check_workspace, deterministic
 from .errors import RunError, TrainingStopped
 from .evaluation import evaluate, preview
@@ -122,7 +122,7 @@ class Trainer:
             CheckpointFault: a checkpoint, or the weights at the end, cannot be written.
         """
         try:
-            with claimed(self.out, self._record(), resume, self.ranks), readers_watched():
+            with claimed(self.out, self._record(), resume, self.ranks):
                 return self._run(resume)
         except OSError as error:
             what = f"{error.filename or self.out}: {error.strerror or error}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterable
 from itertools import islice
@@ -11,6 +13,7 @@ from itertools import islice
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ditfast.training.data import BadRecord, Batch, DataError, Digits, Record, Stream, open_data
 from ditfast.training.order import batch_indices
@@ -114,6 +117,20 @@ def test_a_killed_worker_is_named() -> None:
     with pytest.raises(DataError, match=r"^data: a process that reads records ended: DataLoader worker .*") as caught:
         taken(Stream(Numbers(deadly=6), 0, 5, workers=1), 2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("earlier_loader", [False, True], ids=["first-loader", "second-loader"])
+def test_a_killed_worker_interrupts_only_the_wait_for_a_batch(earlier_loader: bool) -> None:
+    """Its signal comes at any time: in a step, or in the handling of another error."""
+    if earlier_loader:
+        next(iter(DataLoader(range(4), num_workers=1)))  # installs torch's handler
+    batches = iter(Stream(Numbers(), 0, 5, workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    time.sleep(0.5)  # a signal's handler would raise here
+    with pytest.raises(DataError, match=r"^data: a process that reads records ended: "):
+        list(islice(batches, 10))  # what the worker had read already comes first
 
 
 def test_fewer_records_than_a_batch_are_refused() -> None:

@@ -5,7 +5,7 @@ from .images import ImageFolder
 from .latents import Latents
 from .open import open_data
 from .records import BadRecord, Data, DataError, Record
-from .stream import Batch, Stream, readers_watched
+from .stream import Batch, Stream
 
 __all__ = [
     "BadRecord",
@@ -18,5 +18,4 @@ __all__ = [
     "Record",
     "Stream",
     "open_data",
-    "readers_watched",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from ...checkpoints.errors import one_line
 from ..order import batch_indices, rows
@@ -35,19 +37,19 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-@contextmanager
-def readers_watched() -> Iterator[None]:
-    """Of the end of a process that reads torch hears by a signal, and raises its error wherever this process then is.
+def _without_signals(start: Callable[[], Iterator[_Share]]) -> Iterator[_Share]:
+    """The iterator that ``start`` makes, whose dead workers are reported by ``next`` alone.
 
-    Raises:
-        DataError: one of those that a ``Stream`` has started was killed.
+    torch hears of them by SIGCHLD too, and raises its error wherever this process then is: in a step, or in the handling of
+    the error that ``next`` has raised already. ``next`` asks every five seconds whether its workers live.
     """
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith(_WORKER_ENDED):
-            raise
-        raise DataError(f"data: a process that reads records ended: {one_line(str(error))}") from error
+    if threading.current_thread() is not threading.main_thread():  # where torch installs no handler
+        return start()
+    before = signal.getsignal(signal.SIGCHLD)
+    shares = start()
+    is_torchs = getattr(before, "__module__", None) == signal_handling.__name__
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None or is_torchs else before)
+    return shares
 
 
 class Stream:
@@ -101,12 +103,18 @@ class Stream:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
         )
-        with readers_watched():
-            for share in loader:
-                self._note(share.bad)
-                if share.batch is None:
-                    raise DataError("data: none of the records can be read")
-                yield share.batch
+        shares = _without_signals(lambda: iter(loader)) if self.workers else iter(loader)
+        while True:
+            try:
+                share = next(shares)
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if isinstance(error, RuntimeError) and not str(error).startswith(_WORKER_ENDED):
+                    raise
+                raise DataError(f"data: a process that reads records ended: {one_line(str(error))}") from error
+            self._note(share.bad)
+            if share.batch is None:
+                raise DataError("data: none of the records can be read")
+            yield share.batch
 
     def _note(self, found: dict[int, str]) -> None:
         for index, reason in found.items():
