@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..flops import DeviceSpec
@@ -93,7 +95,7 @@ def triton_attention_backward(
         for kernel, dots in BACKWARD_DOTS.items()
     ]
     times = [seconds for seconds in found if seconds is not None]
-    return sum(times) if len(times) == len(found) else None
+    return math.fsum(times) if len(times) == len(found) else None
 
 
 def _triton_attention(

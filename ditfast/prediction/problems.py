@@ -57,7 +57,7 @@ def _row_op(problem: Problem, route: str, device: DeviceSpec) -> Seconds:
     if route == "torch":
         found = [_passed(one, tensor, device) for one in ROW_OPS[op]]
         found += [_passed_back(one, tensor, device) for one in ROW_OPS[op] if problem.training]
-        return sum(found)
+        return math.fsum(found)
     if route != "triton":
         return None
     forward, back = ROW_TENSORS[op]
@@ -202,7 +202,7 @@ def _passed_back(one: Pass, tensor: float, device: DeviceSpec) -> float:
 
 def _sum(*parts: Seconds) -> Seconds:
     known = [part for part in parts if part is not None]
-    return sum(known) if len(known) == len(parts) else None
+    return math.fsum(known) if len(known) == len(parts) else None
 
 
 _FAMILIES: dict[str, Callable[[Problem, str, DeviceSpec], Seconds]] = {
