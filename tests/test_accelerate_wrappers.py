@@ -265,8 +265,11 @@ def test_accelerate_and_restore_while_another_thread_runs_another_model() -> Non
 
 # ------------------------------------------------------------------------------------------------ several processes
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_two_processes_of_ddp_and_fsdp() -> None:
+@pytest.mark.parametrize("kind", DITS)
+def test_two_processes_of_ddp_and_fsdp(kind: str) -> None:
+    if kind == "diffusers":
+        pytest.importorskip("diffusers")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(ranks_of_models.work, args=(port,), nprocs=2, join=True)
+    mp.spawn(ranks_of_models.work, args=(port, kind), nprocs=2, join=True)
