@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compile_kernels import compile_ahead
 from cuda_errors import pytest_configure, pytest_handlecrashitem, pytest_runtest_makereport
 from support import HAS_GPU, TARGETS, WHERE, Runner
 
@@ -22,6 +23,11 @@ def pytest_report_header() -> list[str]:
         "interpreter": "kernels run in Triton's interpreter, NOT as compiled code: no g++, or TRITON_INTERPRET=1",
     }[WHERE]
     return [kernels, "tests marked gpu run on " + ("the GPU" if HAS_GPU else "a fake GPU (tests/fake_cuda), in the tier full")]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if HAS_GPU:
+        compile_ahead(session.config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda, environment, fake_cuda
 from fake_cuda.fixtures import fake_gpu
+from support import Runner
 
 from ditfast import ops
 
@@ -398,3 +399,10 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert run_with_fake(code) == "7"
+
+
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize(("target", "backend"), [("gpu", "triton"), ("gpu-torch", "torch")])
+def test_cases_of_a_gpu_run_on_it(target: str, backend: str) -> None:
+    with Runner.open(target) as runner:
+        assert (runner.device, runner.backend) == (torch.device("cuda", 0), backend)
