@@ -84,9 +84,7 @@ def test_an_open_quote_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiler_of(folder: Path, content: str) -> Path:
     """A compiler that writes the same content each time, and a line in ``calls`` beside it."""
     path = folder / "compiler"
-    path.write_text(
-        f'#!/bin/sh\necho >> {folder}/calls\nwhile [ "$1" != -o ]; do shift; done\nprintf "{content}" > "$2"\n'
-    )
+    path.write_text(f'#!/bin/sh\necho >> {folder}/calls\nwhile [ "$1" != -o ]; do shift; done\nprintf "{content}" > "$2"\n')
     path.chmod(0o755)
     return path
 
@@ -114,7 +112,9 @@ def removed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [emptied, cut_off, lengthened, flipped, removed])
-def test_a_damaged_library_is_built_again(damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_damaged_library_is_built_again(
+    damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("CXX", str(compiler_of(tmp_path, "a library " * 20)))
     cache = tmp_path / "cache"
     path = library.build(("-mavx2",), cache)
