@@ -42,7 +42,7 @@ def test_only_line_ends_part_names(tmp_path: Path) -> None:
 def test_other_encodings_are_named(text: str, encoding: str, tmp_path: Path) -> None:
     (tmp_path / "names").write_bytes(text.encode(encoding))
     with pytest.raises(
-        ClassNameError, match="cannot be read: it is not text in UTF-8 but in UTF-16 or UTF-32; save it as UTF-8$"
+        ClassNameError, match=r"cannot be read: it is not text in UTF-8 but in UTF-16 or UTF-32; save it as UTF-8$"
     ):
         read_names(tmp_path / "names")
 

@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file holds something else.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"))  # editors of Windows begin a file with a mark
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: cannot be read as JSON: {one_line(str(error))}") from error
     if not isinstance(content, dict):
