@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..files import visible_entries
 from .errors import CheckpointError, listed, one_line
 
 CONFIG_FILE = "config.json"
@@ -76,7 +77,7 @@ def _read_folder(folder: Path) -> Stored:
             return Stored(read_weights(folder / name), {}, folder / CONFIG_FILE)
     if (folder / "transformer").is_dir():
         return _read_folder(folder / "transformer")
-    held = listed(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+    held = listed([entry.name for entry in visible_entries(folder)]) or "nothing"
     raise CheckpointError(f"got a folder that holds {held}, expected {' or '.join(WEIGHTS_FILES)}, or transformer/ with one")
 
 

@@ -157,6 +157,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: folder_of(f, README__md="x", config__json="{}"),
         r"got a folder that holds README\.md, config\.json, expected diffusion_pytorch_model",
     ),
+    "folder-of-what-systems-leave-behind": (
+        lambda f: folder_of(f, Thumbs__db="", __DS_Store="", ___diffusion_pytorch_model__safetensors=""),
+        "got a folder that holds nothing, expected diffusion_pytorch_model",
+    ),
     "folder-with-empty-weights": (
         lambda f: folder_of(f, diffusion_pytorch_model__bin=""),
         r"diffusion_pytorch_model\.bin: got an empty file",
