@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import re
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import visible_entries
+from . import pickles
 from .errors import CheckpointError, listed, one_line
 
 CONFIG_FILE = "config.json"
@@ -25,6 +25,7 @@ WEIGHTS_FILES = (
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
 )
+PLAIN_PICKLE = "torch.storage._load_from_bytes"
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
 _LONGEST_HEADER = 100_000_000  # of safetensors, by its specification
@@ -123,15 +124,20 @@ def _read_safetensors(path: Path) -> tuple[dict[str, object], Mapping[str, str]]
 
 
 def _read_torch(path: Path, zipped: bool) -> object:
+    """Return what torch.save wrote, by torch's own reader, and by ours where it knows no such protocol or type.
+
+    Ours comes second, after torch's has refused what is an archive of code (TorchScript) and no pickle.
+    """
     mapped = zipped and path.suffix != ".safetensors"  # torch.load believes that name, whatever the file holds
+    options: dict[str, Any] = {"map_location": "cpu", "mmap": mapped}
     try:
-        with (
-            path.open("rb") as file,
-            torch.serialization.safe_globals([argparse.Namespace]),  # the official training script's arguments
-            warnings.catch_warnings(),
-        ):
+        with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that are refused in one line below
-            return torch.load(str(path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+            try:
+                return torch.load(str(path) if mapped else file, weights_only=True, **options)
+            except pickle.UnpicklingError:
+                file.seek(0)
+                return torch.load(str(path) if mapped else file, weights_only=False, pickle_module=pickles, **options)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle may fail in any way
@@ -140,10 +146,12 @@ def _read_torch(path: Path, zipped: bool) -> object:
 
 def _why_refused(error: Exception) -> str:
     message = str(error)
-    code = re.search(r"GLOBAL (\S+)", message)
-    if code:
-        return f"refused: it holds {code[1]}, expected tensors, plain values and argparse.Namespace only"
     if "TorchScript" in message:
         return "refused: it is a TorchScript archive, which holds code, expected a state dict written by torch.save"
-    verdict = "refused" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
-    return f"{verdict}: {one_line(message.rpartition('WeightsUnpickler error: ')[2])}"
+    if "explicit pickle_module" in message:
+        return "refused: it holds more than tensors, which TORCH_FORCE_WEIGHTS_ONLY_LOAD forbids; unset that, or save weights only"
+    if not isinstance(error, pickles.Refused):
+        return f"truncated or damaged: {one_line(message)}"
+    if message == PLAIN_PICKLE:
+        return "refused: it was written by pickle.dump, which makes code of tensors, expected a file of torch.save"
+    return f"refused: it holds {message}, expected tensors, plain values and what training scripts save beside them"
