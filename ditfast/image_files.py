@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def _find(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
 
 
 @contextmanager
-def open_image(path: Path, formats: Sequence[str]) -> Iterator[Any]:
+def open_image(path: Path, formats: tuple[str, ...]) -> Iterator[Any]:
     """Open a file as Pillow's image, of which nothing but the header is read yet.
 
     Args:

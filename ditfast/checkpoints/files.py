@@ -25,7 +25,8 @@ WEIGHTS_FILES = (
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
 )
-PLAIN_PICKLE = "torch.storage._load_from_bytes"
+_VARIANT = re.compile(r"diffusion_pytorch_model\.((safetensors|bin)\.index\.)?(?P<variant>[\w-]+)\.(safetensors|bin|json)")
+_PLAIN_PICKLE = "torch.storage._load_from_bytes"
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
 _LONGEST_HEADER = 100_000_000  # of safetensors, by its specification
@@ -40,15 +41,19 @@ class Stored(NamedTuple):
     config_file: Path | None
 
 
-def read(path: Path) -> Stored:
-    """A file, a diffusers model folder or the folder of a diffusers pipeline with a transformer.
+def read(path: Path, variant: str | None = None) -> Stored:
+    """Read a file, a diffusers model folder or the folder of a diffusers pipeline with a transformer.
+
+    Args:
+        path: of the file or folder.
+        variant: of a folder's weights, part of their files' names.
 
     Raises:
         CheckpointError: it is none of these, cannot be read, is damaged, or holds code.
     """
     try:
         if path.is_dir():
-            return _read_folder(path)
+            return _read_folder(path, variant)
         if not path.is_file():
             raise CheckpointError("there is no such file or folder" if not path.exists() else f"expected {_WHAT_FILES}")
         return Stored(*_read_file(path), config_file=path.parent / CONFIG_FILE)
@@ -71,15 +76,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_folder(folder: Path) -> Stored:
-    for name in WEIGHTS_FILES:
+def _read_folder(folder: Path, variant: str | None) -> Stored:
+    expected = [_of_variant(name, variant) for name in WEIGHTS_FILES]
+    for name in expected:
         if (folder / name).is_file():
-            read_weights = _read_shards if name.endswith(".index.json") else _read_member
+            read_weights = _read_shards if name.endswith(".json") else _read_member
             return Stored(read_weights(folder / name), {}, folder / CONFIG_FILE)
     if (folder / "transformer").is_dir():
-        return _read_folder(folder / "transformer")
-    held = listed([entry.name for entry in visible_entries(folder)]) or "nothing"
-    raise CheckpointError(f"got a folder that holds {held}, expected {' or '.join(WEIGHTS_FILES)}, or transformer/ with one")
+        return _read_folder(folder / "transformer", variant)
+    names = [entry.name for entry in visible_entries(folder)]
+    variants = sorted({found["variant"] for name in names if (found := _VARIANT.fullmatch(name))})
+    hint = "".join(f"; give variant={other!r}, or the file's own path" for other in variants[:1])
+    held = listed(names) or "nothing"
+    raise CheckpointError(f"got a folder that holds {held}, expected {' or '.join(expected)}, or transformer/ with one{hint}")
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """Return a file's name with the variant before its last ending, as diffusers writes it."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _read_shards(index: Path) -> dict[str, object]:
@@ -149,9 +164,9 @@ def _why_refused(error: Exception) -> str:
     if "TorchScript" in message:
         return "refused: it is a TorchScript archive, which holds code, expected a state dict written by torch.save"
     if "explicit pickle_module" in message:
-        return "refused: it holds more than tensors, which TORCH_FORCE_WEIGHTS_ONLY_LOAD forbids; unset that, or save weights only"
+        return "refused: it holds more than weights, which TORCH_FORCE_WEIGHTS_ONLY_LOAD forbids: unset it"
     if not isinstance(error, pickles.Refused):
         return f"truncated or damaged: {one_line(message)}"
-    if message == PLAIN_PICKLE:
+    if message == _PLAIN_PICKLE:
         return "refused: it was written by pickle.dump, which makes code of tensors, expected a file of torch.save"
     return f"refused: it holds {message}, expected tensors, plain values and what training scripts save beside them"

@@ -1,15 +1,15 @@
 """Pickles of strangers: tensors and plain values are read, other known types stay inert records, and nothing in them runs.
 
-torch's own reader with ``weights_only=True`` knows one protocol of pickle and no types of other packages, which training scripts
-save beside their weights. The reader here knows every protocol; what it may call is the short list below.
+torch's own reader with ``weights_only=True`` knows one protocol of pickle and no types of other packages, which training
+scripts save beside their weights. The reader here knows every protocol; what it may call is the short list below.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import IO, Any
+from collections.abc import Callable
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +88,8 @@ _INERT_BUILTINS = {
 class Unpickler(pickle._Unpickler):
     """A reader for torch.load, in pure Python: what the standard one in C allocates for a few damaged bytes has no limit."""
 
+    stack: list[Any]
+
     def find_class(self, module: str, name: str) -> Any:
         """Return what may be called, or a new inert type.
 
@@ -124,17 +126,9 @@ class Unpickler(pickle._Unpickler):
         elif type(value) is not OrderedDict:  # a state dict's tells the versions of modules
             raise Refused(f"a {type(value).__name__} with a state")
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}  # noqa: RUF012 (as in the base class)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
 
 
 def load(file: IO[bytes], **options: Any) -> object:
     """Return the next pickle of a file."""
     return Unpickler(file, **options).load()
-
-
-def as_dict(value: object) -> object:
-    """Return the values of a namespace or of an OmegaConf config as a dict, of its nodes as they are; others unchanged."""
-    state = value.state if isinstance(value, Inert) else value
-    if isinstance(state, Mapping) and isinstance(value, Inert):
-        return state.get("_content", state.get("_val", state))
-    return state

@@ -14,7 +14,7 @@ from ..sampling.folder import FolderError, RunStopped
 from ..sampling.ranks import Ranks, RanksError
 from ..training.data import DataError, ImageFolder, Latents
 from ..training.extract import Extraction
-from .arguments import BadArgument, ended, positive, ranks_from_environment
+from .arguments import BadArgument, ended, positive, ranks_from_environment, warnings_on_one_line
 from .progress import image_progress
 
 NAME = "extract-latents"
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     ranks = Ranks()
     try:
         ranks = ranks_from_environment()
-        _extract(args, ranks)
+        with warnings_on_one_line(NAME, ranks):
+            _extract(args, ranks)
     except (BadArgument, DataError, FolderError, autoencoder.VAEError) as error:
         return ended(NAME, ranks, str(error), 2)
     except (FloatingPointError, RanksError, RunStopped) as error:

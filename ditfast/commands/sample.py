@@ -27,7 +27,7 @@ from ..sampling.folder import FolderError, RunStopped
 from ..sampling.painter import Painter, label_of
 from ..sampling.ranks import Ranks, RanksError
 from ..sampling.settings import device_kind, digest, versions
-from .arguments import BadArgument, ended, finite, positive, ranks_from_environment, seed
+from .arguments import BadArgument, ended, finite, positive, ranks_from_environment, seed, warnings_on_one_line
 from .sample_out import draw_grid, fill_folder
 
 HELP = "images from a checkpoint, or from the digits model that ships with ditfast"
@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     ranks = Ranks()
     try:
         ranks = ranks_from_environment()
-        _sample(args, ranks)
+        with warnings_on_one_line("sample", ranks):
+            _sample(args, ranks)
     except (BadArgument, CheckpointError, ClassNameError, FolderError, autoencoder.VAEError) as error:
         return ended("sample", ranks, str(error), 2)
     except (RunStopped, RanksError) as error:

@@ -187,7 +187,7 @@ def test_a_plain_pickle_is_named(protocol: int, tmp_path: Path) -> None:
 def test_a_forced_weights_only_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     load_checkpoint(saved({"model": STATE}, tmp_path / "x.pt"), config=small())
-    with pytest.raises(CheckpointError, match="refused: .* TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+    with pytest.raises(CheckpointError, match=r"refused: .* TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
         load_checkpoint(saved({"model": STATE, "out": pathlib.Path("x")}, tmp_path / "x.pt"), config=small())
 
 
@@ -203,9 +203,7 @@ def arguments_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, object
 
 @pytest.mark.parametrize("kind", ["namespace", "dict", "omegaconf", "lightning"])
 @pytest.mark.parametrize("width", [384, 48], ids=["a-paper's-width", "another-width"])
-def test_heads_are_those_of_the_saved_arguments(
-    width: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heads_are_those_of_the_saved_arguments(width: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(hidden_size=width, num_heads=12)
     with monkeypatch.context() as patch:
         path = saved({"ema": weights_of(config), **arguments_of(kind, patch)}, tmp_path / "x.pt")
