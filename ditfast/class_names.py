@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 from collections.abc import Sequence
@@ -22,16 +23,13 @@ def read_names(path: Path) -> list[str]:
     Raises:
         ClassNameError: it cannot be read, or holds something else.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClassNameError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from error
+    text = _read_text(path)
     if not text.lstrip().startswith(("[", "{")):
-        return [line.strip() for line in text.rstrip().splitlines()]
+        return [line.strip() for line in text.rstrip().split("\n")]
     try:
         content = json.loads(text)
         listed = content if isinstance(content, list) else [content[str(k)] for k in range(len(content))]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise ClassNameError(f"{path}: got JSON that is damaged or skips a number, expected names of 0, 1, 2, ...") from error
     names = [name[-1] if isinstance(name, list) and name else name for name in listed]
     if not all(isinstance(name, str) for name in names):
@@ -67,6 +65,18 @@ def find_class(text: str, num_classes: int, names: Sequence[str] | None = None) 
         raise ClassNameError(f"got {text!r}, which is {' and '.join(f'{k} ({names[k]})' for k in found)}: give the number")
     close = [f"{name!r} ({numbers[name][0]})" for name in difflib.get_close_matches(_plain(text), numbers, n=3)]
     raise ClassNameError(f"got {text!r}, which no class is called" + (f"; close are {', '.join(close)}" if close else ""))
+
+
+def _read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, perhaps behind a byte order mark, its lines parted by line feeds."""
+    try:
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+            raise ClassNameError(f"{path}: cannot be read: it is not text in UTF-8 but in UTF-16 or UTF-32; save it as UTF-8")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise ClassNameError(f"{path}: cannot be read: {reason}") from error
 
 
 def _plain(name: str) -> str:

@@ -10,6 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PART = ".part"
+# Of Windows, macOS, Synology and ext4. macOS's ._NAME beside NAME and .DS_Store are hidden by their names.
+LEFT_BEHIND = {
+    "$recycle.bin",
+    "@eadir",
+    "__macosx",
+    "desktop.ini",
+    "ehthumbs.db",
+    "icon\r",
+    "lost+found",
+    "system volume information",
+    "thumbs.db",
+}
 NO_HOME = Path("/nonexistent")  # as Debian calls it
 
 
@@ -23,6 +35,15 @@ def _home() -> Path:
         return Path.home()
     except RuntimeError:  # a user whom the system does not know, as in containers, without HOME
         return NO_HOME
+
+
+def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder in the order of names, without hidden entries and what systems and disks leave behind."""
+    return sorted((entry for entry in os.scandir(folder) if not _is_left_behind(entry.name)), key=lambda entry: entry.name)
+
+
+def _is_left_behind(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in LEFT_BEHIND
 
 
 @contextmanager

@@ -24,6 +24,29 @@ def test_files_of_names(text: str, tmp_path: Path) -> None:
     assert read_names(tmp_path / "names") == NAMES
 
 
+@pytest.mark.parametrize("text", ["\n".join(NAMES), json.dumps(NAMES)], ids=["lines", "list"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["no-mark", "byte-order-mark"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"], ids=["unix", "windows", "old-mac"])
+def test_files_saved_by_other_systems(text: str, mark: bytes, newline: str, tmp_path: Path) -> None:
+    (tmp_path / "names").write_bytes(mark + (text + "\n").replace("\n", newline).encode())
+    assert read_names(tmp_path / "names") == NAMES
+
+
+def test_only_line_ends_part_names(tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("one\u2028name\nanother\x0bname\x85\n", "utf-8")
+    assert read_names(tmp_path / "names") == ["one\u2028name", "another\x0bname"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("text", ["tench\ncrane\n", '["tench", "crane"]'], ids=["lines", "list"])
+def test_other_encodings_are_named(text: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "names").write_bytes(text.encode(encoding))
+    with pytest.raises(
+        ClassNameError, match=r"cannot be read: it is not text in UTF-8 but in UTF-16 or UTF-32; save it as UTF-8$"
+    ):
+        read_names(tmp_path / "names")
+
+
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
@@ -31,7 +54,9 @@ def test_files_of_names(text: str, tmp_path: Path) -> None:
         (b'[["n01440764", "tench"], []]', "got JSON of other things than names"),
         (b'{"0": "tench", "2": "crane"}', "damaged or skips a number"),
         (b'["tench"', "damaged or skips a number"),
+        (b"tench\xe9", "cannot be read: it is not text in UTF-8$"),
         (b"\xff\xfe", "cannot be read: it is not text"),
+        pytest.param(b"[" * 100_000, "damaged or skips a number", id="deeply-nested"),
     ],
 )
 def test_files_without(content: bytes, fault: str, tmp_path: Path) -> None:

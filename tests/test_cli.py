@@ -74,3 +74,36 @@ def test_evaluate_reads_what_sample_writes(tmp_path: Path, capsys: pytest.Captur
         assert found["count"] == 40
         scores.append(found["scores"])
     assert scores[0] == scores[1] != {}
+
+
+BAD_RANKS = {
+    "word": ({"RANK": "zero"}, "RANK: got 'zero', expected a number from 0, as torchrun sets it"),
+    "empty": ({"WORLD_SIZE": ""}, "WORLD_SIZE: got '', expected a number from 1, as torchrun sets it"),
+    "local-fraction": ({"LOCAL_RANK": "0.5"}, "LOCAL_RANK: got '0.5', expected a number from 0, as torchrun sets it"),
+    "negative": ({"RANK": "-1"}, "RANK: got '-1', expected a number from 0, as torchrun sets it"),
+    "python-only": ({"RANK": "0_0"}, "RANK: got '0_0', expected a number from 0, as torchrun sets it"),
+    "no-ranks": ({"WORLD_SIZE": "0"}, "WORLD_SIZE: got '0', expected a number from 1, as torchrun sets it"),
+    "beyond": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: got '2', expected a number below WORLD_SIZE=2, as torchrun sets it"),
+    "without-world": ({"RANK": "1"}, "RANK: got '1', expected a number below WORLD_SIZE=1, as torchrun sets it"),
+}
+COMMANDS_OF_RANKS = {
+    "sample": ["sample", "--out", "out.png", "--device", "cpu"],
+    "train": ["train", "--data", "digits", "--out", "run", "--steps", "1", "--device", "cpu"],
+    "extract-latents": ["extract-latents", "images", "latents", "--device", "cpu"],
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RANKS)
+@pytest.mark.parametrize("command", COMMANDS_OF_RANKS)
+def test_a_rank_that_is_no_number_is_one_line(
+    command: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment, message = BAD_RANKS[kind]
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(COMMANDS_OF_RANKS[command]) == 2
+    assert capsys.readouterr() == ("", f"ditfast {command}: {message}\n")
+    assert not list(tmp_path.iterdir())

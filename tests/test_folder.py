@@ -22,6 +22,7 @@ from ditfast.sampling.folder import FolderError, ImageFolder, RunStopped
 from ditfast.sampling.painter import drawn_label
 from ditfast.sampling.ranks import Ranks
 from ditfast.sampling.settings import differences, digest
+from ditfast.training.folder import claim
 
 SETTINGS = {"seed": 0, "steps": "250", "model": {"depth": 2, "flavour": "official"}, "interval": [0.5, 2.0]}
 ALONE = Ranks()
@@ -170,6 +171,17 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     assert sorted(content(tmp_path)) == [".hidden", "thesis.tex"]
     (tmp_path / "thesis.tex").unlink()
     started(tmp_path)
+
+
+def test_a_folder_of_what_systems_leave_behind_is_empty(tmp_path: Path) -> None:
+    for name in ("Thumbs.db", "desktop.ini", "._run.json", ".DS_Store"):
+        (tmp_path / name).touch()
+    started(tmp_path)
+    claim(tmp_path / "run", {}, False)
+    for name in ("THUMBS.DB", "Desktop.ini"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).touch()
+    claim(tmp_path / "other", {}, False)
 
 
 @pytest.mark.parametrize("inside", [".", "deeper"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -18,8 +18,16 @@ from .layouts import expected_shapes
 POSITIONS = "pos_embed"
 
 
-def checked(state: Mapping[str, object], layout: str, config: DiTConfig | None) -> tuple[dict[str, Tensor], DiTConfig]:
-    """The state dict, found to be a whole one of that layout and config, and the config: read off it if None is given.
+def checked(
+    state: Mapping[str, object], layout: str, config: DiTConfig | None, heads: Sequence[int] = ()
+) -> tuple[dict[str, Tensor], DiTConfig]:
+    """Return the state dict, found to be a whole one of that layout and config, and the config.
+
+    Args:
+        state: whatever a file holds.
+        layout: ``official`` or ``diffusers``.
+        config: None is read off the state dict.
+        heads: the numbers of heads that saved arguments tell, where the config is None.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen, not finite, of several dtypes, or positions are another
@@ -29,7 +37,7 @@ def checked(state: Mapping[str, object], layout: str, config: DiTConfig | None) 
     why_unknown = ""
     if config is None:
         try:
-            config = infer_config(tensors)
+            config = infer_config(tensors, heads)
         except CheckpointError as error:
             why_unknown = str(error)
     expected = expected_shapes(config or outline(state), layout)

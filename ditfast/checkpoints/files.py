@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import re
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..files import visible_entries
+from . import pickles
 from .errors import CheckpointError, listed, one_line
 
 CONFIG_FILE = "config.json"
@@ -24,6 +25,8 @@ WEIGHTS_FILES = (
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
 )
+_VARIANT = re.compile(r"diffusion_pytorch_model\.((safetensors|bin)\.index\.)?(?P<variant>[\w-]+)\.(safetensors|bin|json)")
+_PLAIN_PICKLE = "torch.storage._load_from_bytes"
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
 _LONGEST_HEADER = 100_000_000  # of safetensors, by its specification
@@ -38,15 +41,19 @@ class Stored(NamedTuple):
     config_file: Path | None
 
 
-def read(path: Path) -> Stored:
-    """A file, a diffusers model folder or the folder of a diffusers pipeline with a transformer.
+def read(path: Path, variant: str | None = None) -> Stored:
+    """Read a file, a diffusers model folder or the folder of a diffusers pipeline with a transformer.
+
+    Args:
+        path: of the file or folder.
+        variant: of a folder's weights, part of their files' names.
 
     Raises:
         CheckpointError: it is none of these, cannot be read, is damaged, or holds code.
     """
     try:
         if path.is_dir():
-            return _read_folder(path)
+            return _read_folder(path, variant)
         if not path.is_file():
             raise CheckpointError("there is no such file or folder" if not path.exists() else f"expected {_WHAT_FILES}")
         return Stored(*_read_file(path), config_file=path.parent / CONFIG_FILE)
@@ -61,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file holds something else.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"))  # editors of Windows begin a file with a mark
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: cannot be read as JSON: {one_line(str(error))}") from error
     if not isinstance(content, dict):
@@ -69,15 +76,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_folder(folder: Path) -> Stored:
-    for name in WEIGHTS_FILES:
+def _read_folder(folder: Path, variant: str | None) -> Stored:
+    expected = [_of_variant(name, variant) for name in WEIGHTS_FILES]
+    for name in expected:
         if (folder / name).is_file():
-            read_weights = _read_shards if name.endswith(".index.json") else _read_member
+            read_weights = _read_shards if name.endswith(".json") else _read_member
             return Stored(read_weights(folder / name), {}, folder / CONFIG_FILE)
     if (folder / "transformer").is_dir():
-        return _read_folder(folder / "transformer")
-    held = listed(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-    raise CheckpointError(f"got a folder that holds {held}, expected {' or '.join(WEIGHTS_FILES)}, or transformer/ with one")
+        return _read_folder(folder / "transformer", variant)
+    names = [entry.name for entry in visible_entries(folder)]
+    variants = sorted({found["variant"] for name in names if (found := _VARIANT.fullmatch(name))})
+    hint = "".join(f"; give variant={other!r}, or the file's own path" for other in variants[:1])
+    held = listed(names) or "nothing"
+    raise CheckpointError(f"got a folder that holds {held}, expected {' or '.join(expected)}, or transformer/ with one{hint}")
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """Return a file's name with the variant before its last ending, as diffusers writes it."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _read_shards(index: Path) -> dict[str, object]:
@@ -122,15 +139,20 @@ def _read_safetensors(path: Path) -> tuple[dict[str, object], Mapping[str, str]]
 
 
 def _read_torch(path: Path, zipped: bool) -> object:
+    """Return what torch.save wrote, by torch's own reader, and by ours where it knows no such protocol or type.
+
+    Ours comes second, after torch's has refused what is an archive of code (TorchScript) and no pickle.
+    """
     mapped = zipped and path.suffix != ".safetensors"  # torch.load believes that name, whatever the file holds
+    options: dict[str, Any] = {"map_location": "cpu", "mmap": mapped}
     try:
-        with (
-            path.open("rb") as file,
-            torch.serialization.safe_globals([argparse.Namespace]),  # the official training script's arguments
-            warnings.catch_warnings(),
-        ):
+        with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that are refused in one line below
-            return torch.load(str(path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+            try:
+                return torch.load(str(path) if mapped else file, weights_only=True, **options)
+            except pickle.UnpicklingError:
+                file.seek(0)
+                return torch.load(str(path) if mapped else file, weights_only=False, pickle_module=pickles, **options)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle may fail in any way
@@ -139,10 +161,12 @@ def _read_torch(path: Path, zipped: bool) -> object:
 
 def _why_refused(error: Exception) -> str:
     message = str(error)
-    code = re.search(r"GLOBAL (\S+)", message)
-    if code:
-        return f"refused: it holds {code[1]}, expected tensors, plain values and argparse.Namespace only"
     if "TorchScript" in message:
         return "refused: it is a TorchScript archive, which holds code, expected a state dict written by torch.save"
-    verdict = "refused" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
-    return f"{verdict}: {one_line(message.rpartition('WeightsUnpickler error: ')[2])}"
+    if "explicit pickle_module" in message:
+        return "refused: it holds more than weights, which TORCH_FORCE_WEIGHTS_ONLY_LOAD forbids: unset it"
+    if not isinstance(error, pickles.Refused):
+        return f"truncated or damaged: {one_line(message)}"
+    if message == _PLAIN_PICKLE:
+        return "refused: it was written by pickle.dump, which makes code of tensors, expected a file of torch.save"
+    return f"refused: it holds {message}, expected tensors, plain values and what training scripts save beside them"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,16 +29,21 @@ def outline(names: Mapping[str, object]) -> DiTConfig:
     return DiTConfig(depth=depth, hidden_size=4, num_heads=1, conditioning=_design_by_name(names))
 
 
-def infer_config(state: Mapping[str, Tensor]) -> DiTConfig:
-    """The config of an official state dict.
+def infer_config(state: Mapping[str, Tensor], heads: Sequence[int] = ()) -> DiTConfig:
+    """Return the config of an official state dict.
 
-    The label table's last row is taken for the null class and the number of heads for the paper's at that width.
+    The label table's last row is taken for the null class, and without ``heads`` the number of heads for the paper's at that
+    width.
+
+    Args:
+        state: all of it tensors.
+        heads: the numbers of heads that the saved arguments tell.
 
     Raises:
         CheckpointError: the shapes contradict each other, or leave something open that only ``config=`` can tell.
     """
     try:
-        return _config(state)
+        return _config(state, heads)
     except (ValueError, ZeroDivisionError) as error:
         raise CheckpointError(str(error)) from error
 
@@ -55,7 +60,7 @@ def grid_of(positions: Tensor) -> tuple[int, int] | None:
     return None
 
 
-def _config(state: Mapping[str, Tensor]) -> DiTConfig:
+def _config(state: Mapping[str, Tensor], stated_heads: Sequence[int]) -> DiTConfig:
     hidden_size = _most_common_length(state, _WIDTHS)
     _, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "[D, C, p, p]")
     rows, _ = _shape(state, "y_embedder.embedding_table.weight", "[classes + 1, D]")
@@ -72,14 +77,31 @@ def _config(state: Mapping[str, Tensor]) -> DiTConfig:
         "mlp_ratio": _ratio(_most_common_length(state, _MLP_WIDTHS), hidden_size),
         "conditioning": _design(state, hidden_size),
     }
-    if hidden_size not in HEADS_OF_WIDTH:
-        known = ", ".join(map(str, HEADS_OF_WIDTH))
-        found = ", ".join(f"{name}={value!r}" for name, value in fields.items())
-        raise CheckpointError(
-            f"num_heads: unknown, as no shape tells it and the width {hidden_size} is none of the paper's ({known}); "
-            f"give config=DiTConfig(num_heads=..., {found})"
+    heads = HEADS_OF_WIDTH.get(hidden_size) if not stated_heads else stated_heads[0]
+    unknown = []
+    if why := _why_no_heads(hidden_size, stated_heads):
+        unknown.append(f"num_heads: {why}")
+    if fields["conditioning"] == "adaln":
+        unknown.append(
+            "conditioning: unknown, as 4 adaLN vectors a block may be the paper's shifts and scales, or scales and gates "
+            "without shifts, which ditfast does not compute; for the former"
         )
-    return DiTConfig(num_heads=HEADS_OF_WIDTH[hidden_size], **fields)
+    if unknown:
+        call = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+        raise CheckpointError(f"{'; '.join(unknown)}; give config=DiTConfig(num_heads={'...' if why else heads}, {call})")
+    return DiTConfig(num_heads=heads, **fields)  # type: ignore[arg-type]  # no heads are a reason above
+
+
+def _why_no_heads(width: int, stated: Sequence[int]) -> str:
+    """Return why the number of heads is unknown; empty if it is known."""
+    if len(stated) > 1:
+        return f"the saved arguments say {' and '.join(map(str, stated))}"
+    if stated and (stated[0] < 1 or width % stated[0]):
+        return f"the saved arguments say {stated[0]}, which does not divide the width {width}"
+    if stated or width in HEADS_OF_WIDTH:
+        return ""
+    known = ", ".join(map(str, HEADS_OF_WIDTH))
+    return f"unknown, as no shape tells it and the width {width} is none of the paper's ({known})"
 
 
 def _shape(state: Mapping[str, Tensor], name: str, expected: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -43,15 +44,23 @@ _EMBEDDERS = {
 _KINDS = ("weight", "bias")
 
 
-def layout_of(state: Mapping[str, object]) -> str:
-    """Told by names that only a DiT has; most of them, so that one may be missing and be reported as such.
+def find_layout(state: Mapping[str, object]) -> tuple[str, str]:
+    """Return the layout and the prefix of its names, such as ``model.``, which may be empty.
+
+    Both are told by names that only a DiT has; most of them, so that one may be missing and be reported as such.
 
     Raises:
-        CheckpointError: it is no DiT; the message says what was looked for and what is there.
+        CheckpointError: it is no DiT, or several; the message says what was looked for and what is there.
     """
+    found = []
     for layout, signs in _SIGNS.items():
-        if 2 * sum(sign in state for sign in signs) > len(signs):
-            return layout
+        prefixes = Counter(name.removesuffix(sign) for sign in signs for name in state if f".{name}".endswith(f".{sign}"))
+        found += [(layout, prefix) for prefix, count in prefixes.items() if 2 * count > len(signs)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        prefixes_found = " and ".join(repr(prefix) for _, prefix in found)
+        raise CheckpointError(f"got several models, under {prefixes_found}, expected one: give the state dict of one")
     looked_for = " or ".join(f"{', '.join(signs)} ({layout})" for layout, signs in _SIGNS.items())
     raise CheckpointError(f"this is no DiT: looked for {looked_for}, found {listed(list(state)) or 'nothing'}")
 

@@ -95,7 +95,15 @@ def _check_expressible(state: dict[str, Tensor], config: DiTConfig) -> None:
 
 
 def _write_safetensors(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:
-    save_file(state, path, metadata=to_metadata(config))
+    _save_safetensors(state, path, to_metadata(config))
+
+
+def _save_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file with the permissions that the umask leaves, where safetensors gives some to the user alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(state, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def _write_torch(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:
@@ -107,5 +115,5 @@ def _write_torch(path: Path, state: dict[str, Tensor], config: DiTConfig) -> Non
 
 def _write_folder(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:
     path.mkdir()
-    save_file(to_diffusers(state), path / WEIGHTS_FILE, metadata={"format": "pt"})
+    _save_safetensors(to_diffusers(state), path / WEIGHTS_FILE, {"format": "pt"})
     (path / CONFIG_FILE).write_text(json.dumps(to_diffusers_config(config), indent=2) + "\n", "utf-8")

@@ -1,21 +1,42 @@
-"""From what a file holds to one flat state dict: which of its weights, and without the wrappers' prefixes."""
+"""From what a file holds to one flat state dict: which of its weights, and without the names that wrappers put before them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 from .errors import CheckpointError, listed
+from .pickles import Inert
 
 WEIGHTS = ("auto", "ema", "model")
-PREFIXES = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
-_KEYS = (("ema", "ema"), ("model", "model"), ("model", "state_dict"))
+# DistributedDataParallel, torch.compile, FSDP and activation checkpointing put these in, also within blocks.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_KEYS = {
+    "ema": "ema",
+    "ema_model": "ema",
+    "ema_model_state_dict": "ema",
+    "ema_state_dict": "ema",
+    "model_ema": "ema",
+    "model_ema_state_dict": "ema",
+    "state_dict_ema": "ema",
+    "model": "model",
+    "model_state_dict": "model",
+    "module": "model",  # DeepSpeed's
+    "net": "model",
+    "state_dict": "model",
+}
+_DEEPEST = 4
+# Heads that REPA (projectors) and SRA (ap_head) train beside the model, and the counter of torch.optim.swa_utils.
+_NOT_WEIGHTS = re.compile(r"(projectors?|projection_heads?|proj_heads?|ap_head)\..+|n_averaged")
+_ARRAYS = ("_reconstruct", "_frombuffer")  # functions of NumPy that make arrays
 
 
 def choose_weights(content: object, weights: str) -> tuple[str, Mapping[object, object]]:
-    """The weights asked for and their name, which is ``unnamed`` for a flat state dict.
+    """Return the weights asked for and their name, which is ``unnamed`` for a flat state dict.
 
     Args:
-        content: a flat state dict, or a dict that holds some under ``ema``, ``model`` or ``state_dict``.
+        content: a flat state dict, or a dict that holds some under one of the usual names, perhaps nested.
         weights: ``ema`` or ``model``; ``auto`` takes the EMA if there is one.
 
     Raises:
@@ -23,11 +44,8 @@ def choose_weights(content: object, weights: str) -> tuple[str, Mapping[object, 
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(f"got a {type(content).__name__}, expected a dict of tensors")
-    held: dict[str, Mapping[object, object]] = {}
-    for name, key in _KEYS:
-        if isinstance(content.get(key), Mapping):
-            held.setdefault(name, content[key])
-    chosen = next(iter(held), "unnamed") if weights == "auto" else weights
+    held = _held(content, _DEEPEST)
+    chosen = next((name for name in ("ema", "model") if name in held), "unnamed") if weights == "auto" else weights
     if chosen == "unnamed":
         return chosen, content
     if chosen not in held:
@@ -37,17 +55,58 @@ def choose_weights(content: object, weights: str) -> tuple[str, Mapping[object, 
     return chosen, held[chosen]
 
 
-def strip_prefixes(state: Mapping[object, object]) -> dict[str, object]:
-    """Names without the parts that DistributedDataParallel and torch.compile put in, wherever they stand."""
-    stripped: dict[str, object] = {}
+def _held(content: Mapping[object, object], depth: int) -> dict[str, Mapping[object, object]]:
+    """Return the sets of weights by ``ema`` and ``model``; those of a wrapper within a wrapper go by the outer name."""
+    held: dict[str, Mapping[object, object]] = {}
+    for key, name in _KEYS.items():
+        state = content.get(key)
+        if isinstance(state, Mapping) and state:
+            inner = _held(state, depth - 1) if depth else {}
+            for inner_name, inner_state in (inner or {name: state}).items():
+                held.setdefault("ema" if name == "ema" else inner_name, inner_state)
+    return held
+
+
+def strip_wrappers(state: Mapping[object, object]) -> dict[str, object]:
+    """Return the state dict with names without the parts that wrappers of modules put in, wherever they stand.
+
+    Raises:
+        CheckpointError: two names become the same.
+    """
+    names = {key: ".".join(part for part in str(key).split(".") if part not in _WRAPPERS) for key in state}
+    return _renamed(state, names, "module. or _orig_mod.")
+
+
+def strip_prefix(state: Mapping[str, object], prefix: str) -> dict[str, object]:
+    """Return the state dict with names without a prefix, where they have it.
+
+    Raises:
+        CheckpointError: two names become the same.
+    """
+    return _renamed(state, {name: name.removeprefix(prefix) for name in state}, repr(prefix))
+
+
+def _renamed(state: Mapping[Any, object], names: Mapping[Any, str], what: str) -> dict[str, object]:
+    renamed: dict[str, object] = {}
     twice: list[str] = []
     for key, value in state.items():
-        name = ".".join(part for part in str(key).split(".") if part not in PREFIXES)
-        if name in stripped:
+        name = names[key]
+        if name in renamed:
             twice.append(name)
-        stripped[name] = value
+        renamed[name] = value
     if twice:
-        raise CheckpointError(
-            f"there twice, once {' or '.join(f'{prefix}.' for prefix in PREFIXES)} is stripped: {listed(twice)}"
-        )
-    return stripped
+        raise CheckpointError(f"there twice, once {what} is stripped: {listed(twice)}")
+    return renamed
+
+
+def leave_out(state: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Return the weights of a DiT, and the names of what is none: heads for training only, counters, paths, NumPy's scalars.
+
+    Raises:
+        CheckpointError: an array of NumPy stands where a tensor belongs.
+    """
+    for name, value in state.items():
+        if isinstance(value, Inert) and value.type_name.endswith(_ARRAYS):
+            raise CheckpointError(f"refused: it holds {value.type_name}, expected tensors among the weights: {listed([name])}")
+    left_out = [name for name, value in state.items() if isinstance(value, Inert) or _NOT_WEIGHTS.fullmatch(name)]
+    return {name: value for name, value in state.items() if name not in left_out}, left_out

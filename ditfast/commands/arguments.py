@@ -45,6 +45,18 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def ranks_from_environment() -> Ranks:
+    """Return which process of how many this is.
+
+    Raises:
+        BadArgument: a variable of the environment is no number, or is out of range.
+    """
+    try:
+        return Ranks.from_environment()
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
+
+
 @contextmanager
 def warnings_on_one_line(command: str, ranks: Ranks) -> Iterator[None]:
     """They say what is wrong with somebody's files: where in the code that was found tells nobody more."""

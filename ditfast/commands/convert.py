@@ -10,6 +10,8 @@ from pathlib import Path
 from .. import flops
 from ..checkpoints import LAYOUTS, WEIGHTS, CheckpointError, differences, load_checkpoint, save_checkpoint
 from ..dtypes import DTYPES
+from ..sampling.ranks import Ranks
+from .arguments import warnings_on_one_line
 
 HELP = "a checkpoint from one layout to the other"
 DESCRIPTION = "Writes a DiT checkpoint anew, as official code or as diffusers reads it."
@@ -33,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if os.path.lexists(args.out):
             raise CheckpointError(f"{args.out}: exists already, expected a new name")
-        model = load_checkpoint(args.checkpoint, weights=args.weights)
+        with warnings_on_one_line("convert", Ranks()):
+            model = load_checkpoint(args.checkpoint, weights=args.weights)
         save_checkpoint(model.to(DTYPES[args.dtype]) if args.dtype else model, args.out, layout=args.to)
     except CheckpointError as error:
         print(f"ditfast convert: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from ..sampling.folder import FolderError, RunStopped
 from ..sampling.ranks import Ranks, RanksError
 from ..training.data import DataError, ImageFolder, Latents
 from ..training.extract import Extraction
-from .arguments import BadArgument, ended, positive
+from .arguments import BadArgument, ended, positive, ranks_from_environment, warnings_on_one_line
 from .progress import image_progress
 
 NAME = "extract-latents"
@@ -39,9 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    ranks = Ranks.from_environment()
+    ranks = Ranks()
     try:
-        _extract(args, ranks)
+        ranks = ranks_from_environment()
+        with warnings_on_one_line(NAME, ranks):
+            _extract(args, ranks)
     except (BadArgument, DataError, FolderError, autoencoder.VAEError) as error:
         return ended(NAME, ranks, str(error), 2)
     except (FloatingPointError, RanksError, RunStopped) as error:

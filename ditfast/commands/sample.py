@@ -27,7 +27,7 @@ from ..sampling.folder import FolderError, RunStopped
 from ..sampling.painter import Painter, label_of
 from ..sampling.ranks import Ranks, RanksError
 from ..sampling.settings import device_kind, digest, versions
-from .arguments import BadArgument, ended, finite, positive, seed
+from .arguments import BadArgument, ended, finite, positive, ranks_from_environment, seed, warnings_on_one_line
 from .sample_out import draw_grid, fill_folder
 
 HELP = "images from a checkpoint, or from the digits model that ships with ditfast"
@@ -85,9 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    ranks = Ranks.from_environment()
+    ranks = Ranks()
     try:
-        _sample(args, ranks)
+        ranks = ranks_from_environment()
+        with warnings_on_one_line("sample", ranks):
+            _sample(args, ranks)
     except (BadArgument, CheckpointError, ClassNameError, FolderError, autoencoder.VAEError) as error:
         return ended("sample", ranks, str(error), 2)
     except (RunStopped, RanksError) as error:

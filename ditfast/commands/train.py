@@ -22,7 +22,16 @@ from ..training.data import Data
 from ..training.determinism import fix_workspace
 from ..training.parallel import KINDS, joined
 from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
-from .arguments import BadArgument, ended, finite, natural, positive, seed, warnings_on_one_line
+from .arguments import (
+    BadArgument,
+    ended,
+    finite,
+    natural,
+    positive,
+    ranks_from_environment,
+    seed,
+    warnings_on_one_line,
+)
 from .train_progress import training_progress
 
 HELP = "a model by the paper's recipe, on one device or many; killed and resumed"
@@ -109,8 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    ranks = Ranks.from_environment()
+    ranks = Ranks()
     try:
+        ranks = ranks_from_environment()
         with warnings_on_one_line("train", ranks):
             return _train(args, ranks)
     except (BadArgument, CheckpointError, DataError, RunError, autoencoder.VAEError) as error:

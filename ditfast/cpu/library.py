@@ -7,13 +7,14 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import whole_file
+from ..files import visible_entries, whole_file
 
 SOURCES = Path(__file__).with_name("src")
 OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -63,44 +64,68 @@ def options_for(features: frozenset[str]) -> tuple[str, ...]:
 
 
 def compiler() -> list[str]:
-    """``CXX``, perhaps with arguments (``ccache g++``), or g++.
+    """Return the words of ``CXX``, quoted as in a shell and perhaps with arguments (``ccache g++``), or g++.
 
     Raises:
         NotBuilt: there is none.
     """
-    words = os.environ.get("CXX", "").split() or ["g++"]
+    value = os.environ.get("CXX", "").strip() or "g++"
+    try:
+        words = [value] if shutil.which(value) else shlex.split(value)  # a path may have spaces that nobody quoted
+    except ValueError as error:
+        raise NotBuilt(f"CXX: got {value!r}, expected a command, quoted as in a shell") from error
     if not shutil.which(words[0]):
         raise NotBuilt(f"the CPU engine needs a C++ compiler, and {words[0]!r} is not installed")
     return words
 
 
 def build(options: Sequence[str], folder: Path) -> Path:
-    """The library in ``folder``, under a hash of its sources, options and compiler; several processes may build at once.
+    """Return the library in ``folder``, under a hash of its sources, options and compiler; several processes may build at once.
+
+    A library that is cut off or otherwise damaged, as after a power cut, is built again.
 
     Raises:
         NotBuilt: the compiler fails, or the folder cannot be written.
     """
     command = [*compiler(), *OPTIONS, *options]
     digest = hashlib.sha256(" ".join(command).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.read_bytes())
+    for source in visible_entries(SOURCES):
+        digest.update(Path(source).read_bytes())
     path = folder / f"{digest.hexdigest()[:16]}.so"
-    if path.exists():
+    if _is_whole(path):
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            built = subprocess.run(
-                [*command, str(SOURCES / "engine.cpp"), "-o", str(temporary)], capture_output=True, text=True, errors="replace"
-            )
-            if built.returncode:
-                first_line = built.stderr.strip().partition("\n")[0] or f"exit status {built.returncode}"
-                raise NotBuilt(f"the CPU engine was not built, {command[0]} failed: {first_line}")
-            if not temporary.exists():
-                raise NotBuilt(f"the CPU engine was not built, {command[0]} wrote nothing")
+            _compile([*command, str(SOURCES / "engine.cpp"), "-o", str(temporary)])
+            content = temporary.read_bytes()
+            with temporary.open("ab") as stream:
+                stream.write(hashlib.sha256(content).digest())  # loaders read no further than the tables in front say
     except OSError as error:
-        raise NotBuilt(f"the CPU engine was not built: {error}") from error
+        raise NotBuilt(f"the CPU engine was not built: {error}; XDG_CACHE_HOME may name another folder of caches") from error
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file is there and ends with the hash of the rest: the system's loader ends the process otherwise."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return content[-size:] == hashlib.sha256(content[:-size]).digest()
+
+
+def _compile(command: Sequence[str]) -> None:
+    try:
+        built = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise NotBuilt(f"the CPU engine was not built, {command[0]} cannot be run: {error.strerror}") from error
+    if built.returncode:
+        first_line = built.stderr.strip().partition("\n")[0] or f"exit status {built.returncode}"
+        raise NotBuilt(f"the CPU engine was not built, {command[0]} failed: {first_line}")
+    if not Path(command[-1]).exists():
+        raise NotBuilt(f"the CPU engine was not built, {command[0]} wrote nothing")
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files import visible_entries
+from ..image_files import find_images, open_image, upright, upright_size
 from ..images import Pixels
 from ..sampling.folder import RECORD
 from ..sampling.painter import label_of
@@ -42,12 +45,13 @@ class ImageSet:
 
 
 def open_images(path: Path) -> ImageSet:
-    """Images of a folder or an ``.npz`` file; sizes are checked here, pixels are read later.
+    """Open the images of a folder or an ``.npz`` file; sizes are checked here, pixels are read later.
 
-    A folder has 8-bit grey or RGB PNG files, all of one size, in the order of their names, or has folders of them: then
-    those that have a class's number for a name (``7/cat.png``) are the labels. A folder of ``ditfast sample`` has its labels
-    in ``run.json``, and other files are left out, such as the grid. An ``.npz`` file has ``arr_0`` [N, H, W, 3] of dtype
-    uint8 and may have ``arr_1`` [N], the labels; it is read as a stream.
+    A folder has 8-bit grey or RGB PNG files, all of one size when turned upright, in the order of their names, or has folders
+    of them, at any depth: those in it that have a class's number for a name (``7/cat.png``) are then the labels. A warning
+    names images that are left out; hidden files, and what systems leave behind, are none. A folder of ``ditfast sample`` has
+    its labels in ``run.json``, and other files are left out, such as the grid. An ``.npz`` file has ``arr_0`` [N, H, W, 3] of
+    dtype uint8 and may have ``arr_1`` [N], the labels; it is read as a stream.
 
     Raises:
         EvaluationError: nothing there, no images, an unreadable one, images of different sizes, or an unfinished run.
@@ -66,16 +70,24 @@ def open_images(path: Path) -> ImageSet:
 # ------------------------------------------------------------------------------------------------ folders
 def _open_folder(folder: Path) -> ImageSet:
     run = run_labels(folder)
-    files = _png_files(folder)
+    names = [name for name, _ in find_images(folder)] if run is None else [entry.name for entry in visible_entries(folder)]
+    pngs = [name for name in names if name.lower().endswith(".png")]
+    direct = [name for name in pngs if "/" not in name]
     if run is not None:
-        files = [file for file in files if file.stem.isdecimal()]
-        if len(files) != len(run):
-            raise EvaluationError(f"{folder}: {len(files)} of the {len(run)} images of its {RECORD}; expected a finished run")
-    nested = [] if files else [file for inner in sorted(folder.iterdir()) if inner.is_dir() for file in _png_files(inner)]
-    labels = run if run is not None else _names_as_labels(nested)
-    files = files or nested
-    if not files:
+        used = [name for name in direct if Path(name).stem.isdecimal()]
+        if len(used) != len(run):
+            raise EvaluationError(f"{folder}: {len(used)} of the {len(run)} images of its {RECORD}; expected a finished run")
+    else:
+        used = direct or pngs
+        if used and (left_out := sorted(set(names) - set(used))):
+            expected = "PNG files only, in the folder itself or in folders of it"
+            warnings.warn(
+                f"{folder}: {len(left_out)} images are left out, such as {left_out[0]}; expected {expected}", stacklevel=3
+            )
+    if not used:
         raise EvaluationError(f"{folder}: no PNG files, expected some (or an .npz file's name)")
+    labels = run if run is not None else _names_as_labels(used)
+    files = [folder / name for name in used]
     width, height, mode = first = _header(files[0])
     for file in files:
         if (other := _header(file)) != first:
@@ -83,19 +95,15 @@ def _open_folder(folder: Path) -> ImageSet:
 
     def batches(size: int) -> Iterator[Pixels]:
         for start in range(0, len(files), size):
-            yield np.stack([_pixels(file) for file in files[start : start + size]])
+            yield np.stack([_pixels(file, (height, width)) for file in files[start : start + size]])
 
     return ImageSet(str(folder), (len(files), height, width, MODES[mode]), labels, batches)
 
 
-def _png_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".png" and file.is_file())
-
-
-def _names_as_labels(files: list[Path]) -> NDArray[np.int64] | None:
-    names = [file.parent.name for file in files]
-    numbered = all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names)
-    return np.array(names, dtype=np.int64) if names and numbered else None
+def _names_as_labels(names: list[str]) -> NDArray[np.int64] | None:
+    classes = [name.partition("/")[0] for name in names if "/" in name]
+    numbered = all(name.isascii() and name.isdecimal() and len(name) < 10 for name in classes)
+    return np.array(classes, dtype=np.int64) if classes and numbered else None
 
 
 def run_labels(folder: Path) -> NDArray[np.int64] | None:
@@ -112,30 +120,33 @@ def run_labels(folder: Path) -> NDArray[np.int64] | None:
 
 
 def _header(path: Path) -> tuple[int, int, str]:
-    """Width, height and mode, of which only the file's beginning is read."""
+    """Return width, height and mode, upright, of which only the file's beginning is read."""
     with _opened(path) as image:
         if image.mode not in MODES:
             raise EvaluationError(f"{path}: {image.mode} pixels, expected 8-bit grey (L) or RGB")
-        return image.width, image.height, image.mode
+        return *upright_size(image), image.mode
 
 
-def _pixels(path: Path) -> Pixels:
+def _pixels(path: Path, expected: tuple[int, int]) -> Pixels:
     with _opened(path) as image:
-        pixels = np.asarray(image, dtype=np.uint8)
-        return pixels.reshape(*pixels.shape[:2], -1)
+        pixels = np.asarray(upright(image), dtype=np.uint8)
+    height, width = pixels.shape[:2]
+    if (height, width) != expected:  # the orientation may stand behind the pixels
+        raise EvaluationError(
+            f"{path}: {width}x{height} pixels when turned upright, expected {expected[1]}x{expected[0]} as of the first image"
+        )
+    return pixels.reshape(height, width, -1)
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise EvaluationError("PNG files are read by Pillow, which is not installed: pip install 'ditfast[eval]'") from error
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with open_image(path, ("PNG",)) as image:
             yield image
     except EvaluationError:
         raise
+    except ImportError as error:
+        raise EvaluationError("PNG files are read by Pillow, which is not installed: pip install 'ditfast[eval]'") from error
     except Exception as error:  # a broken file makes Pillow raise OSError, SyntaxError, ValueError, zlib.error, ...
         raise EvaluationError(f"{path}: not a readable PNG file: {one_line(error)}") from error
 

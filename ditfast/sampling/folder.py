@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..files import PART, whole_file
+from ..files import PART, visible_entries, whole_file
 from ..images import Pixels, save_png
 from .ranks import Ranks
 from .settings import differences
@@ -118,7 +118,7 @@ class RunFolder:
             leftover.unlink(missing_ok=True)
 
     def _check_content(self, settings: Mapping[str, Any]) -> None:
-        names = sorted(entry.name for entry in os.scandir(self.path) if not entry.name.startswith("."))
+        names = [entry.name for entry in visible_entries(self.path)]
         record = self.path / self.record  # looked for last: it comes into being before any other file
         if not record.exists():
             if names:

@@ -22,10 +22,16 @@ class Ranks(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """As torchrun tells them."""
-        return cls(
-            *(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        )
+        """Return what torchrun says, or a single rank where nothing is said.
+
+        Raises:
+            ValueError: a variable is no number, or is out of range.
+        """
+        world = _number("WORLD_SIZE", 1)
+        rank = _number("RANK", 0)
+        if rank >= world:
+            raise ValueError(f"RANK: got '{rank}', expected a number below WORLD_SIZE={world}, as torchrun sets it")
+        return cls(rank, world, _number("LOCAL_RANK", 0))
 
     @contextmanager
     def joined(self) -> Iterator[Callable[[], None]]:
@@ -58,3 +64,11 @@ class Ranks(NamedTuple):
             yield barrier
         finally:
             distributed.destroy_process_group()
+
+
+def _number(name: str, least: int) -> int:
+    """Return a variable's number; ``least`` where it is not set."""
+    value = os.environ.get(name, str(least))
+    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+        raise ValueError(f"{name}: got {value!r}, expected a number from {least}, as torchrun sets it")
+    return int(value)

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import whole_file
+from ..files import visible_entries, whole_file
 from ..sampling.ranks import Ranks
 from ..sampling.settings import differences, versions
 from .errors import RunError
@@ -67,7 +67,7 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not record.exists():
-            names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+            names = [entry.name for entry in visible_entries(folder)]
             if names:
                 raise RunError(f"{folder}: holds {names[0]} and no {RECORD}, expected an empty folder or an earlier run's")
             with whole_file(record, keep=True) as temporary:

@@ -137,9 +137,9 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: saved(changed(final_layer__linear__weight=torch.zeros(40, 48)), f / "x.pt"),
         r"final_layer\.linear\.weight: got 40 rows, expected 16, or 32 with learned variances",
     ),
-    "float64": (
-        lambda f: saved({name: value.double() for name, value in STATE.items()}, f / "x.pt"),
-        r"of another dtype .* \(got torch\.float64, expected float32, float16 or bfloat16\), .* and \d+ more$",
+    "complex": (
+        lambda f: saved({name: value.cfloat() for name, value in STATE.items()}, f / "x.pt"),
+        r"of another dtype .* \(got torch\.complex64, expected float32, float16 or bfloat16\), .* and \d+ more$",
     ),
     "mixed-dtypes": (
         lambda f: saved(changed(final_layer__linear__bias=STATE["final_layer.linear.bias"].half()), f / "x.pt"),
@@ -156,6 +156,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another-folder": (
         lambda f: folder_of(f, README__md="x", config__json="{}"),
         r"got a folder that holds README\.md, config\.json, expected diffusion_pytorch_model",
+    ),
+    "folder-of-what-systems-leave-behind": (
+        lambda f: folder_of(f, Thumbs__db="", __DS_Store="", ___diffusion_pytorch_model__safetensors=""),
+        "got a folder that holds nothing, expected diffusion_pytorch_model",
     ),
     "folder-with-empty-weights": (
         lambda f: folder_of(f, diffusion_pytorch_model__bin=""),

@@ -116,6 +116,14 @@ def test_a_config_json_of_something_else(changed: dict[str, object], fault: str,
         load_checkpoint(tmp_path)
 
 
+def test_a_config_json_behind_a_byte_order_mark(tmp_path: Path) -> None:
+    their_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    expected = load_checkpoint(tmp_path).config
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_checkpoint(tmp_path).config == expected
+
+
 @pytest.mark.parametrize(("value", "apart"), [(0.25, "0.25"), (-0.0, "0")], ids=["by-a-quarter", "by-the-sign-of-zero"])
 def test_copies_of_the_embedders_that_differ(value: float, apart: str, tmp_path: Path) -> None:
     theirs = their_model(num_layers=3)

@@ -127,13 +127,18 @@ def test_the_same_weights_are_the_same_bytes(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    (tmp_path / "usual").write_bytes(b"")
-    (tmp_path / "folder").mkdir()
-    save_checkpoint(DiT(small()), tmp_path / "x.pt")
-    save_checkpoint(DiT(small()), tmp_path / "x", layout="diffusers")
-    assert os.stat(tmp_path / "x.pt").st_mode == os.stat(tmp_path / "usual").st_mode
-    assert os.stat(tmp_path / "x").st_mode == os.stat(tmp_path / "folder").st_mode
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o000], ids=oct)
+def test_files_have_the_permissions_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        for name in ("x.safetensors", "x.pt"):
+            save_checkpoint(loaded(small()), tmp_path / name)
+        save_checkpoint(loaded(small()), tmp_path / "folder", layout="diffusers")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    files = ("x.safetensors", "x.pt", "config.json", "diffusion_pytorch_model.safetensors")
+    assert modes == {"folder": 0o777 & ~umask, **dict.fromkeys(files, 0o666 & ~umask)}
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])

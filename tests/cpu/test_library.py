@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,11 +51,90 @@ def test_odd_compilers(script: str, message: str, monkeypatch: pytest.MonkeyPatc
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "")
-    assert library.compiler() == ["g++"]
-    monkeypatch.setenv("CXX", "env g++ -g")
-    assert library.compiler() == ["env", "g++", "-g"]
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("", ["g++"]),
+        ("  ", ["g++"]),
+        ("env g++ -g", ["env", "g++", "-g"]),
+        ("'env'", ["env"]),
+        ('"env" g++ "-DNAME=two words"', ["env", "g++", "-DNAME=two words"]),
+        ("'{folder}/my tools/g++' -g", ["{folder}/my tools/g++", "-g"]),
+        ("{folder}/my\\ tools/g++ -g", ["{folder}/my tools/g++", "-g"]),
+        ("{folder}/my tools/g++", ["{folder}/my tools/g++"]),
+    ],
+)
+def test_the_compiler_is_read_as_a_shell_would(
+    value: str, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool = tmp_path / "my tools" / "g++"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CXX", value.format(folder=tmp_path))
+    assert library.compiler() == [word.format(folder=tmp_path) for word in words]
+
+
+def test_an_open_quote_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "'g++ -g")
+    with pytest.raises(library.NotBuilt, match=r"^CXX: got \"'g\+\+ -g\", expected a command, quoted as in a shell$"):
+        library.compiler()
+
+
+def compiler_of(folder: Path, content: str) -> Path:
+    """A compiler that writes the same content each time, and a line in ``calls`` beside it."""
+    path = folder / "compiler"
+    path.write_text(f'#!/bin/sh\necho >> {folder}/calls\nwhile [ "$1" != -o ]; do shift; done\nprintf "{content}" > "$2"\n')
+    path.chmod(0o755)
+    return path
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def lengthened(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(40))
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [emptied, cut_off, lengthened, flipped, removed])
+def test_a_damaged_library_is_built_again(
+    damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", str(compiler_of(tmp_path, "a library " * 20)))
+    cache = tmp_path / "cache"
+    path = library.build(("-mavx2",), cache)
+    whole = path.read_bytes()
+    damage(path)
+    assert library.build(("-mavx2",), cache) == path
+    assert path.read_bytes() == whole
+    library.build(("-mavx2",), cache)
+    assert (tmp_path / "calls").read_text() == "\n" * 2, "a whole library is not built again"
+    assert list(cache.iterdir()) == [path]
+
+
+def test_a_damaged_library_that_cannot_be_replaced_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", str(compiler_of(tmp_path, "a library")))
+    path = library.build(("-mavx2",), tmp_path / "cache")
+    path.unlink()
+    path.mkdir()
+    (path / "file").touch()
+    with pytest.raises(library.NotBuilt, match=rf"^the CPU engine was not built: .*{path.name}.*XDG_CACHE_HOME"):
+        library.build(("-mavx2",), tmp_path / "cache")
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:

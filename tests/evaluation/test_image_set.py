@@ -58,6 +58,74 @@ def test_folders_named_by_class_are_labels(tmp_path: Path) -> None:
     assert open_images(png_folder(tmp_path / "b", pixels[:2], ["7/x.png", "cat/a.png"])).labels is None
 
 
+def test_deeper_folders_are_of_the_class_above_them(tmp_path: Path) -> None:
+    pixels = random_pixels(4, 4, 6, 1)
+    images = open_images(png_folder(tmp_path, pixels, ["7/more/x.png", "10/b.png", "10/a/deep/a.png", "3/x.png"]))
+    assert images.labels is not None
+    assert images.labels.tolist() == [10, 10, 3, 7]
+    assert (np.concatenate(list(images.batches(3))) == pixels[[2, 1, 3, 0]]).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (["a.png", "more/b.png", "more/deep/c.png"], "2 images are left out, such as more/b.png"),
+        (["a.png", "photo.JPG"], "1 images are left out, such as photo.JPG"),
+        (["1/a.png", "1/b.webp", "2/c.jpeg"], "2 images are left out, such as 1/b.webp"),
+    ],
+    ids=["beside-folders", "other-formats", "other-formats-in-folders"],
+)
+def test_images_that_are_left_out_are_named(names: list[str], left_out: str, tmp_path: Path) -> None:
+    png_folder(tmp_path, random_pixels(len(names), 4, 6, 1), names)
+    with pytest.warns(UserWarning, match=left_out):
+        assert len(open_images(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("names", [["0.png", "1.png"], ["5/0.png", "6/1.png"]], ids=["flat", "by-class"])
+def test_what_systems_leave_behind_is_no_image(names: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    pixels = random_pixels(2, 4, 6, 3)
+    png_folder(tmp_path, pixels, names)
+    inside = Path(names[0]).parent
+    behind = [f"._{names[0]}", ".DS_Store", "Thumbs.db", "__MACOSX/._0.png", "@eaDir/0.png", ".trash/2.png"]
+    for name in (*behind, inside / "._0.png", inside / ".0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\x05\x16\x07")
+    images = open_images(tmp_path)
+    assert (np.concatenate(list(images.batches(3))) == pixels).all()
+    assert (images.labels is None) == (inside == Path())
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_images_are_upright(orientation: int, tmp_path: Path) -> None:
+    from PIL import Image
+
+    mark = Image.Exif()
+    mark[0x0112] = orientation
+    stored = random_pixels(4, 6, 3)
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=mark)
+    images = open_images(tmp_path)
+    expected = np.rot90(stored, {1: 0, 3: 2, 6: -1}[orientation])
+    assert images.shape == (1, *expected.shape)
+    (batch,) = images.batches(1)
+    assert (batch[0] == expected).all()
+
+
+def test_a_mark_of_orientation_behind_the_pixels_is_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    mark = Image.Exif()
+    mark[0x0112] = 6
+    Image.fromarray(random_pixels(4, 6, 3)).save(tmp_path / "a.png", exif=mark)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    chunk, end_chunk = content[start:end], content[-12:]
+    (tmp_path / "a.png").write_bytes(content[:start] + content[end:-12] + chunk + end_chunk)
+    with pytest.raises(EvaluationError, match=r"a\.png: 4x6 pixels when turned upright, expected 6x4"):
+        list(open_images(tmp_path).batches(1))
+
+
 @pytest.mark.parametrize("count", [["--per-class", "3", "--classes", "7", "2"], ["--num", "7"]], ids=["per-class", "num"])
 def test_a_run_of_sample_knows_its_labels(count: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"

@@ -19,6 +19,7 @@ from ditfast.training.data.images import read_image
 from ditfast.vae import VAEError, draw_latents, encode_moments, scaling
 
 Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 SIZE = 16
 
 
@@ -57,6 +58,50 @@ def test_folders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None
     assert [data[k].label for k in range(len(data))] == [0, 1, 1, 2]
     assert (data.num_classes, data.input_shape) == (3, (3, SIZE, SIZE))
     assert (data[1].values.permute(1, 2, 0).numpy() == random_pixels(seed=1)).all()
+
+
+def test_images_in_folders_within_a_class_are_of_that_class(tmp_path: Path) -> None:
+    for seed, name in enumerate(("cat/b.png", "cat/a/2.png", "cat/a/deep/1.png", "ant/only/here.png", "dog/c.png")):
+        written(tmp_path / name, random_pixels(seed=seed))
+    with pytest.warns(UserWarning, match=r"^data: .*: 3 images lie in folders within a class's folder, such as ant/only/here"):
+        data = opened(tmp_path)
+    assert isinstance(data, ImageFolder)
+    assert data.names == ["ant/only/here.png", "cat/a/2.png", "cat/a/deep/1.png", "cat/b.png", "dog/c.png"]
+    assert [data[k].label for k in range(len(data))] == [0, 1, 1, 1, 2]
+    assert (data[2].values.permute(1, 2, 0).numpy() == random_pixels(seed=2)).all()
+
+
+def test_a_folder_that_leads_into_itself_is_read_once(tmp_path: Path) -> None:
+    written(tmp_path / "data" / "cat" / "1.png")
+    written(tmp_path / "elsewhere" / "2.png")
+    (tmp_path / "data" / "cat" / "again").symlink_to(tmp_path / "data" / "cat")
+    (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="1 images lie in"):
+        data = opened(tmp_path / "data")
+    assert isinstance(data, ImageFolder)
+    assert data.names == ["cat/1.png", "cat/linked/2.png"]
+
+
+def test_a_plain_folder_is_told_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    opened(photographs(tmp_path))
+    assert not recwarn.list
+
+
+LEFT_BEHIND = (
+    *("._cat", ".DS_Store", "cat/._a.png", "cat/.hidden.png", "cat/.hidden/x.png", "cat/Thumbs.db", "Thumbs.db", "desktop.ini"),
+    *("__MACOSX/cat/._a.png", "@eaDir/a.png/small.jpg", "$RECYCLE.BIN/S-1-5/old.png", "lost+found/x.png"),
+)
+
+
+def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    folder = photographs(tmp_path)
+    fingerprint = opened(folder).fingerprint
+    for name in LEFT_BEHIND:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0\x05\x16\x07")
+    assert opened(folder).fingerprint == fingerprint
+    assert not recwarn.list
 
 
 def test_images_of_a_flat_folder_are_of_one_class(tmp_path: Path) -> None:
@@ -104,6 +149,27 @@ def test_other_sizes_keep_the_picture(size: int, tmp_path: Path) -> None:
     expected = torch.nn.functional.interpolate(torch.tensor(ramp)[None, None], SIZE, mode="linear", antialias=False)[0, 0]
     assert (found - expected).abs().max() <= 12
     assert (found[0] == found).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_photograph_is_seen_upright(orientation: int, suffix: str, tmp_path: Path) -> None:
+    ramps = np.stack(np.meshgrid(np.arange(0, 240, 10), np.arange(0, 160, 10), indexing="ij"), -1)  # [24, 16, 2]
+    pixels = np.concatenate([ramps, ramps[..., :1] // 2 + ramps[..., 1:] // 2], -1).astype(np.uint8)  # [24, 16, 3]
+    mark = Image.Exif()
+    mark[0x0112] = orientation
+    path = written(tmp_path / f"a.{suffix}", pixels, exif=mark, quality=95)
+    with Image.open(path) as image:
+        viewed = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    top, left = (viewed.shape[0] - SIZE) // 2, (viewed.shape[1] - SIZE) // 2
+    expected = viewed[top : top + SIZE, left : left + SIZE]
+    assert (read_image(path, SIZE).permute(1, 2, 0).numpy() == expected).all()
+
+
+def test_a_damaged_mark_of_orientation_is_passed_over(tmp_path: Path) -> None:
+    pixels = random_pixels()
+    for exif in (b"Exif\0\0no TIFF", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"):
+        assert (read_image(written(tmp_path / "a.png", pixels, exif=exif), SIZE).permute(1, 2, 0).numpy() == pixels).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ... import vae as autoencoder
+from ...files import visible_entries
+from ...image_files import SUFFIXES, find_images, open_image, upright
 from ...sampling.settings import digest
 from .records import BadRecord, DataError, Record
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # a channel; Pillow's modes
 _ENCODED_TOGETHER = 8
@@ -24,8 +26,9 @@ _ENCODED_TOGETHER = 8
 class ImageFolder:
     """Images [3, size, size] 8-bit, the middle of each file's; on the device mirrored, scaled and, with a VAE, encoded.
 
-    Folders in the folder are the classes, in the order of their names; images that lie in it directly are of one class.
-    Names that begin with a dot are left out.
+    Folders in the folder are the classes, in the order of their names; images in folders within a class's are of that class,
+    which a warning says; images that lie in the folder directly are of one class. Hidden files are left out, and what systems
+    leave behind. Photographs are turned upright as their EXIF orientation says.
 
     Args:
         path: of the folder.
@@ -87,7 +90,7 @@ def to_unit(pixels: Tensor) -> Tensor:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """[3, size, size] uint8: the middle square of a file, RGB.
+    """Return the middle square of a file, upright: [3, size, size] uint8, RGB.
 
     It is made smaller as for ImageNet's usual reference batches: halved by averages while it is at least twice too large,
     then resized bicubically.
@@ -97,10 +100,10 @@ def read_image(path: Path, size: int) -> Tensor:
     """
     image_module = _pillow()
     try:
-        with image_module.open(path, formats=_FORMATS) as image:
+        with open_image(path, _FORMATS) as image:
             if image.mode not in _EIGHT_BITS:
                 raise BadRecord(f"{path}: {image.mode} pixels, expected 8 bits a channel")
-            square = _middle(image.convert("RGB"))
+            square = _middle(upright(image).convert("RGB"))
     except BadRecord:
         raise
     except Exception as error:  # of a broken file Pillow raises OSError, SyntaxError, ValueError, zlib.error, ...
@@ -120,31 +123,26 @@ def _middle(image: Any) -> Any:
 
 
 def _files(path: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """Name, label and size in bytes of each image, in order; and the names of the classes."""
-    entries = _visible(path)
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    flat = [(entry.name, 0, entry.stat().st_size) for entry in entries if _is_image(entry)]
+    """Return name, label and size in bytes of each image, in order; and the names of the classes."""
+    classes = [entry.name for entry in visible_entries(path) if entry.is_dir()]
+    images = find_images(path)
+    flat = [(name, 0, entry.stat().st_size) for name, entry in images if "/" not in name]
     if flat and classes:
         raise DataError(f"data: {path}: holds the image {flat[0][0]} beside the folder {classes[0]}, expected one or the other")
     if flat:
         return flat, [path.name]
-    found = []
-    for label, name in enumerate(classes):
-        images = [entry for entry in _visible(path / name) if _is_image(entry)]
-        if not images:
-            raise DataError(f"data: {path / name}: no images ({', '.join(SUFFIXES)}), expected some of this class")
-        found += [(f"{name}/{entry.name}", label, entry.stat().st_size) for entry in images]
-    if not found:
+    if not images:
         raise DataError(f"data: {path}: no images ({', '.join(SUFFIXES)}), expected some, or folders of them, one a class")
+    labels = {name: label for label, name in enumerate(classes)}
+    found = [(name, labels[name.partition("/")[0]], entry.stat().st_size) for name, entry in images]
+    used = {label for _, label, _ in found}
+    for name, label in labels.items():
+        if label not in used:
+            raise DataError(f"data: {path / name}: no images ({', '.join(SUFFIXES)}), expected some of this class")
+    if nested := [name for name, _, _ in found if name.count("/") > 1]:
+        told = f"{len(nested)} images lie in folders within a class's folder, such as {nested[0]}"
+        warnings.warn(f"data: {path}: {told}; they are of that class", stacklevel=3)
     return found, classes
-
-
-def _visible(path: Path) -> list[os.DirEntry[str]]:
-    return sorted((entry for entry in os.scandir(path) if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
 
 
 def _pillow() -> Any:
