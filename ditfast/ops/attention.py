@@ -21,9 +21,12 @@ ENGINES = ("flash", "sdpa", "triton")
 def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = None) -> Tensor:
     """``softmax(q k.T / sqrt(d)) v`` for each head, without a mask (Vaswani et al. 2017).
 
+    A query whose scores are all -inf, as products may overflow to, gets zeros, as torch's attention has it.
+
     Args:
-        qkv: [B, T, 3, H, d] fp32, fp16 or bf16, contiguous in its last three dimensions: the output of the qkv linear. Or
-            q, k and v apart, each [B, T, H, d]: SDPA reads them in place, the other engines have them packed first.
+        qkv: [B, T, 3, H, d] fp32, fp16 or bf16, contiguous in its last three dimensions, of any outer strides: the output of
+            the qkv linear. Or q, k and v apart, each [B, T, H, d]: SDPA reads them in place, the other engines have them
+            packed first.
         engine: one of ``"flash"``, ``"sdpa"``, ``"triton"``; None for the one that ``ditfast doctor`` names.
 
     Returns:

@@ -75,6 +75,19 @@ def test_scores_that_are_no_numbers(variant: engine.Engine, product: str, T: int
 
 @PRODUCTS
 @torch.no_grad()
+def test_queries_whose_scores_are_all_minus_infinity_get_zeros(variant: engine.Engine, product: str) -> None:
+    x, (attention, mlp), final = chain(product)
+    tensors = places(x, [attention, mlp], final)
+    tensors["v weight"][:20], tensors["v bias"][:20] = 0, 0  # of the first head, whose result is then known
+    expected, _ = exact_chain(x, [attention], final)
+    tensors["v bias"][:20] = 1
+    tensors["q bias"][0], tensors["k bias"][0] = 1e30, -1e30
+    found, _ = variant.run(x, [attention], final)
+    assert error(found, expected) < BARS[product]
+
+
+@PRODUCTS
+@torch.no_grad()
 def test_a_sample_with_nan_leaves_the_others_alone(variant: engine.Engine, product: str) -> None:
     x, steps, final = chain(product, B=3)
     expected, _ = variant.run(x, steps, final)
