@@ -148,6 +148,17 @@ def test_scores_of_minus_infinity_weigh_nothing(either: Runner, masked: int) -> 
     torch.testing.assert_close(dfound[..., 1:], dexpected[..., 1:])  # the first dimension's are roundings times 1e30
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 1, 16), (2, 1, 3, 2, 16)], ids=["one head", "one token"])
+def test_strides_of_dimensions_of_size_one_do_not_matter(either: Runner, shape: tuple[int, ...]) -> None:
+    qkv = torch.randn(shape, device=either.device)
+    strides = [7 if size == 1 else stride for size, stride in zip(shape, qkv.stride(), strict=True)]
+    odd = torch.as_strided(qkv, shape, strides)
+    assert odd.is_contiguous()
+    assert torch.equal(ops.attention(odd), ops.attention(qkv))
+    q, kv = odd[:, :, 0], odd[:, :, 1:]
+    assert torch.equal(ops.cross_attention(q, kv), ops.cross_attention(qkv[:, :, 0], qkv[:, :, 1:]))
+
+
 def test_reads_the_qkv_linears_output_as_it_lies(either: Runner) -> None:
     whole = torch.randn(20, 2, 3 * 4 * 32, device=either.device)
     qkv = whole[2:].transpose(0, 1).unflatten(-1, (3, 4, 32))
