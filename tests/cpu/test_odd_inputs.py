@@ -138,6 +138,17 @@ def test_magnitudes(variant: engine.Engine, product: str, change: Callable[..., 
         assert error(out, exact) < BARS[product]
 
 
+@pytest.mark.parametrize("value", [1000.1, -3e4])
+@PRODUCTS
+@torch.no_grad()
+def test_rows_without_variance(variant: engine.Engine, product: str, value: float) -> None:
+    x, steps, final = chain(product, D=376)
+    x[:, ::2] = value
+    given = x, [step._replace(gate=torch.zeros_like(step.gate)) for step in steps], final
+    for out, exact in zip(variant.run(*given), exact_chain(*given), strict=True):
+        assert error(out, exact) < min(BARS[product], 4e-3)
+
+
 # ------------------------------------------------------------------------------------------------ odd shapes and layouts
 SHAPES = [(1, 1, 40, 2), (1, 1, 1, 1), (1, 3, 1, 1), (3, 1, 2, 2), (1, 2, 17, 1), (1, 300, 8, 1), (130, 1, 8, 2)]
 
