@@ -100,6 +100,13 @@ def test_statistics_do_not_cancel(compiled: Runner, mean: float) -> None:
     check((3, 5), 2, x, *others)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", *(pytest.param(dtype, marks=pytest.mark.full) for dtype in ("bf16", "fp32"))])
+def test_rows_without_variance(either: Runner, dtype: str) -> None:
+    for flat in (1000.0, -30000.0):
+        x, *others = arguments(either, 2, 15, 200, 32, DTYPES[dtype], "chunk6")
+        check((3, 5), 2, oracles.with_flat_rows(x, flat, nearly=either.backend == "triton"), *others)
+
+
 def test_gradients_are_those_of_its_parts(either: Runner) -> None:
     inputs = leaves(*arguments(either, 2, 6, 128, 32, torch.bfloat16, "chunk6"))
     dy = torch.randn(2, 8, 4, 6, device=either.device)
