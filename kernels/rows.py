@@ -92,10 +92,10 @@ def store(pointer, offset, value, mask):
 
 @triton.jit
 def normalise(xs, eps, STORED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
-    """LayerNorm without weight or bias of rows held as a tuple of fp32 chunks, and their statistics [ROWS, 1]: see ``store_stats``.
+    """LayerNorm without weight or bias of rows held as a tuple of fp32 chunks, and what ``store_stats`` keeps [ROWS, 1].
 
-    The mean is a sum of two: rounded, and what that left. Rows without variance show the difference, a thousand times (eps^-1/2).
-    Lanes past D hold zeros in xs.
+    The mean is a sum of two, rounded and what that left: rows without variance show the difference a thousand times
+    (eps^-1/2). Lanes past D hold zeros in xs.
     """
     total = sum_of_chunks(xs)
     mean = total * (1.0 / D)
