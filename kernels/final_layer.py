@@ -63,7 +63,7 @@ def row_statistics(x_ptr, x_row, in_rows, eps, K: tl.constexpr, BLOCK_M: tl.cons
         delta = tl.where(column < K, x - mean, 0.0)
         mean += delta * (1.0 / tl.maximum(count, 1.0))
         squares += delta * (x - mean)
-    row_mean = tl.sum(mean * count, 1)[:, None] * (1.0 / K)
+    row_mean = tl.fma(tl.sum(mean * count, 1)[:, None], 1.0 / K, 0.0)  # as in rows.normalise
     deviation = mean - row_mean
     rest = tl.sum(deviation * count, 1)[:, None] * (1.0 / K)
     variance = tl.sum(squares + count * deviation * deviation, 1)[:, None] * (1.0 / K) - rest * rest

@@ -98,7 +98,7 @@ def normalise(xs, eps, STORED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexp
     (eps^-1/2). Lanes past D hold zeros in xs.
     """
     total = sum_of_chunks(xs)
-    mean = total * (1.0 / D)
+    mean = tl.fma(total, 1.0 / D, 0.0)  # not a product, which the compiler would fuse, unrounded, into each difference
     centred = ()
     for i in tl.static_range(len(xs)):
         x = xs[i] - mean
