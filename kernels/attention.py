@@ -152,7 +152,8 @@ def attention_kernel(
     q = load_head(q_ptr, rows % T, q_stride, T, HEAD, MAIN, REST, True)
     q, log2_scale = fold_scale(q, log2_scale)
     out = zeros_like_head(BLOCK_M, HEAD, MAIN, REST)
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # The least finite number: a score of -inf is less by infinity, and weighs nothing even where a query has no other.
+    largest = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, S, BLOCK_N):
         k = load_head(k_ptr, column, kv_stride, S - start, HEAD, MAIN, REST, EVEN_N)
@@ -168,6 +169,7 @@ def attention_kernel(
         out = add_weighted(scale_rows(out, decay), weight.to(v_ptr.dtype.element_ty), v)
         k_ptr += BLOCK_N * kv_stride
         v_ptr += BLOCK_N * kv_stride
+    total = tl.where(total == 0.0, 1.0, total)
     out = scale_rows(out, 1.0 / total)
     store_head(out_ptr + (batch * T * H + head) * HEAD, rows, H * HEAD, T, out, HEAD, MAIN)
     if lse_ptr is not None:

@@ -42,7 +42,8 @@ def denoise_update_kernel(
         predicted = tl.where(i < guided_size, other + scale * (predicted - other), predicted)
     x0 = tl.load(update_ptr) * x + tl.load(update_ptr + 1) * predicted
     if CLIP:
-        x0 = tl.minimum(tl.maximum(x0, -1.0), 1.0)
+        x0 = tl.maximum(x0, -1.0, propagate_nan=tl.PropagateNan.ALL)
+        x0 = tl.minimum(x0, 1.0, propagate_nan=tl.PropagateNan.ALL)
     result = tl.load(update_ptr + 2) * x0 + tl.load(update_ptr + 3) * x
     if noise_ptr is not None:
         log_variance = tl.load(update_ptr + 4) + tl.zeros([BLOCK], tl.float32)
@@ -68,8 +69,8 @@ def denoise_update(
         x.contiguous(),
         output.contiguous(),
         noise if noise is None else noise.contiguous(),
-        update,
-        scale,
+        update.contiguous(),
+        scale if scale is None else scale.contiguous(),
         out,
         state_size,
         output_size,

@@ -49,7 +49,10 @@ def final_layer_tile(M: int, N: int, K: int, dtype: torch.dtype) -> GemmTile:
 
 @triton.jit
 def row_statistics(x_ptr, x_row, in_rows, eps, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and reciprocal deviation [BLOCK_M, 1] of rows, in one pass that cancels nothing (Welford 1962, a mean a lane)."""
+    """Mean, offset and reciprocal deviation [BLOCK_M, 1] of rows, as in ``rows.store_stats``.
+
+    In one pass that cancels nothing (Welford 1962, a mean a lane).
+    """
     count = tl.zeros([1, BLOCK_K], tl.float32)
     mean = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -60,10 +63,12 @@ def row_statistics(x_ptr, x_row, in_rows, eps, K: tl.constexpr, BLOCK_M: tl.cons
         delta = tl.where(column < K, x - mean, 0.0)
         mean += delta * (1.0 / tl.maximum(count, 1.0))
         squares += delta * (x - mean)
-    row_mean = tl.sum(mean * count, 1)[:, None] * (1.0 / K)
+    row_mean = tl.fma(tl.sum(mean * count, 1)[:, None], 1.0 / K, 0.0)  # as in rows.normalise
     deviation = mean - row_mean
-    variance = tl.sum(squares + count * deviation * deviation, 1)[:, None] * (1.0 / K)
-    return row_mean, tl.rsqrt(variance + eps)
+    rest = tl.sum(deviation * count, 1)[:, None] * (1.0 / K)
+    variance = tl.sum(squares + count * deviation * deviation, 1)[:, None] * (1.0 / K) - rest * rest
+    rstd = tl.rsqrt(variance + eps)
+    return row_mean, rest * rstd, rstd
 
 
 @triton.jit
@@ -96,7 +101,7 @@ def final_layer_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = (rows < M)[:, None]
     x_row = row_offset(rows, num_tokens, x_batch_stride, x_token_stride)
-    mean, rstd = row_statistics(x_ptr, x_row, in_rows, eps, K, BLOCK_M, BLOCK_K)
+    mean, offset, rstd = row_statistics(x_ptr, x_row, in_rows, eps, K, BLOCK_M, BLOCK_K)
     # Where the rows are of one sample, one row of its modulation serves them all.
     modulated = tl.program_id(0) * BLOCK_M + tl.arange(0, 1 if ONE_SAMPLE else BLOCK_M)
     shift_row = row_offset(modulated, num_tokens, shift_batch_stride, shift_token_stride)
@@ -110,7 +115,9 @@ def final_layer_kernel(
         weight = tl.load(weights + k, mask=k < K, other=0.0)
         x = load(x_ptr, x_row + k, in_rows & (k < K))
         in_modulation = (modulated < M)[:, None] & (k < K)
-        u = modulate((x - mean) * rstd, shift_ptr, shift_row + k, scale_ptr, scale_row + k, in_modulation)
+        u = modulate((x - mean) * rstd - offset, shift_ptr, shift_row + k, scale_ptr, scale_row + k, in_modulation)
+        if K % BLOCK_K != 0:  # -mean * rstd may be infinite in fp16
+            u = tl.where(k < K, u, 0.0)
         if weight_ptr.dtype.element_ty == tl.float32:
             y = y - tl.dot(u, -weight.T, input_precision="ieee")  # as in gemm.multiply
         else:

@@ -70,9 +70,9 @@ def gated_residual_layer_norm_modulate_kernel(
         store(x_new_ptr, out_row + c, total, mask)
         # u is the norm of what was stored, which is all that the next sublayer and the backward can see.
         xs = xs + (total.to(x_new_ptr.dtype.element_ty).to(tl.float32),)
-    xs, mean, rstd = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
+    xs, mean, offset, rstd = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
     if stats_ptr is not None:
-        store_stats(stats_ptr, row, mean, rstd, num_rows)
+        store_stats(stats_ptr, row, mean, offset, rstd, num_rows)
     for i in tl.static_range(CHUNKS):
         c = i * CHUNK + column
         u = modulate(xs[i], shift_ptr, shift_row + c, scale_ptr, scale_row + c, mask)

@@ -122,7 +122,7 @@ def cases() -> Iterator[Case]:
 
 def row_cases(D: int, B: int, T: int, label: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
     x, h, du, dx_new = (tensor(B, T, D, dtype=dtype) for _ in range(4))
-    stats = tensor(B, T, 2, dtype=torch.float32)
+    stats = tensor(B, T, 3, dtype=torch.float32)
     gate, shift, scale = tensor(B, 6 * D, dtype=dtype).chunk(6, dim=1)[:3]
     for training, suffix in ((False, ""), (True, " training")):
         yield Case(label + suffix, partial(layer_norm_modulate, x, shift, scale, EPS, training))
@@ -136,7 +136,7 @@ def row_cases(D: int, B: int, T: int, label: str, dtype: torch.dtype = torch.bfl
 def per_token_cases(D: int, B: int, T: int) -> Iterator[Case]:
     label = f"D={D} per token"
     x, h, du, dx_new = (tensor(B, T, D) for _ in range(4))
-    stats = tensor(B, T, 2, dtype=torch.float32)
+    stats = tensor(B, T, 3, dtype=torch.float32)
     gate, shift, scale = tensor(B, T, 6 * D).chunk(6, dim=2)[:3]
     yield Case(label, partial(layer_norm_modulate, x, shift, scale, EPS, False))
     yield Case(label, partial(gated_residual_layer_norm_modulate, x, h, gate, shift, scale, EPS, False))

@@ -100,10 +100,10 @@ def joint_backward_kernel(
             elif dshift_ptr is not None:
                 dshift = _add(dshift, du)
             x = _row(x_ptr, sample * x_batch_stride + token * x_token_stride, width, D, FIRST, SECOND, EVEN)
-            stats = stats_ptr + 2 * (sample * num_tokens + tl.minimum(token, num_tokens - 1))
+            stats = stats_ptr + 3 * (sample * num_tokens + tl.minimum(token, num_tokens - 1))
             mean = tl.load(stats)
-            rstd = tl.load(stats + 1)
-            normalised = _normalised(x, mean, rstd)
+            rstd = tl.load(stats + 2)
+            normalised = _normalised(x, mean, tl.load(stats + 1), rstd)
             if SCALE_PER_TOKEN:
                 _store_row(dscale_ptr, row * D, _multiply(du, normalised), width, D, FIRST, SECOND, EVEN)
                 offset = sample * scale_batch_stride + token * scale_token_stride
@@ -198,10 +198,10 @@ def _multiply(a, b):
 
 
 @triton.jit
-def _normalised(x, mean, rstd):
+def _normalised(x, mean, offset, rstd):
     normalised = ()
     for i in tl.static_range(len(x)):
-        normalised = normalised + ((x[i] - mean) * rstd,)
+        normalised = normalised + ((x[i] - mean) * rstd - offset,)
     return normalised
 
 
@@ -235,7 +235,7 @@ def joint_backward(
     shift: Tensor | None,
     scale: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients through u and x_new [B, T, D]; x is what was normalised, stats [B, T, 2] its mean and rstd.
+    """Gradients through u and x_new [B, T, D]; x is what was normalised, stats [B, T, 3] as rows.store_stats.
 
     Without du (and then without x, stats, shift, scale) it is the backward of ``gated_residual``, without h and gate that of
     ``layer_norm_modulate``. Returns, of those that the arguments imply: dx [B, T, D] if du is given; dh if h and the gate

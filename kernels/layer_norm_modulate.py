@@ -53,9 +53,9 @@ def layer_norm_modulate_kernel(
     xs = ()
     for i in tl.static_range(CHUNKS):
         xs = xs + (load(x_ptr, x_row + (i * CHUNK + column), mask),)
-    xs, mean, rstd = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
+    xs, mean, offset, rstd = normalise(xs, eps, x_ptr.dtype.element_ty, D, CHUNK)
     if stats_ptr is not None:
-        store_stats(stats_ptr, row, mean, rstd, num_rows)
+        store_stats(stats_ptr, row, mean, offset, rstd, num_rows)
     for i in tl.static_range(CHUNKS):
         c = i * CHUNK + column
         y = modulate(xs[i], shift_ptr, shift_row + c, scale_ptr, scale_row + c, mask)
@@ -67,7 +67,7 @@ def layer_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """x [B, T, D]; shift and scale [B, D] or [B, T, D], or None.
 
-    Returns [B, T, D], contiguous, and the rows' statistics [B, T, 2] in fp32 (of no elements unless training).
+    Returns [B, T, D], contiguous, and the rows' statistics [B, T, 3] in fp32 (of no elements unless training).
     """
     batch, tokens, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -59,8 +59,8 @@ def modulation_arguments(vector: Tensor | None) -> tuple[Tensor | None, int, int
 
 
 def empty_stats(x: Tensor, training: bool) -> Tensor:
-    """For the mean and reciprocal deviation of each row of x [B, T, D]; without elements where no backward will ask."""
-    return torch.empty((*x.shape[:2], 2) if training else (0,), dtype=torch.float32, device=x.device)
+    """Allocate what ``store_stats`` keeps of each row of x [B, T, D]; no elements where no backward will ask."""
+    return torch.empty((*x.shape[:2], 3) if training else (0,), dtype=torch.float32, device=x.device)
 
 
 @triton.jit
@@ -92,45 +92,51 @@ def store(pointer, offset, value, mask):
 
 @triton.jit
 def normalise(xs, eps, STORED: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
-    """LayerNorm without weight or bias of rows held as a tuple of fp32 chunks, their mean and reciprocal deviation [ROWS, 1].
+    """LayerNorm without weight or bias of rows held as a tuple of fp32 chunks, and what ``store_stats`` keeps [ROWS, 1].
 
-    Lanes past D hold zeros and stay so.
+    The mean is a sum of two, rounded and what that left: rows without variance show the difference a thousand times
+    (eps^-1/2). Lanes past D hold zeros in xs.
     """
-    xs, mean = centre(xs, D, CHUNK)
-    if tl.float32 == STORED:
-        xs, rest = centre(xs, D, CHUNK)  # the mean was rounded: in fp32 storage, what that left is seen
-        mean += rest
-    squares = tl.zeros_like(xs[0])
-    for i in tl.static_range(len(xs)):
-        squares += xs[i] * xs[i]
-    rstd = tl.rsqrt(tl.sum(squares, 1)[:, None] * (1.0 / D) + eps)
-    normalised = ()
-    for i in tl.static_range(len(xs)):
-        normalised = normalised + (xs[i] * rstd,)
-    return normalised, mean, rstd
-
-
-@triton.jit
-def centre(xs, D: tl.constexpr, CHUNK: tl.constexpr):
-    total = tl.zeros_like(xs[0])
-    for i in tl.static_range(len(xs)):
-        total += xs[i]
-    mean = tl.sum(total, 1)[:, None] * (1.0 / D)
+    total = sum_of_chunks(xs)
+    mean = tl.fma(total, 1.0 / D, 0.0)  # not a product, which the compiler would fuse, unrounded, into each difference
     centred = ()
     for i in tl.static_range(len(xs)):
         x = xs[i] - mean
         if D % CHUNK != 0:
             x = tl.where(tl.arange(0, CHUNK)[None, :] < D, x, 0.0)
         centred = centred + (x,)
-    return centred, mean
+    if tl.float32 == STORED:
+        rest = sum_of_chunks(centred) * (1.0 / D)
+    else:  # the sum of 16-bit values that are nearly alike is exact
+        rest = tl.fma(-mean, D * 1.0, total) * (1.0 / D)
+    squares = tl.zeros_like(xs[0])
+    for i in tl.static_range(len(xs)):
+        squares += centred[i] * centred[i]
+    rstd = tl.rsqrt(tl.sum(squares, 1)[:, None] * (1.0 / D) - rest * rest + eps)
+    offset = rest * rstd
+    normalised = ()
+    for i in tl.static_range(len(xs)):
+        normalised = normalised + (centred[i] * rstd - offset,)
+    return normalised, mean, offset, rstd
 
 
 @triton.jit
-def store_stats(stats_ptr, row, mean, rstd, num_rows):
-    """What the backward needs of each row: [rows, 2], fp32."""
+def sum_of_chunks(xs):
+    """Sum of each row [ROWS, 1]."""
+    total = tl.zeros_like(xs[0])
+    for i in tl.static_range(len(xs)):
+        total += xs[i]
+    return tl.sum(total, 1)[:, None]
+
+
+@triton.jit
+def store_stats(stats_ptr, row, mean, offset, rstd, num_rows):
+    """Keep what the backward needs of each row: fp32 [rows, 3], of which ``(x - mean) * rstd - offset`` is LayerNorm."""
     mask = (row < num_rows)[:, None]
-    tl.store(stats_ptr + 2 * row.to(tl.int64)[:, None], mean, mask=mask)
-    tl.store(stats_ptr + 2 * row.to(tl.int64)[:, None] + 1, rstd, mask=mask)
+    stats = stats_ptr + 3 * row.to(tl.int64)[:, None]
+    tl.store(stats, mean, mask=mask)
+    tl.store(stats + 1, offset, mask=mask)
+    tl.store(stats + 2, rstd, mask=mask)
 
 
 @triton.jit

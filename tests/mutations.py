@@ -120,8 +120,8 @@ MUTATIONS = (
     Mutation(
         "a statistics tensor in bf16",
         "kernels/rows.py",
-        "(*x.shape[:2], 2) if training else (0,), dtype=torch.float32",
-        "(*x.shape[:2], 2) if training else (0,), dtype=torch.bfloat16",
+        "(*x.shape[:2], 3) if training else (0,), dtype=torch.float32",
+        "(*x.shape[:2], 3) if training else (0,), dtype=torch.bfloat16",
         f"{ROW_TESTS}::test_kernel_gradients",
     ),
     Mutation(

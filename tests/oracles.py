@@ -33,6 +33,15 @@ def modulation(kind: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
     return gate, None if kind == "scale_only" else shift, None if kind == "shift_only" else scale
 
 
+def with_flat_rows(x: Tensor, value: float, nearly: bool) -> Tensor:
+    """Return [B, T, D] with every second row constant, as padding is; if ``nearly``, half of them but for a last bit."""
+    x = x.clone()
+    x[:, ::2] = value
+    if nearly:
+        x[:, ::4, -1] = torch.nextafter(x[:, ::4, -1], torch.zeros_like(x[:, ::4, -1]))
+    return x
+
+
 def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, dtype: torch.dtype, eps: float = 1e-6) -> Tensor:
     normalised = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
     return normalised * (1 + _over_tokens(scale, 0.0, dtype)) + _over_tokens(shift, 0.0, dtype)

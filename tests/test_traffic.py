@@ -117,7 +117,7 @@ def test_joint_backward(compiled: Runner, D: int) -> None:
     upstream = [torch.randn_like(x), torch.randn_like(x)]
     found = traffic("joint_backward_kernel", lambda: gradients(outputs, inputs, upstream))
     programs = B * T // 4
-    stats, partials = torch.empty(B, T, 2), [torch.empty(programs, D) for _ in vectors]
+    stats, partials = torch.empty(B, T, 3), [torch.empty(programs, D) for _ in vectors]
     gate, _, scale = vectors
     check(
         found,

@@ -16,6 +16,8 @@ from .routes import LARGEST_HEAD
 def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
     """``softmax(q k.T / sqrt(d)) v`` for each head, without a mask (Vaswani et al. 2017).
 
+    A query whose scores are all -inf gets zeros, as in ``attention``.
+
     Args:
         q: [B, T, H, d] fp32, fp16 or bf16, contiguous in its last two dimensions: the output of the q linear.
         kv: [B, S, 2, H, d], S at least 1, of the dtype of q, contiguous in its last three dimensions: that of the kv linear.

@@ -23,7 +23,7 @@ def denoise_update(
     Every first-order solver's step is such a row of six numbers (``ditfast.diffusion.solvers.Update``).
 
     Args:
-        x: [B, C, H, W] fp32: the state.
+        x: [B, C, H, W] fp32, of any strides, as all tensors here: the state.
         output: [B, C, H, W] or [B, 2C, H, W], fp32, fp16 or bf16: what the model returned; its second C channels v say where
             between its ends the logarithm of sigma^2 lies, at (v + 1) / 2. With a scale 2B samples: the conditional ones,
             then the unconditional.
@@ -31,7 +31,7 @@ def denoise_update(
         update: [6] fp32, in the order of ``Update``.
         scale: [B] fp32 guidance scales (Ho & Salimans 2022); None for no guidance.
         guided_channels: how many of the first C channels are guided; the others are the conditional ones.
-        clip: clamp x0 to [-1, 1].
+        clip: clamp x0 to [-1, 1]; NaN stays NaN.
 
     Returns:
         [B, C, H, W] fp32, contiguous. There is no gradient.
@@ -64,12 +64,11 @@ def torch_denoise_update(
     x0_from_x, x0_from_output, from_x0, from_x, lowest, highest = update.unbind()
     x0 = x0_from_x * x + x0_from_output * predicted
     result = from_x0 * (x0.clamp(-1, 1) if clip else x0) + from_x * x
-    if noise is None:
-        return result
-    if output.shape[1] == channels:
-        return result + (0.5 * lowest).exp() * noise
-    place = (output[:batch, channels:].float() + 1) * 0.5
-    return result + (0.5 * (lowest + place * (highest - lowest))).exp() * noise
+    if noise is not None:
+        if output.shape[1] > channels:
+            lowest = lowest + (output[:batch, channels:].float() + 1) * 0.5 * (highest - lowest)
+        result = result + (0.5 * lowest).exp() * noise
+    return result.contiguous()
 
 
 def _check(x: Tensor, output: Tensor, noise: Tensor | None, update: Tensor, scale: Tensor | None, guided_channels: int) -> None:

@@ -23,7 +23,7 @@ def joint_backward(
         du: [B, T, D], gradient of u; None if nothing used it, and then x_new and stats are not read.
         dx_new: [B, T, D], gradient of x_new; None if nothing used it.
         x_new: [B, T, D], what was normalised.
-        stats: [B, T, 2] fp32, its rows' mean and reciprocal deviation.
+        stats: [B, T, 3] fp32, its rows' statistics: ``(x_new - stats[0]) * stats[2] - stats[1]`` is LayerNorm.
         h: [B, T, D]; None if there is no gate.
         gate: [B, D] or [B, T, D], or None; then the gradient of h is that of x.
         shift: as gate.

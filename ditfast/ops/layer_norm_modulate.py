@@ -44,7 +44,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
 
 def torch_layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
     if shift is None and scale is None:
-        return F.layer_norm(x, x.shape[-1:], eps=eps).contiguous()
+        exact = x.float() if x.device.type == "cpu" else x  # as in _weighted_layer_norm
+        return F.layer_norm(exact, x.shape[-1:], eps=eps).to(x.dtype).contiguous()
     if x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale) and not torch.compiler.is_compiling():
         return _cpu_version(x, shift, scale, eps)
     return _normalise_then_modulate(x, shift, scale, eps)
@@ -76,10 +77,14 @@ def _cpu_version(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: flo
 
 
 def _weighted_layer_norm(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-    """Of one sample [1, T, D]: torch's CPU layer norm takes fp32 weights beside bf16 activations, and is the whole op."""
+    """Of one sample [1, T, D]: torch's layer norm is the whole op.
+
+    On the CPU it takes fp32 weights beside bf16 activations too, but scales them before it centres them: rows without variance
+    would be off by their rounding, a thousand times.
+    """
     weight = None if scale is None else scale[0].float() + 1
     bias = None if shift is None else shift[0].float()
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
 
 
 def _in_place(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
@@ -97,7 +102,7 @@ def per_token(vector: Tensor) -> Tensor:
 
 
 def empty_stats(x: Tensor, training: bool) -> Tensor:
-    return x.new_empty((*x.shape[:2], 2) if training else (0,), dtype=torch.float32)
+    return x.new_empty((*x.shape[:2], 3) if training else (0,), dtype=torch.float32)
 
 
 def _fake(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, training: bool) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,19 @@ def test_scores_that_are_no_numbers(variant: engine.Engine, product: str, T: int
 
 @PRODUCTS
 @torch.no_grad()
+def test_queries_whose_scores_are_all_minus_infinity_get_zeros(variant: engine.Engine, product: str) -> None:
+    x, (attention, mlp), final = chain(product)
+    tensors = places(x, [attention, mlp], final)
+    tensors["v weight"][:20], tensors["v bias"][:20] = 0, 0  # of the first head, whose result is then known
+    expected, _ = exact_chain(x, [attention], final)
+    tensors["v bias"][:20] = 1
+    tensors["q bias"][0], tensors["k bias"][0] = 1e30, -1e30
+    found, _ = variant.run(x, [attention], final)
+    assert error(found, expected) < BARS[product]
+
+
+@PRODUCTS
+@torch.no_grad()
 def test_a_sample_with_nan_leaves_the_others_alone(variant: engine.Engine, product: str) -> None:
     x, steps, final = chain(product, B=3)
     expected, _ = variant.run(x, steps, final)
@@ -123,6 +136,17 @@ def test_magnitudes(variant: engine.Engine, product: str, change: Callable[..., 
     change(*given)
     for out, exact in zip(variant.run(*given), exact_chain(*given), strict=True):
         assert error(out, exact) < BARS[product]
+
+
+@pytest.mark.parametrize("value", [1000.1, -3e4])
+@PRODUCTS
+@torch.no_grad()
+def test_rows_without_variance(variant: engine.Engine, product: str, value: float) -> None:
+    x, steps, final = chain(product, D=376)
+    x[:, ::2] = value
+    given = x, [step._replace(gate=torch.zeros_like(step.gate)) for step in steps], final
+    for out, exact in zip(variant.run(*given), exact_chain(*given), strict=True):
+        assert error(out, exact) < min(BARS[product], 4e-3)
 
 
 # ------------------------------------------------------------------------------------------------ odd shapes and layouts

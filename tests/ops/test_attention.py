@@ -128,6 +128,38 @@ def test_large_scores_neither_overflow_nor_vanish(either: Runner) -> None:
     assert dqkv.isfinite().all()
 
 
+@pytest.mark.parametrize("masked", [40, 32], ids=["all keys", "the first tile's keys"])
+def test_scores_of_minus_infinity_weigh_nothing(either: Runner, masked: int) -> None:
+    """As torch's attention has it: zeros for a query without any other score, and no NaN among the gradients."""
+    qkv = packed(either, 1, 40, 2, 16, torch.float32)
+    qkv[:, :, 0, :, 0] = 0
+    qkv[:, 3, 0, :, 0] = 1e30  # the only query that sees the keys' first dimension
+    qkv[:, :masked, 1, :, 0] = -1e30
+    dout = torch.randn(1, 40, 32, device=either.device)
+    results = []
+    for backend in (either.backend, "torch"):
+        with ditfast.backend(backend):
+            (leaf,) = leaves(qkv)
+            out = ops.attention(leaf)
+            results.append([out, *gradients([out], [leaf], [dout])])
+    assert bool((results[0][0][:, 3] == 0).all()) == (masked == 40)
+    (found, dfound), (expected, dexpected) = results
+    torch.testing.assert_close(found, expected)
+    assert dfound.isfinite().all()
+    torch.testing.assert_close(dfound[..., 1:], dexpected[..., 1:])  # the first dimension's are roundings times 1e30
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 1, 16), (2, 1, 3, 2, 16)], ids=["one head", "one token"])
+def test_strides_of_dimensions_of_size_one_do_not_matter(either: Runner, shape: tuple[int, ...]) -> None:
+    qkv = torch.randn(shape, device=either.device)
+    strides = [7 if size == 1 else stride for size, stride in zip(shape, qkv.stride(), strict=True)]
+    odd = torch.as_strided(qkv, shape, strides)
+    assert odd.is_contiguous()
+    assert torch.equal(ops.attention(odd), ops.attention(qkv))
+    q, kv = odd[:, :, 0], odd[:, :, 1:]
+    assert torch.equal(ops.cross_attention(q, kv), ops.cross_attention(qkv[:, :, 0], qkv[:, :, 1:]))
+
+
 def test_reads_the_qkv_linears_output_as_it_lies(either: Runner) -> None:
     whole = torch.randn(20, 2, 3 * 4 * 32, device=either.device)
     qkv = whole[2:].transpose(0, 1).unflatten(-1, (3, 4, 32))

@@ -113,6 +113,33 @@ def test_clip_bounds_x0(either: Runner) -> None:
     assert torch.equal(found, x.clamp(-1, 1))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_clip_keeps_nan_and_bounds_infinity(either: Runner, value: float) -> None:
+    x, output = torch.zeros(1, 1, 2, 2, device=either.device), torch.full((1, 1, 2, 2), value, device=either.device)
+    only_output = torch.tensor([0.0, 1.0, 1.0, 0.0, -1.0, -1.0], device=either.device)
+    found = ops.denoise_update(x, output, None, only_output, clip=True)
+    torch.testing.assert_close(found, output.clamp(-1, 1), equal_nan=True)
+
+
+def test_update_and_scale_of_any_stride(either: Runner) -> None:
+    """A row of numbers that is a column of a table, and one scale for all samples."""
+    x, output = torch.randn(2, 4, 8, 8, device=either.device), torch.randn(4, 8, 8, 8, device=either.device)
+    update = torch.randn(6, 5, device=either.device)[:, 2]
+    for scale in (torch.full((1,), 4.0, device=either.device).expand(2), torch.rand(4, device=either.device)[::2]):
+        found = ops.denoise_update(x, output, x, update, scale, 3)
+        assert torch.equal(found, ops.denoise_update(x, output, x, update.contiguous(), scale.contiguous(), 3))
+
+
+def test_channels_last_inputs_give_a_contiguous_result(either: Runner) -> None:
+    x, output = torch.randn(2, 4, 8, 8, device=either.device), torch.randn(4, 8, 8, 8, device=either.device)
+    update, scale = torch.tensor(DDPM, device=either.device), torch.rand(2, device=either.device)
+    last = [tensor.to(memory_format=torch.channels_last) for tensor in (x, output, x)]
+    for noise in (None, last[2]):
+        found = ops.denoise_update(*last[:2], noise, update, scale, 3)
+        assert found.is_contiguous()
+        assert torch.equal(found, ops.denoise_update(x, output, None if noise is None else x, update, scale, 3))
+
+
 def test_scale_one_is_the_conditional_model(either: Runner) -> None:
     x, output = torch.randn(2, 4, 8, 8, device=either.device), torch.randn(4, 8, 8, 8, device=either.device)
     update, ones = torch.tensor(EULER, device=either.device), torch.ones(2, device=either.device)

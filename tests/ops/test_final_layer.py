@@ -101,6 +101,13 @@ def test_statistics_do_not_cancel(compiled: Runner, mean: float) -> None:
     check((3, 5), 2, x, *others)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", *(pytest.param(dtype, marks=pytest.mark.full) for dtype in ("bf16", "fp32"))])
+def test_rows_without_variance(either: Runner, dtype: str) -> None:
+    for flat in (1000.0, -30000.0):
+        x, *others = arguments(either, 2, 15, 200, 32, DTYPES[dtype], "chunk6")
+        check((3, 5), 2, oracles.with_flat_rows(x, flat, nearly=either.backend == "triton"), *others)
+
+
 def test_gradients_are_those_of_its_parts(either: Runner) -> None:
     inputs = leaves(*arguments(either, 2, 6, 128, 32, torch.bfloat16, "chunk6"))
     dy = torch.randn(2, 8, 4, 6, device=either.device)
@@ -108,6 +115,14 @@ def test_gradients_are_those_of_its_parts(either: Runner) -> None:
     whole = ops.final_layer(*inputs, (2, 3), 2)
     for a, b in zip(gradients([whole], inputs, [dy]), gradients([parts], inputs, [dy]), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(), (32,), (0, 128), (32, 0)], ids=str)
+def test_a_weight_without_features_is_refused(either: Runner, shape: tuple[int, ...]) -> None:
+    x, shift, scale, _, bias = arguments(either, 2, 6, 128, 32, torch.float32, "chunk6")
+    weight = torch.randn(shape, device=either.device)
+    for training in (False, True):
+        raises_naming("weight", lambda: ops.final_layer(x, shift, scale, weight.requires_grad_(training), bias, (2, 3), 2))
 
 
 def test_epsilon(either: Runner) -> None:

@@ -24,9 +24,11 @@ from torch import Tensor
 from ditfast import ops
 
 
-def check(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, kind: str) -> None:
+def check(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, kind: str, flat: float | None = None) -> None:
     x = (3 + torch.randn(B, T, D, device=runner.device)).to(dtype)
     h = torch.randn(B, T, D, device=runner.device).to(dtype)
+    if flat is not None:
+        x, h = oracles.with_flat_rows(x, flat, nearly=runner.backend == "triton"), oracles.with_flat_rows(h, 0.0, nearly=False)
     gate, shift, scale = oracles.modulation(kind, x)
     x_new, u = ops.gated_residual_layer_norm_modulate(x, h, gate, shift, scale)
     assert x_new.dtype == u.dtype == dtype
@@ -45,9 +47,11 @@ def test_kernel(compiled: Runner, D: int, T: int, dtype: str, kind: str) -> None
     check(compiled, 2, T, D, DTYPES[dtype], kind)
 
 
-def check_gradients(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, kind: str) -> None:
+def check_gradients(runner: Runner, B: int, T: int, D: int, dtype: torch.dtype, kind: str, flat: float | None = None) -> None:
     x = (3 + 2 * torch.randn(B, T, D, device=runner.device)).to(dtype)
     h = torch.randn(B, T, D, device=runner.device).to(dtype)
+    if flat is not None:
+        x, h = oracles.with_flat_rows(x, flat, nearly=runner.backend == "triton"), oracles.with_flat_rows(h, 0.0, nearly=False)
     vectors = oracles.modulation(kind, x)
     upstream = torch.randn(2, B, T, D, device=runner.device).to(dtype)
     inputs = leaves(x, h, *vectors)
@@ -74,6 +78,14 @@ def test_kernel_gradients(compiled: Runner, D: int, T: int, dtype: str, kind: st
 def test_gradients_of_any_shape(B: int, T: int, D: int, kind: str) -> None:
     with Runner.open(TARGETS[0]) as runner:
         check_gradients(runner, B, T, D, torch.bfloat16, kind)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.full)])
+def test_rows_without_variance(either: Runner, dtype: str) -> None:
+    for flat in (1000.0, -30000.0):
+        check(either, 2, 8, 384, DTYPES[dtype], "fp32", flat)
+        if either.backend == "triton":
+            check_gradients(either, 2, 8, 384, DTYPES[dtype], "fp32", flat)
 
 
 def test_many_rows_add_up(compiled: Runner) -> None:

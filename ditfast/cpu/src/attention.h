@@ -82,18 +82,19 @@ struct Head {
     }
   }
 
-  // The weights of one row's sources, not yet divided by their sum, whose inverse is returned.
+  // The weights of one row's sources, not yet divided by their sum, whose inverse is returned: 0 where no score is above -inf.
   float softmax(float* row, T* to) {
     for (i64 s = sources; s < padded; s++) row[s] = -INFINITY;
     Lanes most = load(row), total = zeros();
     for (i64 s = LANES; s < padded; s += LANES) most = larger(most, load(row + s));
-    const Lanes all_most = all(largest(most));
+    const float greatest = largest(most);
+    const Lanes all_most = all(greatest == -INFINITY ? 0.f : greatest);
     for (i64 s = 0; s < padded; s += LANES) {
       const Lanes weight = keep_first(exponential(mul(sub(load(row + s), all_most), scale)), sources - s);
       total = add(total, weight);
       store(to + s, weight);
     }
-    return 1.f / sum(total);
+    return greatest == -INFINITY ? 0.f : 1.f / sum(total);
   }
 
   void mix(i64 row, i64 rows, i64 vector, const float* inverse, T* out, i64 stride) {
