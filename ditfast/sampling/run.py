@@ -103,7 +103,7 @@ class Run:
         options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = [_generator(self.seed, image) for image in batch.images]
-        learned = getattr(scheduler.config, "variance_type", None) in LEARNED_VARIANCES
+        learned = getattr(getattr(scheduler, "config", None), "variance_type", None) in LEARNED_VARIANCES
         scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)  # flow matching has neither
         x = self._noise(batch) * getattr(scheduler, "init_noise_sigma", 1.0)
         for i, t in enumerate(scheduler.timesteps):
