@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..argument_checks import check_type
 from ..images import Pixels
 from ..sampling.folder import RECORD
 from ..sampling.painter import label_of
@@ -41,7 +43,7 @@ class ImageSet:
         return self.shape[0]
 
 
-def open_images(path: Path) -> ImageSet:
+def open_images(path: str | os.PathLike[str]) -> ImageSet:
     """Images of a folder or an ``.npz`` file; sizes are checked here, pixels are read later.
 
     A folder has 8-bit grey or RGB PNG files, all of one size, in the order of their names, or has folders of them: then
@@ -51,7 +53,10 @@ def open_images(path: Path) -> ImageSet:
 
     Raises:
         EvaluationError: nothing there, no images, an unreadable one, images of different sizes, or an unfinished run.
+        TypeError: the path is none.
     """
+    check_type("path", path, (str, os.PathLike), "a path")
+    path = Path(path)
     if path.is_dir():
         try:
             return _open_folder(path)
