@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import cpu
+from .argument_checks import as_bool, check_choice, check_type
 from .dtypes import INT8
 from .homes import BLOCKS, MODELS, Home, Mismatch, Options, Swap, cost_of_int8, in_one_line, probe, why_not_int8
 from .model import DiT
@@ -87,7 +88,10 @@ def accelerate(
 
     Raises:
         ValueError: an argument; or nothing could be swapped, with the reasons. The model is as it was.
+        TypeError: an argument of the wrong kind; the message names it.
     """
+    check_type("dtype", dtype, (torch.dtype, str, type(None)), f"one of {', '.join(map(str, DTYPES))}, 'int8' or None")
+    cache_modulation, strict = as_bool("cache_modulation", cache_modulation), as_bool("strict", strict)
     int8 = dtype == INT8
     options = Options(_compute_dtype(dtype), _attention_engine(attention), cache_modulation, int8)
     if int8 and options.engine is not None:
@@ -199,8 +203,7 @@ def _compute_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _attention_engine(name: str) -> str | None:
-    if name not in ATTENTION:
-        raise ValueError(f"attention: got {name!r}, expected one of {', '.join(ATTENTION)}")
+    check_choice("attention", name, ATTENTION)
     return ATTENTION[name]
 
 

@@ -31,4 +31,5 @@ def real_digits() -> tuple[Tensor, Tensor]:
     from sklearn import datasets
 
     pixels, labels = datasets.load_digits(return_X_y=True)
-    return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
+    scans = torch.tensor(pixels, dtype=torch.float32, device="cpu").view(-1, 1, 8, 8) / 8 - 1
+    return scans, torch.tensor(labels, device="cpu")

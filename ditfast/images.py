@@ -42,7 +42,7 @@ def to_pixels(images: Tensor) -> Pixels:
 
 def from_pixels(pixels: Pixels) -> Tensor:
     """[N, H, W, C] 8-bit -> [N, C, H, W] fp32 in [-1, 1]."""
-    return torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.tensor(pixels, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def labelled_grid(rows: dict[int, Tensor], scale: int = 4, gap: int = 2) -> Pixels:

@@ -123,7 +123,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config)
-        self.pos_embed = nn.Parameter(sincos_positions(config), requires_grad=False)
+        positions = sincos_positions(config).to(torch.get_default_device(), torch.get_default_dtype())  # as all weights
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialize()
@@ -357,7 +358,7 @@ class DiT(nn.Module):
 
 
 def sincos_positions(config: DiTConfig) -> Tensor:
-    """[1, T, D] fp32: sines and cosines of each patch's column in the first half of D, of its row in the second."""
+    """[1, T, D] fp32 on the CPU: sines and cosines of each patch's column in the first half of D, of its row in the second."""
     h, w = config.grid
     quarter = config.hidden_size // 4
     with torch.device("cpu"):  # whose sines a model has that is built on any device
@@ -365,7 +366,7 @@ def sincos_positions(config: DiTConfig) -> Tensor:
         column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)  # 2 x [T]
         angles = torch.stack([column, row], dim=1)[:, :, None] * frequencies  # [T, 2, D/4]
         positions = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None].float()  # [1, T, D]
-    return positions.to(torch.get_default_device())
+    return positions
 
 
 def _is_silent_block(module: nn.Module) -> bool:

@@ -204,7 +204,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config)
-        self.pos_embed = nn.Parameter(sincos_positions(config), requires_grad=False)
+        positions = sincos_positions(config).to(torch.get_default_device(), torch.get_default_dtype())  # as all weights
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         initialize(self)
@@ -249,7 +250,7 @@ class DiT(nn.Module):
 
 
 def sincos_positions(config: DiTConfig) -> Tensor:
-    """[1, T, D]: the first half of D encodes the column of a patch, the second half its row; sines, then cosines."""
+    """[1, T, D] fp32 on the CPU: half of D encodes the column of a patch, the other half its row; sines, then cosines."""
     h, w = config.grid
     quarter = config.hidden_size // 4
     with CPU:  # whose bits a model has that is built on any device
@@ -257,7 +258,7 @@ def sincos_positions(config: DiTConfig) -> Tensor:
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # 2 x [h, w]
         angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]  # 2 x [T, D/4]
         positions = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()  # [1, T, D]
-    return positions.to(torch.get_default_device())
+    return positions
 
 
 def initialize(model: DiT) -> None:

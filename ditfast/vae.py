@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .argument_checks import as_float, as_int, check_same_shape, check_tensor, check_type, describe
+
 VAE: TypeAlias = Any  # diffusers' AutoencoderKL, which is imported only where one is loaded
 OFFICIAL = "stabilityai/sd-vae-ft-ema"  # what the paper's models were trained with
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*(/\w[\w.-]*)?"
@@ -28,7 +30,9 @@ def load_vae(source: str | Path) -> VAE:
 
     Raises:
         VAEError: diffusers is not installed; there is no such VAE, it cannot be downloaded, or its weights are incomplete.
+        TypeError: the source is no path or name.
     """
+    check_type("source", source, (str, Path), "a folder, or a name on the hub")
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
@@ -60,10 +64,12 @@ def decode(vae: VAE, latents: Tensor, slice_size: int = 1) -> Tensor:
     Raises:
         VAEError: latents of other channels.
     """
+    _check_batch("latents", latents, vae)
     check_channels(vae, latents.shape[1])
     scale, shift = scaling(vae).values()
     latents = latents.to(vae.device, vae.dtype) / scale + shift
-    return _in_slices(lambda part: vae.decode(part, return_dict=False)[0].float().clamp(-1, 1), latents, slice_size)
+    size = as_int("slice_size", slice_size, 1)
+    return _in_slices(lambda part: vae.decode(part, return_dict=False)[0].float().clamp(-1, 1), latents, size)
 
 
 @torch.no_grad()  # a tensor of inference mode could not be trained on
@@ -80,7 +86,8 @@ def encode_moments(vae: VAE, images: Tensor, slice_size: int = 1) -> Tensor:
         latents = vae.encode(part, return_dict=False)[0]
         return torch.cat([latents.mean, latents.std], 1).float()
 
-    return _in_slices(moments, images.to(vae.device, vae.dtype), slice_size)
+    _check_batch("images", images, vae)
+    return _in_slices(moments, images.to(vae.device, vae.dtype), as_int("slice_size", slice_size, 1))
 
 
 def draw_latents(moments: Tensor, noise: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
@@ -91,24 +98,32 @@ def draw_latents(moments: Tensor, noise: Tensor, scaling_factor: float, shift_fa
         noise: [N, C, h, w] fp32, normal: which of the latents that the image may have.
         scaling_factor: of ``scaling``, as is ``shift_factor``.
     """
+    check_tensor("moments", moments, "a tensor [N, 2C, h, w]")
+    if moments.dim() != 4 or moments.shape[1] % 2:
+        raise ValueError(f"moments: got shape {tuple(moments.shape)}, expected [N, 2C, h, w]")
+    scaling_factor, shift_factor = as_float("scaling_factor", scaling_factor), as_float("shift_factor", shift_factor)
+    check_same_shape("noise", noise, moments[:, ::2], "half of moments")
     mean, std = moments.float().chunk(2, 1)  # [N, C, h, w]
     return (mean + std * noise - shift_factor) * scaling_factor  # [N, C, h, w]
 
 
 def check_channels(vae: VAE, channels: int) -> None:
-    expected = vae.config["latent_channels"]
+    _check_vae(vae)
+    channels, expected = as_int("channels", channels), vae.config["latent_channels"]
     if channels != expected:
         raise VAEError(f"vae: decodes {expected} channels, but the model makes {channels}")
 
 
 def scaling(vae: VAE) -> dict[str, float]:
     """What the VAE's latents are divided by, and what is then added."""
+    _check_vae(vae)
     return {"scaling_factor": vae.config["scaling_factor"], "shift_factor": vae.config.get("shift_factor") or 0.0}
 
 
 def image_size(vae: VAE, latent_size: int) -> int:
     """Pixels along a side whose latents are this many."""
-    return latent_size * 2 ** (len(vae.config["block_out_channels"]) - 1)
+    _check_vae(vae)
+    return as_int("latent_size", latent_size, 1) * 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def latent_shape(vae: VAE, pixels: int) -> tuple[int, int, int]:
@@ -117,10 +132,23 @@ def latent_shape(vae: VAE, pixels: int) -> tuple[int, int, int]:
     Raises:
         VAEError: so many pixels do not make whole latents.
     """
-    size, rest = divmod(pixels, image_size(vae, 1))
-    if rest or not size:
+    _check_vae(vae)
+    size, rest = divmod(as_int("pixels", pixels), image_size(vae, 1))
+    if rest or size < 1:
         raise VAEError(f"vae: encodes multiples of {image_size(vae, 1)} pixels, got {pixels}")
     return vae.config["latent_channels"], size, size
+
+
+def _check_vae(vae: VAE) -> None:
+    if "latent_channels" not in (getattr(vae, "config", None) or ()) or not hasattr(vae, "decode"):
+        raise TypeError(f"vae: got {describe(vae)}, expected an AutoencoderKL, such as load_vae returns")
+
+
+def _check_batch(name: str, batch: Tensor, vae: VAE) -> None:
+    _check_vae(vae)
+    check_tensor(name, batch, "a tensor [N, C, H, W]")
+    if batch.dim() != 4 or not batch.is_floating_point():
+        raise ValueError(f"{name}: got {batch.dtype} {tuple(batch.shape)}, expected [N, C, H, W] of floats")
 
 
 def _in_slices(compute: Callable[[Tensor], Tensor], inputs: Tensor, slice_size: int) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..argument_checks import check_choice, check_type
 from ..config import DiTConfig
 from ..model import DiT
 from .arguments import heads_in_arguments
@@ -54,9 +55,11 @@ def load_checkpoint(
     Raises:
         CheckpointError: a file that cannot be read, is damaged, holds code or no DiT, lacks tensors or what is asked of it.
         ValueError: ``weights`` is none of these, or ``variant`` no name.
+        TypeError: an argument of the wrong kind; the message names it.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights: got {weights!r}, expected one of {', '.join(WEIGHTS)}")
+    check_type("path_or_state_dict", path_or_state_dict, (str, os.PathLike, Mapping), "a path or a state dict")
+    check_choice("weights", weights, WEIGHTS)
+    check_type("config", config, (DiTConfig, type(None)), "a ditfast.DiTConfig or None")
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
         raise ValueError(f"variant: got {variant!r}, expected a name such as 'fp16', or None")
     path = None if isinstance(path_or_state_dict, Mapping) else os.fspath(path_or_state_dict)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..argument_checks import check_choice, check_type
 from ..config import DiTConfig
 from ..files import whole_file
 from ..model import DiT
@@ -38,11 +39,12 @@ def save_checkpoint(model: DiT, path: str | os.PathLike[str], *, layout: str = "
             ``mlp_ratio`` other than 4, no row for no class, positions of its own); the model's weights are not a DiT's own,
             or not finite; or the path cannot be written.
         ValueError: the model is no ``ditfast.DiT``, or ``layout`` is none of these.
+        TypeError: an argument of the wrong kind; the message names it.
     """
     if not isinstance(model, DiT):
         raise ValueError(f"model: got a {type(model).__name__}, expected a ditfast.DiT")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    check_type("path", path, (str, os.PathLike), "a path")
+    check_choice("layout", layout, LAYOUTS)
     path = Path(path)
     try:
         write = _file_writer(path) if layout == "official" else _write_folder

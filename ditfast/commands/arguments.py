@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..argument_checks import LARGEST_FP32
 from ..sampling.ranks import Ranks
 
 
@@ -22,8 +23,8 @@ def finite(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number")
+    if not abs(value) <= LARGEST_FP32:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number, in fp32's range")
     return value
 
 

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .solvers import Step, Update, compute_dtype
+from ..argument_checks import as_float, as_int, check_callable, check_choice, check_same_shape, check_tensor
+from .solvers import Step, Update, check_samples, compute_dtype
+
+MOST_STEPS = 100_000
 
 
 class Path(NamedTuple):
@@ -58,15 +61,12 @@ class FlowMatching:
 
     Args:
         path: ``"linear"``, t x0 + (1 - t) noise, or ``"gvp"``, sin(pi t / 2) x0 + cos(pi t / 2) noise.
-        num_steps: how many steps the solvers take.
+        num_steps: how many steps the solvers take, up to 100,000.
     """
 
     def __init__(self, path: str = "linear", num_steps: int = 250):
-        if path not in PATHS:
-            raise ValueError(f"path: got {path!r}, expected one of {', '.join(PATHS)}")
-        if num_steps < 1:
-            raise ValueError(f"num_steps: got {num_steps}, expected at least 1")
-        self.num_steps = num_steps
+        check_choice("path", path, PATHS)
+        self.num_steps = as_int("num_steps", num_steps, 1, MOST_STEPS)
         self._path = PATHS[path]
 
     @property
@@ -93,10 +93,8 @@ class FlowMatching:
             diffusion_norm: times which it is taken; 0 leaves the ODE.
             last_step: length of the last step; the others share the rest of [0, 1] equally.
         """
-        if diffusion not in DIFFUSIONS:
-            raise ValueError(f"diffusion: got {diffusion!r}, expected one of {', '.join(DIFFUSIONS)}")
-        if not diffusion_norm >= 0:
-            raise ValueError(f"diffusion_norm: got {diffusion_norm}, expected 0 or more")
+        check_choice("diffusion", diffusion, DIFFUSIONS)
+        diffusion_norm, last_step = as_float("diffusion_norm", diffusion_norm, 0), as_float("last_step", last_step)
         if not 0 < last_step < 1:
             raise ValueError(f"last_step: got {last_step}, expected between 0 and 1")
         starts = torch.linspace(0, 1 - last_step, self.num_steps, dtype=torch.float64, device="cpu")
@@ -108,18 +106,21 @@ class FlowMatching:
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t, [B, C, H, W]; t is [B], floating, in [0, 1]."""
-        path = self._path_at(t, x0)
+        path = self._path_at(t, x0, "x0")
+        check_same_shape("noise", noise, x0, "x0")
         return (path.alpha * x0 + path.sigma * noise).to(x0.dtype)
 
     def score(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The gradient of log p(x_t), [B, C, H, W], from the velocity; infinite at t=1."""
         path = self._path_at(t, x)
+        check_same_shape("velocity", velocity, x, "x")
         noise = (path.alpha_rate * x - path.alpha * velocity) / path.determinant
         return (-noise / path.sigma).to(x.dtype)
 
     def velocity(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The velocity, [B, C, H, W], from the gradient of log p(x_t); undefined at t=0, where the score does not name it."""
         path = self._path_at(t, x)
+        check_same_shape("score", score, x, "x")
         noise = -path.sigma * score
         return ((path.alpha_rate * x - path.determinant * noise) / path.alpha).to(x.dtype)
 
@@ -138,9 +139,11 @@ class FlowMatching:
         Returns:
             ``mse`` [B] and ``loss`` [B], the same.
         """
+        check_callable("model", model)
+        path = self._path_at(t, x0, "x0")
         noise = torch.randn_like(x0) if noise is None else noise
-        path = self._path_at(t, x0)
         output = model(self.add_noise(x0, t, noise), t, y)
+        check_tensor("model", output, "a tensor of velocities from it")
         single, double = tuple(x0.shape), (x0.shape[0], 2 * x0.shape[1], *x0.shape[2:])
         if output.shape not in (single, double):
             raise ValueError(f"model: got shape {tuple(output.shape)} from it, expected {single} or {double}")
@@ -167,7 +170,9 @@ class FlowMatching:
         rows = torch.stack(columns, dim=1).tolist()
         return [Step(t, Update(*row)) for t, row in zip(starts.tolist(), rows, strict=True)]
 
-    def _path_at(self, t: Tensor, x: Tensor) -> Path:
+    def _path_at(self, t: Tensor, x: Tensor, name: str = "x") -> Path:
+        check_samples(name, x)
+        check_tensor("t", t, f"a tensor of floats, one for each sample of {name}")
         if t.shape != x.shape[:1] or not t.is_floating_point():
             raise ValueError(f"t: got {t.dtype} {tuple(t.shape)}, expected {x.shape[0]} floats, one for each sample of x")
         if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..argument_checks import as_bool, as_float, check_callable, check_choice, check_same_shape, check_tensor
 from .schedule import betas, respaced_timesteps
-from .solvers import Step, Update, compute_dtype, draw, step_gaussian
+from .solvers import Step, Update, check_samples, compute_dtype, draw, step_gaussian
 from .step_table import StepTable
 
 PREDICTIONS = ("epsilon", "x0")
@@ -39,10 +40,9 @@ class GaussianDiffusion:
         learn_sigma: bool = True,
         prediction: str = "epsilon",
     ):
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction: got {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        check_choice("prediction", prediction, PREDICTIONS)
         self.timesteps = respaced_timesteps(respacing)
-        self.learn_sigma = learn_sigma
+        self.learn_sigma = as_bool("learn_sigma", learn_sigma)
         self.prediction = prediction
         self._bar, self._bar_previous = _kept_bars(self.timesteps, betas)
         self._marginal = StepTable(self.timesteps, self._bar.sqrt(), (1 - self._bar).sqrt())
@@ -65,6 +65,8 @@ class GaussianDiffusion:
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """A sample of x_t given x_0: [B, C, H, W]."""
+        check_samples("x0", x0)
+        check_same_shape("noise", noise, x0, "x0")
         signal, sigma = self._marginal.columns(t, x0)
         return (signal * x0 + sigma * noise).to(x0.dtype)
 
@@ -80,6 +82,7 @@ class GaussianDiffusion:
             mean, log_variance and x0, each [B, C, H, W].
         """
         self._check_output(model_output, x)
+        clip = as_bool("clip", clip)
         mean, log_variance, x0 = step_gaussian(x, model_output, self._posterior.update(t, x), clip)
         return mean.to(x.dtype), log_variance.expand_as(mean).to(x.dtype), x0.to(x.dtype)
 
@@ -88,6 +91,7 @@ class GaussianDiffusion:
 
         ``noise`` [B, C, H, W] is drawn from torch's generator unless given.
         """
+        self._check_output(model_output, x)
         noise = torch.randn_like(x) if noise is None else noise
         return self._step(model_output, x, self._ddpm.update(t, x), clip, noise)
 
@@ -98,6 +102,7 @@ class GaussianDiffusion:
 
         ``noise`` [B, C, H, W] is drawn from torch's generator unless given; it is not read at eta=0.
         """
+        self._check_output(model_output, x)
         update = self._ddim_table(eta).update(t, x)
         if eta == 0:
             noise = None
@@ -120,10 +125,12 @@ class GaussianDiffusion:
             ``mse`` [B] on what the model predicts; with ``learn_sigma`` also ``vb`` [B], the variational bound in bits per
             dimension with the mean detached; ``loss`` [B], their sum.
         """
+        check_callable("model", model)
+        check_samples("x0", x0)
         noise = torch.randn_like(x0) if noise is None else noise
         x = self.add_noise(x0, t, noise)
         output = model(x, t, y)
-        self._check_output(output, x)
+        self._check_output(output, x, "model")
         predicted, variance = output.to(compute_dtype(x)).tensor_split([x.shape[1]], dim=1)
         target = noise if self.prediction == "epsilon" else x0
         mse = (target - predicted).square().flatten(1).mean(1)
@@ -142,15 +149,18 @@ class GaussianDiffusion:
         return torch.where(first, likelihood, divergence).flatten(1).mean(1) / math.log(2)
 
     def _step(self, model_output: Tensor, x: Tensor, update: Update, clip: bool, noise: Tensor | None) -> Tensor:
-        self._check_output(model_output, x)
-        mean, log_variance, _ = step_gaussian(x, model_output, update, clip)
+        if noise is not None:
+            check_same_shape("noise", noise, x, "x")
+        mean, log_variance, _ = step_gaussian(x, model_output, update, as_bool("clip", clip))
         return draw(mean, log_variance, noise).to(x.dtype)
 
-    def _check_output(self, model_output: Tensor, x: Tensor) -> None:
+    def _check_output(self, model_output: Tensor, x: Tensor, name: str = "model_output") -> None:
+        check_samples("x", x)
+        check_tensor(name, model_output, "a tensor of predictions")
         expected = (x.shape[0], x.shape[1] * (2 if self.learn_sigma else 1), *x.shape[2:])
         if model_output.shape != expected:
             raise ValueError(
-                f"model_output: got shape {tuple(model_output.shape)}, expected {expected} "
+                f"{name}: got shape {tuple(model_output.shape)}, expected {expected} "
                 f"for x {tuple(x.shape)} with learn_sigma={self.learn_sigma}"
             )
 
@@ -175,8 +185,7 @@ class GaussianDiffusion:
         return fixed, fixed
 
     def _ddim_table(self, eta: float) -> StepTable:
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta: got {eta}, expected 0..1")
+        eta = as_float("eta", eta, 0, 1)
         if eta not in self._ddim:
             bar, previous = self._bar, self._bar_previous
             variance = eta**2 * (1 - previous) / (1 - bar) * (1 - bar / previous)

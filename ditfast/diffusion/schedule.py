@@ -6,10 +6,13 @@ Sources: Ho et al. 2020 (linear betas), Nichol & Dhariwal 2021 (cosine betas, st
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..argument_checks import as_int, as_list, check_choice
 
 NUM_TRAIN_STEPS = 1000
 BETA_SCHEDULES = ("linear", "cosine")
@@ -17,13 +20,12 @@ BETA_SCHEDULES = ("linear", "cosine")
 
 def betas(name: str) -> Tensor:
     """[1000] float64: the variance that each noising step adds."""
+    check_choice("betas", name, BETA_SCHEDULES)
     if name == "linear":
         return torch.linspace(1e-4, 2e-2, NUM_TRAIN_STEPS, dtype=torch.float64, device="cpu")
-    if name == "cosine":
-        time = torch.arange(NUM_TRAIN_STEPS + 1, dtype=torch.float64, device="cpu") / NUM_TRAIN_STEPS
-        alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    raise ValueError(f"betas: got {name!r}, expected one of {', '.join(BETA_SCHEDULES)}")
+    time = torch.arange(NUM_TRAIN_STEPS + 1, dtype=torch.float64, device="cpu") / NUM_TRAIN_STEPS
+    alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def respaced_timesteps(respacing: str | Sequence[int] | None) -> list[int]:
@@ -38,8 +40,9 @@ def respaced_timesteps(respacing: str | Sequence[int] | None) -> list[int]:
         return list(range(NUM_TRAIN_STEPS))
     if isinstance(respacing, str):
         return _ddim(respacing) if respacing.startswith("ddim") else _sections(respacing)
-    steps = list(respacing)
-    if not steps or any(not isinstance(step, int) or not 0 <= step < NUM_TRAIN_STEPS for step in steps):
+    expected = "like '250', '10,15,20', 'ddim50' or a list of steps"
+    steps = [as_int("respacing", step, 0, NUM_TRAIN_STEPS - 1) for step in as_list("respacing", respacing, expected)]
+    if not steps:
         raise ValueError(f"respacing: got {respacing!r}, expected integers in 0..{NUM_TRAIN_STEPS - 1}")
     if len(set(steps)) != len(steps):
         raise ValueError(f"respacing: got {respacing!r}, expected every step at most once")
@@ -72,6 +75,6 @@ def _sections(respacing: str) -> list[int]:
 
 def _counts(respacing: str, text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,3}\s*", part) for part in parts):
         raise ValueError(f"respacing: got {respacing!r}, expected like '250', '10,15,20', 'ddim50' or a list of steps")
     return [int(part) for part in parts]

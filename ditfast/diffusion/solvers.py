@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..argument_checks import as_bool, as_float, check_same_shape, check_tensor, check_type, describe
+
 SOLVERS = ("ddpm", "ddim", "euler", "heun", "sde")
 
 
@@ -64,7 +66,11 @@ def steps(process: Process, solver: str, **options: Any) -> list[Step]:
 
     Raises:
         ValueError: a solver that the process lacks.
+        TypeError: an argument of the wrong kind; the message names it.
     """
+    if not isinstance(getattr(process, "solvers", None), Mapping):
+        raise TypeError(f"process: got {describe(process)}, expected a GaussianDiffusion or a FlowMatching")
+    check_type("solver", solver, str, f"one of {', '.join(process.solvers)}")
     if solver not in process.solvers:
         raise ValueError(f"solver: got {solver!r}, but {type(process).__name__} has {', '.join(process.solvers)}")
     return process.solvers[solver](**options)
@@ -83,13 +89,22 @@ def apply_update(x: Tensor, output: Tensor, noise: Tensor | None, update: Update
     Raises:
         ValueError: output or noise does not fit x and the update.
     """
+    check_samples("x", x)
+    check_tensor("output", output, "a tensor [B, C, H, W] or [B, 2C, H, W]")
+    check_type("update", update, Update, "an Update of numbers")
+    clip = as_bool("clip", clip)
+    for value in update:
+        if value != -math.inf:
+            as_float("update", value)
     single, double = tuple(x.shape), (x.shape[0], 2 * x.shape[1], *x.shape[2:])
     learned = update.log_variance_min != update.log_variance_max
     if output.shape != double and (learned or output.shape != single):
         expected = double if learned else f"{single} or {double}"
         raise ValueError(f"output: got shape {tuple(output.shape)}, expected {expected} for x {single}")
-    if update.adds_noise and (noise is None or noise.shape != x.shape):
-        raise ValueError(f"noise: got {'None' if noise is None else f'shape {tuple(noise.shape)}'}, expected {single}, as x")
+    if update.adds_noise and noise is None:
+        raise ValueError(f"noise: got None, expected {single}, as x")
+    if update.adds_noise:
+        check_same_shape("noise", noise, x, "x")
     mean, log_variance, _ = step_gaussian(x, output, update, clip)
     return draw(mean, log_variance, noise if update.adds_noise else None).to(x.dtype)
 
@@ -106,6 +121,13 @@ def step_gaussian(x: Tensor, output: Tensor, update: Update, clip: bool) -> tupl
         return mean, high, x0
     place = (output[:, channels:] + 1) / 2
     return mean, torch.where(low == high, high, low + place * (high - low)), x0
+
+
+def check_samples(name: str, x: Tensor) -> None:
+    """Raise unless x is floating, [B, C, H, W] or of another rank."""
+    check_tensor(name, x, "a tensor [B, C, H, W]")
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"{name}: got {x.dtype} {tuple(x.shape)}, expected [B, C, H, W] of floats")
 
 
 def draw(mean: Tensor, log_variance: Tensor, noise: Tensor | None) -> Tensor:

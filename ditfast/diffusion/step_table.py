@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..argument_checks import check_tensor
 from .schedule import NUM_TRAIN_STEPS
 from .solvers import Step, Update, compute_dtype
 
@@ -37,7 +38,8 @@ class StepTable:
         Raises:
             ValueError: t's shape or dtype, or (on the CPU) a step that is not kept.
         """
-        if t.shape != x.shape[:1] or t.is_floating_point():
+        check_tensor("t", t, "a tensor of integers, one for each sample of x")
+        if t.shape != x.shape[:1] or t.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
             raise ValueError(f"t: got {t.dtype} {tuple(t.shape)}, expected {x.shape[0]} integers, one for each sample of x")
         if t.device.type == "cpu" and not set(t.tolist()) <= set(self._timesteps):
             raise ValueError(
@@ -45,7 +47,7 @@ class StepTable:
             )
         if t.device not in self._by_step:
             self._by_step[t.device] = self._by_step[torch.device("cpu")].to(t.device)
-        rows = self._by_step[t.device][t].to(compute_dtype(x))
+        rows = self._by_step[t.device][t.long()].to(compute_dtype(x))
         return [column.view(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
 
     def update(self, t: Tensor, x: Tensor) -> Update:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..argument_checks import as_int, check_callable, check_type, describe
 from ..images import Pixels, from_pixels
 from .digits_classifier import FEATURES, DigitsClassifier, digits_classifier, scans_as_images
 from .errors import EvaluationError
@@ -16,6 +17,7 @@ from .inception import POOLED, SPATIAL, Inception
 from .metrics import Gaussian, frechet_distance, gaussian, inception_score, precision_recall
 from .report import Report, Score
 
+AN_IMAGE_SET = "an ImageSet, such as open_images returns"
 NEIGHBOURS = 3
 PAPERS_COUNT = 50_000
 USUAL_COUNT = 1_000  # of digits
@@ -32,7 +34,9 @@ def compare_with_digits(images: ImageSet) -> Report:
 
     Raises:
         EvaluationError: no scikit-learn, or images that are no digits, or too few.
+        TypeError: no ``ImageSet``.
     """
+    check_type("images", images, ImageSet, AN_IMAGE_SET)
     _expect_size(images, (8, 8))
     _expect_count(images, FEATURES + 1, f"a covariance of {FEATURES} features")
     if images.labels is not None and not 0 <= images.labels.min() <= images.labels.max() <= 9:
@@ -43,8 +47,8 @@ def compare_with_digits(images: ImageSet) -> Report:
         raise EvaluationError("the reference digits needs scikit-learn: pip install 'ditfast[eval]'") from error
     scans, _ = scans_as_images()
     generator = torch.Generator().manual_seed(0)
-    half, other_half = scans[torch.randperm(len(scans), generator=generator)].chunk(2)
-    noise = torch.rand(USUAL_COUNT, 1, 8, 8, generator=generator) * 2 - 1
+    half, other_half = scans[torch.randperm(len(scans), generator=generator, device="cpu")].chunk(2)
+    noise = torch.rand(USUAL_COUNT, 1, 8, 8, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
     digits = torch.cat([_grey(pixels, images.source) for pixels in images.batches(4096)])
     found = _digits_scores(classifier, digits, scans)
     scale = zip(_digits_scores(classifier, half, other_half), _digits_scores(classifier, noise, scans), strict=True)
@@ -96,7 +100,14 @@ def compare(
 
     Raises:
         EvaluationError: too few images, of other sizes than the reference's, or one that cannot be read.
+        TypeError: an argument of the wrong kind; the message names it.
     """
+    check_type("images", images, ImageSet, AN_IMAGE_SET)
+    check_type("reference", reference, ImageSet, AN_IMAGE_SET)
+    if not callable(getattr(inception, "features", None)):
+        raise TypeError(f"inception: got {describe(inception)}, expected an Inception")
+    batch_size = as_int("batch_size", batch_size, 1)
+    check_callable("on_batch", on_batch)
     _expect_size(images, reference.shape[1:3])
     _expect_count(images, POOLED + 1, f"a covariance of {POOLED:,} features")
     known = _known_statistics(reference)

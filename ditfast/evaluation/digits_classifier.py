@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +55,13 @@ def digits_classifier() -> DigitsClassifier:
     Seeded and in float64, so that machines whose sums round differently come to the same features in all but the last digits.
     """
     generator = torch.Generator().manual_seed(0)
-    with one_thread(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+    with torch.device("cpu"), one_thread(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         scans, labels = scans_as_images()
         held_out, taught = torch.randperm(len(scans), generator=generator).split([HELD_OUT, len(scans) - HELD_OUT])
-        trunk = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, FEATURES), nn.GELU()).double()
-        head = nn.Linear(FEATURES, 10).double()
+        linear = partial(nn.Linear, dtype=torch.float32)  # whatever the default is: this result stays
+        trunk = nn.Sequential(linear(64, 128), nn.GELU(), linear(128, FEATURES), nn.GELU()).double()
+        head = linear(FEATURES, 10).double()
         parameters = [*trunk.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=STEPS)

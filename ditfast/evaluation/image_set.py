@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..argument_checks import check_type
 from ..files import visible_entries
 from ..image_files import find_images, open_image, upright, upright_size
 from ..images import Pixels
@@ -44,7 +46,7 @@ class ImageSet:
         return self.shape[0]
 
 
-def open_images(path: Path) -> ImageSet:
+def open_images(path: str | os.PathLike[str]) -> ImageSet:
     """Open the images of a folder or an ``.npz`` file; sizes are checked here, pixels are read later.
 
     A folder has 8-bit grey or RGB PNG files, all of one size when turned upright, in the order of their names, or has folders
@@ -55,7 +57,10 @@ def open_images(path: Path) -> ImageSet:
 
     Raises:
         EvaluationError: nothing there, no images, an unreadable one, images of different sizes, or an unfinished run.
+        TypeError: the path is none.
     """
+    check_type("path", path, (str, os.PathLike), "a path")
+    path = Path(path)
     if path.is_dir():
         try:
             return _open_folder(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..argument_checks import check_type
 from ..devices import with_index
 from .errors import EvaluationError, one_line
 from .image_set import ImageSet
@@ -40,9 +42,11 @@ class Inception:
         EvaluationError: no torch-fidelity, or no such file; the message says how to get it.
     """
 
-    def __init__(self, weights: Path | None, device: torch.device):
+    def __init__(self, weights: str | os.PathLike[str] | None, device: torch.device | str):
+        check_type("weights", weights, (str, os.PathLike, type(None)), "a path or None")
+        check_type("device", device, (torch.device, str), "a device")
         library = _library()
-        path = _checked(weights or Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2])
+        path = _checked(Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2])
         outputs = ["2048", "logits_unbiased"]
         network = library.FeatureExtractorInceptionV3("inception", outputs, feature_extractor_weights_path=str(path))
         self.device = with_index(device)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..argument_checks import as_int, check_tensor
+
 CHUNK = 2**25  # most distances held at once
 
 
@@ -17,6 +19,7 @@ class Gaussian(NamedTuple):
 
 def gaussian(features: Tensor) -> Gaussian:
     """Mean and unbiased covariance of [N, D] features, of any floating dtype, N >= 2."""
+    _check_floats("features", features)
     if features.dim() != 2 or len(features) < 2:
         raise ValueError(f"features: got shape {tuple(features.shape)}, expected [N, D] with N of 2 or more")
     mean = features.mean(0, dtype=torch.float64)
@@ -37,11 +40,14 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
         mean1: [D], as ``mean2``; any floating dtype, computed in float64.
         covariance1: [D, D] symmetric, as ``covariance2``.
     """
+    named = {"mean1": mean1, "covariance1": covariance1, "mean2": mean2, "covariance2": covariance2}
+    for name, tensor in named.items():
+        _check_floats(name, tensor)
     dim = mean1.shape[0] if mean1.dim() == 1 else -1
-    shapes = [tuple(t.shape) for t in (mean1, covariance1, mean2, covariance2)]
+    shapes = [tuple(t.shape) for t in named.values()]
     if shapes != [(dim,), (dim, dim)] * 2:
         raise ValueError(f"means and covariances: got shapes {shapes}, expected [D], [D, D], [D], [D, D]")
-    mean1, covariance1, mean2, covariance2 = (t.double() for t in (mean1, covariance1, mean2, covariance2))
+    mean1, covariance1, mean2, covariance2 = (t.double() for t in named.values())
     values, vectors = torch.linalg.eigh(covariance1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
@@ -54,6 +60,9 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
     Each point has a ball that reaches to its k-th nearest neighbour in its own set. Precision: the share of ``features`` in a
     ball of the reference's; recall: the share of the reference in a ball of the features'.
     """
+    neighbours = as_int("neighbours", neighbours, 1)
+    for name, points in (("features", features), ("reference", reference)):
+        _check_floats(name, points)
     for name, points in (("features", features), ("reference", reference)):
         if points.dim() != 2 or len(points) <= neighbours or points.shape[1] != reference.shape[-1]:
             raise ValueError(f"{name}: got shape {tuple(points.shape)}, expected [N, D] with N of {neighbours + 1} or more")
@@ -70,6 +79,8 @@ def inception_score(probabilities: Tensor, split: int = 5000) -> float:
         probabilities: [N, classes], rows that sum to 1.
         split: images for each p(y), as in ADM's evaluator; the result is the mean over splits.
     """
+    _check_floats("probabilities", probabilities)
+    split = as_int("split", split, 1)
     if probabilities.dim() != 2 or not len(probabilities):
         raise ValueError(f"probabilities: got shape {tuple(probabilities.shape)}, expected [N, classes] with N of 1 or more")
     scores = []
@@ -78,6 +89,12 @@ def inception_score(probabilities: Tensor, split: int = 5000) -> float:
         divergence = torch.special.entr(mean).sum() - torch.special.entr(part).sum(1).mean()  # E KL: H(mean) - E H
         scores.append(divergence.exp())
     return float(torch.stack(scores).mean())
+
+
+def _check_floats(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: got a tensor {list(value.shape)} of {value.dtype}, expected floats")
 
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:

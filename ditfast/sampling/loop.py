@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..argument_checks import LARGEST_SEED, as_bool, as_int, check_callable
 from ..diffusion.solvers import Step
 from ..model import DiT
 from ..modulation_table import BUDGET_BYTES, offloaded_conditioning
+from .checks import as_images, as_interval, as_labels, as_scales, check_model, check_scheduler, check_steps
 from .run import Batch, Run
 
 
 def sample(
     model: DiT,
     steps: Sequence[Step],
-    labels: Tensor,
+    labels: Tensor | Sequence[int],
     *,
     cfg_scale: float | Sequence[float] = 1.0,
     cfg_interval: tuple[float, float] = (-math.inf, math.inf),
@@ -40,7 +42,7 @@ def sample(
     Args:
         model: in eval mode, on any device, of any of its dtypes; the state between steps is fp32.
         steps: of a solver, such as ``diffusion.steps(GaussianDiffusion("250"), "ddpm")``; not read with a ``scheduler``.
-        labels: [B] integer classes.
+        labels: [B] integer classes, of any integer dtype, or a list of them.
         cfg_scale: strength of classifier-free guidance, one or one an image; where all are 1 the conditional model runs
             alone.
         cfg_interval: the lowest and highest time the model is told that are guided (Kynkäänniemi et al. 2024); other steps
@@ -63,6 +65,7 @@ def sample(
 
     Raises:
         ValueError: an argument; the message names it.
+        TypeError: likewise, one of the wrong kind.
     """
     sampler = Sampler(
         model,
@@ -99,36 +102,52 @@ class Sampler:
     scheduler: Any = None
 
     def __post_init__(self) -> None:
+        check_model(self.model)
         config = self.model.config
-        if not 0 <= self._channels <= config.in_channels:
-            raise ValueError(f"guidance_channels: got {self._channels}, expected 0..{config.in_channels}")
+        given = {
+            "cfg_interval": as_interval(self.cfg_interval),
+            "seed": as_int("seed", self.seed, 0, LARGEST_SEED),
+            "table_bytes": as_int("table_bytes", self.table_bytes, 0),
+            **{name: as_bool(name, getattr(self, name)) for name in ("clip", "offload_conditioning", "batch_invariant")},
+        }
+        if self.guidance_channels is not None:
+            given["guidance_channels"] = as_int("guidance_channels", self.guidance_channels, 0, config.in_channels)
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
         if self.offload_conditioning and not (self.table_bytes and config.modulation_vectors):
             raise ValueError(
                 "offload_conditioning: got True, but without a table, or without adaLN, the steps need all weights"
             )
-        if self.scheduler is None and not self.steps:
-            raise ValueError("steps: got none, expected those of a solver, such as ditfast.diffusion.steps(process, 'ddpm')")
+        if self.scheduler is None:
+            check_steps(self.steps)
+        else:
+            check_scheduler(self.scheduler)
 
     @torch.inference_mode()
     def __call__(
         self,
-        labels: Tensor,
+        labels: Tensor | Sequence[int],
         *,
         cfg_scale: float | Sequence[float] = 1.0,
         images: Sequence[int] | None = None,
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """A batch: [B, C, H, W] fp32 on the model's device."""
-        numbers = list(range(len(labels))) if images is None else list(images)
-        scales = _scales(cfg_scale, len(labels))
-        _check(self.model, labels, numbers, scales)
-        run, size = self._run, 1 if self.batch_invariant else max(1, len(labels))
+        config, run = self.model.config, self._run
+        if self.model.training:
+            raise ValueError("model: got a model in training mode, expected model.eval()")
+        labels = as_labels(labels, config.label_rows, run.device)
+        numbers = as_images(images, len(labels))
+        scales = as_scales(cfg_scale, len(labels), run.device)
+        if scales is not None and config.label_rows == config.num_classes:
+            raise ValueError("cfg_scale: this model has no null class to guide away from, expected 1")
+        check_callable("on_step", on_step)
+        size = 1 if self.batch_invariant else max(1, len(labels))
         parts = []
         with offloaded_conditioning(self.model) if self.offload_conditioning else contextlib.nullcontext():
             for start in range(0, max(1, len(labels)), size):
                 place = slice(start, start + size)
-                scale = None if scales is None else scales[place].to(run.device)
-                batch = Batch(labels[place].to(run.device), numbers[place], scale)
+                batch = Batch(labels[place], numbers[place], None if scales is None else scales[place])
                 states = run.solved(self.steps, batch) if self.scheduler is None else run.scheduled(self.scheduler, batch)
                 for x in states:
                     latest = x
@@ -143,25 +162,3 @@ class Sampler:
     @property
     def _channels(self) -> int:
         return self.model.config.guidance_channels if self.guidance_channels is None else self.guidance_channels
-
-
-def _scales(cfg_scale: float | Sequence[float], count: int) -> Tensor | None:
-    """[B] fp32; None where nothing is guided."""
-    scales = torch.as_tensor(cfg_scale, dtype=torch.float32)
-    if scales.dim() > 1 or (scales.dim() == 1 and len(scales) != count) or not scales.isfinite().all():
-        raise ValueError(f"cfg_scale: got {cfg_scale}, expected a finite number, or one for each of the {count} labels")
-    return None if bool((scales == 1).all()) else scales.expand(count).contiguous()
-
-
-def _check(model: DiT, labels: Tensor, images: Sequence[int], scales: Tensor | None) -> None:
-    config = model.config
-    if model.training:
-        raise ValueError("model: got a model in training mode, expected model.eval()")
-    if labels.dim() != 1 or labels.is_floating_point():
-        raise ValueError(f"labels: got {tuple(labels.shape)} {labels.dtype}, expected [B] integers")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < config.label_rows:
-        raise ValueError(f"labels: got {int(labels.min())}..{int(labels.max())}, expected 0..{config.label_rows - 1}")
-    if len(images) != len(labels):
-        raise ValueError(f"images: got {len(images)} numbers, expected {len(labels)}, one for each label")
-    if scales is not None and config.label_rows == config.num_classes:
-        raise ValueError("cfg_scale: this model has no null class to guide away from, expected 1")

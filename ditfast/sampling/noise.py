@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..argument_checks import LARGEST_SEED, as_int, as_list
+
 
 def image_noise(shape: Sequence[int], images: Sequence[int], seed: int, step: int = 0) -> Tensor:
     """[len(images), *shape] fp32 normal noise on the CPU; image k of a seed has a stream of its own, and each step a part.
@@ -19,12 +21,17 @@ def image_noise(shape: Sequence[int], images: Sequence[int], seed: int, step: in
         images: their numbers, 0..2^64-1.
         seed: 0..2^64-1.
         step: 0 is where sampling starts from.
+
+    Raises:
+        ValueError: a number out of its range; the message names the argument.
+        TypeError: likewise, one of the wrong kind.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: got {seed}, expected 0..2^64-1")
+    sizes = [as_int("shape", size, 0) for size in as_list("shape", shape, "the sizes of one image")]
+    seed, step = (as_int(name, value, 0, LARGEST_SEED) for name, value in (("seed", seed), ("step", step)))
+    numbers = [as_int("images", image, 0, LARGEST_SEED) for image in as_list("images", images, "their numbers")]
     counter = np.array([0, 0, step, 0], dtype=np.uint64)
-    drawn = np.empty((len(images), *shape), np.float32)
-    for place, image in enumerate(images):
+    drawn = np.empty((len(numbers), *sizes), np.float32)
+    for place, image in enumerate(numbers):
         bits = np.random.Philox(key=np.array([seed, image], dtype=np.uint64), counter=counter)
         np.random.Generator(bits).standard_normal(out=drawn[place], dtype=np.float32)
     return torch.from_numpy(drawn)

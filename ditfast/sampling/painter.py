@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from .. import vae as autoencoder
 from ..images import Pixels, to_pixels
@@ -47,7 +46,7 @@ class Painter:
         Raises:
             FloatingPointError: an image holds infinities or NaN, which have no pixels.
         """
-        labels = torch.tensor([self.label(number) for number in numbers])
+        labels = [self.label(number) for number in numbers]
         done = len(numbers) / len(self.sampler.steps)
         images = self.sampler(labels, cfg_scale=self.cfg_scale, images=numbers, on_step=lambda: advance(done))  # [n, C, H, W]
         if self.vae is not None:

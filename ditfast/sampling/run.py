@@ -17,6 +17,7 @@ from ..model import DiT
 from ..modulation_table import ModulationTable
 from .graph import Graphed
 from .noise import image_noise
+from .scheduler import unstepped
 
 PREDICTION = Update(x0_from_x=0, x0_from_output=1, from_x0=1, from_x=0, log_variance_min=-math.inf, log_variance_max=-math.inf)
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -95,17 +96,19 @@ class Run:
             yield x
 
     def scheduled(self, scheduler: Any, batch: Batch) -> Iterator[Tensor]:
-        """The same, after each step of a diffusers scheduler."""
+        """The same, after each step of a copy of a diffusers scheduler."""
+        scheduler = unstepped(scheduler)
         times = [float(t) for t in scheduler.timesteps]
         conditions = Conditions(self.model, batch, times, self.interval, self.table_bytes)
         options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = [_generator(self.seed, image) for image in batch.images]
-        learned = getattr(scheduler.config, "variance_type", None) in LEARNED_VARIANCES
-        x = self._noise(batch) * scheduler.init_noise_sigma
+        learned = getattr(getattr(scheduler, "config", None), "variance_type", None) in LEARNED_VARIANCES
+        scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)  # flow matching has neither
+        x = self._noise(batch) * getattr(scheduler, "init_noise_sigma", 1.0)
         for i, t in enumerate(scheduler.timesteps):
             scale, given = conditions.at(i)
-            output = self._output(scheduler.scale_model_input(x, t), *given).float()  # [B or 2B, C or 2C, H, W]
+            output = self._output(scaled(x, t), *given).float()  # [B or 2B, C or 2C, H, W]
             prediction = ops.denoise_update(x, output, None, self.prediction_row, scale, self._guided(scale))
             variance = output[: len(x), x.shape[1] :]
             output = torch.cat([prediction, variance], dim=1) if learned else prediction

@@ -33,11 +33,11 @@ class Draws:
 
     def uniform(self, purpose: str) -> Tensor:
         """[batch] fp32 in [0, 1)."""
-        return torch.rand(self.batch, generator=self._generator(purpose), device=self.device)
+        return torch.rand(self.batch, generator=self._generator(purpose), device=self.device, dtype=torch.float32)
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """[batch, *shape] fp32."""
-        return torch.randn(self.batch, *shape, generator=self._generator(purpose), device=self.device)
+        return torch.randn(self.batch, *shape, generator=self._generator(purpose), device=self.device, dtype=torch.float32)
 
     def _generator(self, purpose: str) -> torch.Generator:
         key = [*self.key, PURPOSES.index(purpose)]

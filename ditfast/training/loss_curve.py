@@ -17,8 +17,8 @@ class LossCurve:
 
     def __init__(self, last_time: float):
         self.last_time = last_time
-        self.sums = torch.zeros(BUCKETS, dtype=torch.float64)
-        self.counts = torch.zeros(BUCKETS, dtype=torch.float64)
+        self.sums = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
+        self.counts = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
 
     def add(self, t: Tensor, loss: Tensor) -> None:
         """Timesteps and losses [B]; those that are infinite or NaN are left out."""

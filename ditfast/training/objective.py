@@ -57,8 +57,8 @@ class ImportanceSteps:
     UNIFORM_PART = 1e-3
 
     def __init__(self) -> None:
-        self._losses = torch.zeros(NUM_TRAIN_STEPS, self.HISTORY, dtype=torch.float64)
-        self._seen = torch.zeros(NUM_TRAIN_STEPS, dtype=torch.int64)
+        self._losses = torch.zeros(NUM_TRAIN_STEPS, self.HISTORY, dtype=torch.float64, device="cpu")
+        self._seen = torch.zeros(NUM_TRAIN_STEPS, dtype=torch.int64, device="cpu")
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = self._probabilities()
@@ -77,7 +77,7 @@ class ImportanceSteps:
 
     def _probabilities(self) -> Tensor:
         if (self._seen < self.HISTORY).any():
-            return torch.full((NUM_TRAIN_STEPS,), 1 / NUM_TRAIN_STEPS, dtype=torch.float64)
+            return torch.full((NUM_TRAIN_STEPS,), 1 / NUM_TRAIN_STEPS, dtype=torch.float64, device="cpu")
         size = self._losses.square().mean(1).sqrt()
         return (1 - self.UNIFORM_PART) * size / size.sum() + self.UNIFORM_PART / NUM_TRAIN_STEPS
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..argument_checks import check_choice
 from ..config import DiTConfig
 from ..devices import with_index
 from ..model import DiT
@@ -74,8 +75,7 @@ def distribute(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
     Raises:
         ValueError: there is no such kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"parallel: got {kind!r}, expected one of {', '.join(KINDS)}")
+    check_choice("parallel", kind, KINDS)
     if ranks.world == 1:
         return model
     if kind == "ddp":

@@ -7,11 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..argument_checks import LARGEST_SEED, as_bool, as_float, as_int, as_list, check_choice
 from ..diffusion.flow import PATHS
 from ..dtypes import DTYPES
 
 LOSSES = ("hybrid", "mse", "flow")
 TIMESTEPS = ("uniform", "importance")
+LARGEST_INT = 2**63 - 1  # that a tensor holds
 SCHEDULES = ("constant", "cosine")
 
 
@@ -23,7 +25,7 @@ class TrainSettings:
         steps: of the optimizer.
         batch: images in a step, over all ranks.
         accumulate: parts into which each rank cuts its share of a step's batch, one forward and backward each.
-        seed: of the order of the data and of everything drawn.
+        seed: 0..2^64-1, of the order of the data and of everything drawn.
         loss: ``"hybrid"``, squared error and variational bound (Nichol & Dhariwal 2021); ``"mse"``, squared error only;
             ``"flow"``, the velocity's squared error (SiT).
         path: of flow matching, ``"linear"`` or ``"gvp"``.
@@ -44,6 +46,7 @@ class TrainSettings:
 
     Raises:
         ValueError: a field is out of range; the message names it.
+        TypeError: likewise, of the wrong kind.
     """
 
     steps: int
@@ -67,23 +70,26 @@ class TrainSettings:
     max_skipped: int = 25
 
     def __post_init__(self) -> None:
-        for field, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("seed", 0), ("warm_up", 0), ("max_skipped", 0)):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{field}: got {value!r}, expected an integer, {least} or more")
+        given: dict[str, Any] = {}
+        for field, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("warm_up", 0), ("max_skipped", 0)):
+            given[field] = as_int(field, getattr(self, field), least, LARGEST_INT)
+        given["seed"] = as_int("seed", self.seed, 0, LARGEST_SEED)
         choices = {"loss": LOSSES, "path": PATHS, "timesteps": TIMESTEPS, "schedule": SCHEDULES, "dtype": DTYPES}
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}: got {getattr(self, field)!r}, expected one of {', '.join(allowed)}")
+            check_choice(field, getattr(self, field), allowed)
         for field in ("rate", "weight_decay"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{field}: got {value!r}, expected a finite number, 0 or more")
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(f"max_norm: got {self.max_norm!r}, expected a positive number, or None")
-        object.__setattr__(self, "ema", tuple(self.ema))
-        if not self.ema or len(set(self.ema)) < len(self.ema) or not all(0 <= decay < 1 for decay in self.ema):
-            raise ValueError(f"ema: got {self.ema}, expected one or more different decays, 0 <= decay < 1")
+            given[field] = as_float(field, getattr(self, field), 0)
+        if self.max_norm is not None:
+            given["max_norm"] = as_float("max_norm", self.max_norm)
+            if not given["max_norm"] > 0:
+                raise ValueError(f"max_norm: got {self.max_norm!r}, expected a positive number, or None")
+        given["ema"] = ema = tuple(as_float("ema", decay) for decay in as_list("ema", self.ema, "decays, such as [0.9999]"))
+        if not ema or len(set(ema)) < len(ema) or not all(0 <= decay < 1 for decay in ema):
+            raise ValueError(f"ema: got {ema}, expected one or more different decays, 0 <= decay < 1")
+        for field in ("flip", "checkpoint_activations", "compile", "deterministic"):
+            given[field] = as_bool(field, getattr(self, field))
+        for field, value in given.items():
+            object.__setattr__(self, field, value)
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate: got {self.accumulate}, expected a divisor of the batch {self.batch}")
         if self.timesteps == "importance" and self.loss == "flow":
@@ -125,9 +131,9 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 1 if field.name in ("save_every", "keep") else 0
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{field.name}: got {value!r}, expected an integer, {least} or more")
+            least = 1 if field.name in ("save_every", "keep") else 0
+            value = as_int(field.name, getattr(self, field.name), least, LARGEST_INT)
+            object.__setattr__(self, field.name, value)
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from ..argument_checks import as_bool, check_callable, check_choice, check_type, describe
 from ..checkpoints import CheckpointError, save_checkpoint
 from ..config import DiTConfig
 from ..diffusion import NUM_TRAIN_STEPS
@@ -31,7 +32,7 @@ from .log import RunLog
 from .loss_curve import LossCurve
 from .objective import Objective
 from .order import batch_indices, rows
-from .parallel import distribute, full_tensors
+from .parallel import KINDS, distribute, full_tensors
 from .settings import RunOptions, TrainSettings
 from .speed import Speed, Speedometer
 from .step import Stepper, StepReport, freeze_label_dropout
@@ -61,6 +62,8 @@ class Trainer:
 
     Raises:
         RunError: data, model, ranks and settings do not fit each other.
+        TypeError: an argument of the wrong kind; the message names it.
+        ValueError: an unknown ``parallel``.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Trainer:
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         on_step: Callable[[StepReport, int, Speed], None] = lambda report, done, speed: None,
     ):
+        _check_kinds(model, data, settings, out, options, ranks, parallel, decode, on_step)
         self.data, self.settings, self.out = data, settings, Path(out)
         self.options = options or RunOptions()
         self.ranks = ranks or Ranks()
@@ -121,6 +125,7 @@ class Trainer:
             DataError: too many records were unreadable, or a process that reads them ended.
             CheckpointFault: a checkpoint, or the weights at the end, cannot be written.
         """
+        resume = as_bool("resume", resume)
         try:
             with claimed(self.out, self._record(), resume, self.ranks):
                 return self._run(resume)
@@ -243,7 +248,7 @@ class Trainer:
         weights = full_tensors(self.averages.by_decay[self.settings.ema[0]])
         if self.ranks.rank:
             return None
-        model = DiT(self.config).to(self.device)
+        model = DiT(self.config).to(self.device, torch.float32)
         model.load_state_dict({**model.state_dict(), **weights})
         return model.eval()
 
@@ -278,6 +283,23 @@ def _line(report: StepReport, skipped: int) -> Mapping[str, Any]:
     numbers = {**report.parts, "norm": report.norm, "rate": report.rate}
     line: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     return line if report.taken else {**line, "skipped": skipped}
+
+
+def _check_kinds(
+    model: Any, data: Any, settings: Any, out: Any, options: Any, ranks: Any, parallel: Any, decode: Any, on_step: Any
+) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), DiTConfig):
+        raise TypeError(f"model: got {describe(model)}, expected a ditfast.DiT or a ditfast.reference.DiT")
+    if not all(hasattr(data, name) for name in ("input_shape", "num_classes", "fingerprint", "clean", "__getitem__")):
+        raise TypeError(f"data: got {describe(data)}, expected ditfast.training.Data, such as open_data returns")
+    check_type("settings", settings, TrainSettings, "a TrainSettings")
+    check_type("out", out, (str, os.PathLike), "the path of the run's folder")
+    check_type("options", options, (RunOptions, type(None)), "a RunOptions or None")
+    check_type("ranks", ranks, (Ranks, type(None)), "a Ranks or None")
+    check_choice("parallel", parallel, KINDS)
+    if decode is not None:
+        check_callable("decode", decode, "a function of latents, or None")
+    check_callable("on_step", on_step)
 
 
 def _check(config: DiTConfig, data: Data, settings: TrainSettings, ranks: Ranks) -> None:

@@ -149,7 +149,8 @@ class _Shares(Dataset[_Share]):
                 return _Share(None, bad)
             indices[place], record = found
             records.append(record)
-        values, labels = torch.stack([record.values for record in records]), torch.tensor([record.label for record in records])
+        values = torch.stack([record.values for record in records])
+        labels = torch.tensor([record.label for record in records], device="cpu")
         return _Share(Batch(step, indices, values, labels), bad)
 
     def _first_readable(self, index: int, bad: dict[int, str]) -> tuple[int, Record] | None:
