@@ -1,3 +1,5 @@
+from functools import partial
+
 import oracles
 import pytest
 import torch
@@ -119,9 +121,9 @@ def test_gradients_are_those_of_its_parts(either: Runner) -> None:
 @pytest.mark.parametrize("shape", [(), (32,), (0, 128), (32, 0)], ids=str)
 def test_a_weight_without_features_is_refused(either: Runner, shape: tuple[int, ...]) -> None:
     x, shift, scale, _, bias = arguments(either, 2, 6, 128, 32, torch.float32, "chunk6")
-    weight = torch.randn(shape, device=either.device)
-    for training in (False, True):
-        raises_naming("weight", lambda: ops.final_layer(x, shift, scale, weight.requires_grad_(training), bias, (2, 3), 2))
+    whole = torch.randn(shape, device=either.device)
+    for weight in (whole, *leaves(whole)):
+        raises_naming("weight", partial(ops.final_layer, x, shift, scale, weight, bias, (2, 3), 2))
 
 
 def test_epsilon(either: Runner) -> None:
