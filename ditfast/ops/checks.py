@@ -42,11 +42,16 @@ def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor, prefix: str = "", features: int | None = None, of: str = "x") -> None:
     """weight [N, K] and bias [N] for x [B, T, K]; K is ``features`` where x is not what the weight multiplies."""
     check_tokens(of, x)
-    if weight.dim() != 2:
-        raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, expected [N, K]")
-    _check_not_empty(f"{prefix}weight", weight, weight.shape)
+    check_weight(f"{prefix}weight", weight)
     check_parameter(f"{prefix}weight", weight, x, (weight.shape[0], x.shape[2] if features is None else features), of)
     check_parameter(f"{prefix}bias", bias, x, (weight.shape[0],), of)
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Raise ValueError unless a weight is [N, K], neither of them 0."""
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected [N, K]")
+    _check_not_empty(name, weight, weight.shape)
 
 
 def check_branch(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...] | None = None, of: str = "x") -> None:
