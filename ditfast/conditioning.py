@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import cpu
 from .config import TIMESTEP_FEATURES, DiTConfig
 from .ops.cpu_products import in_fp32, torch_linear
-from .ops.dispatch import needs_gradient
+from .ops.dispatch import computes_now, needs_gradient
 from .ops.timestep_embedding import timestep_embedding
 from .plain import plain_weights
 
@@ -77,7 +77,7 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear], int8: bool = False) -
     """
     found = [plain_weights(linear) for linear in linears]
     plain = [both for both in found if both is not None]
-    if len(plain) == len(linears) and not torch.compiler.is_compiling():
+    if len(plain) == len(linears) and computes_now():
         weights, biases = zip(*plain, strict=True)
         if not needs_gradient(x, *weights, *biases):
             sizes = [bias.shape[0] for bias in biases]

@@ -16,6 +16,7 @@ from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_
 from .config import DiTConfig
 from .dtypes import INT8
 from .ops.checks import check_dtype
+from .ops.dispatch import computes_now
 from .plain import is_plain, is_silent
 
 EXAMPLE_TIMESTEPS = (50, 500, 950)
@@ -332,7 +333,7 @@ class DiT(nn.Module):
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{len(x)}], one for each sample of x")
         if y.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"y: got {y.dtype}, expected integer labels, int64 or int32")
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and len(y):  # elsewhere looking would cost a sync
+        if type(y) is Tensor and y.device.type == "cpu" and len(y) and computes_now():  # elsewhere looking would cost a sync
             lowest, highest = (int(label) for label in y.aminmax())
             if lowest < 0 or highest >= self.config.label_rows:
                 raise ValueError(f"y: got labels {lowest}..{highest}, expected 0..{self.config.label_rows - 1}")

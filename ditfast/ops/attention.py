@@ -12,7 +12,7 @@ from torch import Tensor
 from ..problem import Problem
 from .checks import check_dtype
 from .cpu_products import torch_attention
-from .dispatch import check_possible, choose, define_op, force, needs_gradient, route, under_autocast
+from .dispatch import check_possible, choose, define_op, force, needs_gradient, route, under_autocast, untransformed
 from .routes import Choice
 
 ENGINES = ("flash", "sdpa", "triton")
@@ -100,7 +100,8 @@ def _engine(x: Tensor, shape: Sequence[int], training: bool, wanted: str | None)
     rows = B * sizes[0]
     if wanted is None:
         return route(x, "attention", rows, tuple(sizes), training)
-    return choose_engine(x.device, Problem("attention", x.dtype, rows, tuple(sizes), training), wanted).route
+    chosen = choose_engine(x.device, Problem("attention", x.dtype, rows, tuple(sizes), training), wanted).route
+    return untransformed("attention", chosen, is_forced=True)
 
 
 def _flash(qkv: Tensor) -> Tensor:

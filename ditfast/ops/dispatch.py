@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..problem import Problem
 from .decisions import decide, use_tiles
@@ -147,8 +148,38 @@ def _decided(device: torch.device, op: str, dtype: torch.dtype, rows: int, sizes
     return decide(device, Problem(op, dtype, rows, sizes, training)).route
 
 
+def is_transformed() -> bool:
+    """Return whether a transform of ``torch.func``, or forward-mode differentiation, is under way; kernels know neither."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 # What torch.compiler.assume_constant_result does, which would import all of torch.compile for it.
-vars(_decided)["_dynamo_marked_constant"] = True
+vars(_decided)["_dynamo_marked_constant"] = vars(is_transformed)["_dynamo_marked_constant"] = True
+
+
+def computes_now() -> bool:
+    """Return whether ops compute at once, on numbers that can be read: nothing traces, transforms or fakes them."""
+    return not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or is_transformed()
+    )
+
+
+def untransformed(op: str, route: str, is_forced: bool = False) -> str:
+    """Return the route, or the one in plain torch where a transform is under way and nothing forces another.
+
+    Raises:
+        RuntimeError: kernels are forced that no transform goes through.
+    """
+    in_torch = "sdpa" if op == "attention" else "torch"
+    if route == in_torch or not is_transformed():
+        return route
+    choice = forced()
+    if not (is_forced or choice.trial or choice.backend == "triton" or (op == "attention" and choice.attention)):
+        return in_torch
+    raise RuntimeError(
+        f"{op}: forward-mode derivatives and torch.func's transforms do not go through its kernels ({route!r}); "
+        "run it under ditfast.backend('torch')"
+    )
 
 
 def route(x: Tensor, op: str, rows: int, sizes: tuple[int, ...], training: bool = False) -> str:
@@ -156,7 +187,7 @@ def route(x: Tensor, op: str, rows: int, sizes: tuple[int, ...], training: bool 
     problem = Problem(op, x.dtype, rows, sizes, training)
     for watch in _watching:
         watch(problem)
-    return choose(x.device, problem).route
+    return untransformed(op, choose(x.device, problem).route)
 
 
 @contextlib.contextmanager
@@ -217,6 +248,8 @@ def define_op(
 
     def launch(*args: Any) -> Any:
         where = next(arg for arg in args if isinstance(arg, Tensor))
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(f"ditfast::{name} has no forward-mode derivative; run it under ditfast.backend('torch')")
         kernels().check_launchable(where)
         use_tiles(where.device)
         with kernels().current_device(where.device):

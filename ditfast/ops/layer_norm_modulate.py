@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_modulation, check_tokens, token_rows
-from .dispatch import define_op, needs_gradient, route
+from .dispatch import computes_now, define_op, needs_gradient, route
 from .joint_backward import joint_backward
 
 # Elements; measured on two cores of a Zen 4: above the first a call's overhead no longer shows, above the second the
@@ -45,7 +45,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
 def torch_layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
     if shift is None and scale is None:
         return F.layer_norm(x, x.shape[-1:], eps=eps).contiguous()
-    if x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale) and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale) and computes_now():
         return _cpu_version(x, shift, scale, eps)
     return _normalise_then_modulate(x, shift, scale, eps)
 
