@@ -99,7 +99,7 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor, int8: bool = False) -> 
         rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
         parts = zip(weight.split(rows), bias.split(rows), strict=True)
         return torch.cat([torch_linear(x, *part) for part in parts], dim=-1)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= 8:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and computes_now() and 1 < len(x) <= 8:
         # MKL repacks its second operand: with the weight first, a few rows take a third to two thirds of the time.
         return torch.addmm(bias[:, None], weight, x.T).T.contiguous()
     return torch_linear(x, weight, bias)

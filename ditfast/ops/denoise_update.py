@@ -40,7 +40,7 @@ def denoise_update(
         ValueError: an argument's shape, dtype or device; the message names it.
     """
     _check(x, output, noise, update, scale, guided_channels)
-    if route(x, "denoise_update", len(x), (x.shape[1:].numel(),)) == "torch":
+    if route(x, "denoise_update", x.shape[0], (x.shape[1:].numel(),)) == "torch":
         return torch_denoise_update(x, output, noise, update, scale, guided_channels, clip)
     return _op(x, output, noise, update, scale, guided_channels, clip)
 

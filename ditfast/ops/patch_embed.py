@@ -33,7 +33,7 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
     dtype = weight.dtype
     latents, weight, bias = under_autocast(latents, weight, bias)
     pos_embed = _check(latents, weight, bias, pos_embed, patch_size)
-    rows, sizes = len(latents) * len(pos_embed), (len(weight), weight.shape[1:].numel())
+    rows, sizes = latents.shape[0] * len(pos_embed), (len(weight), weight.shape[1:].numel())
     if route(latents, "patch_embed", rows, sizes, needs_gradient(latents, weight, bias, pos_embed)) == "torch":
         patches = torch_patchify(latents, patch_size)  # [B, T, C*p*p]
         return (torch_linear(patches, weight.flatten(1), bias) + pos_embed).to(dtype).contiguous()  # [B, T, D]

@@ -35,7 +35,7 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
         raise ValueError(f"dim: got {dim}, expected an even number")
     half = dim // 2
     frequencies = _frequencies(t, half, frequency_divisor or half)  # [dim/2]
-    if route(frequencies, "timestep_embedding", len(t), (dim,), needs_gradient(t)) == "torch":
+    if route(frequencies, "timestep_embedding", t.shape[0], (dim,), needs_gradient(t)) == "torch":
         angles = t.float()[:, None] * frequencies  # [B, dim/2]
         return torch.cat([angles.cos(), angles.sin()], dim=1)
     return _op(t, frequencies)
