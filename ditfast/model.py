@@ -15,7 +15,7 @@ from .blocks import view
 from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
 from .config import DiTConfig
 from .dtypes import INT8
-from .ops.checks import check_dtype
+from .ops.checks import check_dtype, check_integer, check_number, check_tensor, wrong_type
 from .ops.dispatch import computes_now
 from .plain import is_plain, is_silent
 
@@ -119,6 +119,9 @@ class DiT(nn.Module):
     checkpoint_activations = False  # of blocks, in a forward whose gradients are wanted: less memory, a little more time
 
     def __init__(self, config: DiTConfig):
+        if not isinstance(config, DiTConfig):
+            hint = f"; DiTConfig.from_name({config!r}) makes one" if isinstance(config, str) else ""
+            raise wrong_type("config", config, f"a ditfast.DiTConfig{hint}")
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config)
@@ -153,6 +156,8 @@ class DiT(nn.Module):
 
     def modulation_vectors(self, t: Tensor, y: Tensor) -> Tensor:
         """[B, V]: what adaLN makes of t [B] and y [B], every block's vectors and the final norm's side by side; not in int8."""
+        check_tensor("t", t, "[B]")
+        check_tensor("y", y, "[B]")
         vectors = self._vectors(self.t_embedder(t) + self.y_embedder(y))
         return torch.cat(list(vectors), dim=1)
 
@@ -171,6 +176,7 @@ class DiT(nn.Module):
         """
         self._check_latents(x)
         B, V = x.shape[0], sum(sizes := [linear.out_features for linear in self.adaln_linears()])
+        check_tensor("vectors", vectors, "[B, V]")
         if vectors.dim() != 2 or vectors.shape[0] not in (B, 2 * B) or vectors.shape[1] != V:
             raise ValueError(f"vectors: got shape {tuple(vectors.shape)}, expected [{B} or {2 * B}, {V}] for a batch of {B}")
         tokens = self.x_embedder(x, self.pos_embed)  # [B, T, D]
@@ -275,9 +281,12 @@ class DiT(nn.Module):
         """
         if not self.config.class_dropout_prob:
             raise ValueError("class_dropout_prob: got 0, so this model has no null class to guide away from")
+        self._check_latents(x)
+        check_number("cfg_scale", cfg_scale)
         if x.shape[0] % 2:
             raise ValueError(f"x: got a batch of {x.shape[0]}, expected an even one: conditional, then unconditional")
         channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
+        check_integer("guidance_channels", channels)
         if not 0 <= channels <= self.config.in_channels:
             raise ValueError(f"guidance_channels: got {channels}, expected 0..{self.config.in_channels}")
         half = x[: x.shape[0] // 2]  # [B, C, H, W]
@@ -317,6 +326,7 @@ class DiT(nn.Module):
         self.pack()
 
     def _check_latents(self, x: Tensor) -> None:
+        check_tensor("x", x, "[B, C, H, W]")
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, self.config.input_shape))}]")
         check_dtype("x", x)
@@ -327,6 +337,7 @@ class DiT(nn.Module):
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         self._check_latents(x)
         for name, value in (("t", t), ("y", y)):
+            check_tensor(name, value, "[B]")
             if value.shape != x.shape[:1]:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{x.shape[0]}], one for each sample of x")
         if y.dtype not in (torch.int64, torch.int32):

@@ -184,10 +184,7 @@ def test_tracing(tracer: str, gradients: bool) -> None:
         return model(x, t, y)
 
     with torch.set_grad_enabled(gradients):
-        if tracer == "make_fx":
-            traced = make_fx(call)(*arguments)
-        else:
-            traced = torch.jit.trace(model, arguments, check_trace=False)
+        traced = make_fx(call)(*arguments) if tracer == "make_fx" else torch.jit.trace(model, arguments, check_trace=False)
         other = torch.randn(2, 4, 8, 8), arguments[1] / 2, arguments[2] + 3
         assert error(traced(*other), plain(*other)) < TOLERANCE
 

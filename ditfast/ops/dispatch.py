@@ -83,7 +83,7 @@ def backend(name: str) -> Force:
 
 def force(field: str, name: str, allowed: tuple[str, ...]) -> Force:
     """Sets a field of ``Forced`` inside the ``with`` block, in this thread."""
-    if name not in allowed:
+    if not isinstance(name, str) or name not in allowed:
         raise ValueError(f"{field}: got {name!r}, expected one of {', '.join(allowed)}")
     fields: dict[str, Any] = {field: name}
     return Force(_forced.get()._replace(**fields))
@@ -207,15 +207,22 @@ def check_possible(engine: str, device: torch.device, problem: Problem) -> None:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, as torch casts the arguments of F.linear; the op behind does not see autocast."""
-    dtype = autocast_dtype(tensors[0].device)
+    """The tensors in autocast's dtype, as torch casts the arguments of F.linear; the op behind does not see autocast.
+
+    What is no tensor stays as it is, for the op's checks to refuse.
+    """
+    dtype = autocast_dtype(tensors[0].device) if isinstance(tensors[0], Tensor) else None
     if dtype is None:
         return tensors
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t.to(dtype) if _is_cast(t) else t for t in tensors)
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

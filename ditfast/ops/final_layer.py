@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .checks import check_linear, check_modulation, check_tokens, token_rows
+from .checks import check_linear, check_modulation, check_number, check_tensor, check_tokens, token_rows
 from .dispatch import define_op, needs_gradient, route, under_autocast
 from .layer_norm_modulate import layer_norm_modulate
 from .linear_unpatchify import linear_unpatchify
@@ -52,6 +52,8 @@ def final_layer(
     """
     weight, bias = under_autocast(weight, bias)
     check_tokens("x", x)
+    check_tensor("weight", weight, "[p*p*C, K]")
+    check_number("eps", eps)
     if (
         needs_gradient(x, shift, scale, weight, bias)
         or len(weight) > MOST_FEATURES
