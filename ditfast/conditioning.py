@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import cpu
 from .config import TIMESTEP_FEATURES, DiTConfig
 from .ops.cpu_products import in_fp32, torch_linear
-from .ops.dispatch import needs_gradient
+from .ops.dispatch import computes_now, needs_gradient
 from .ops.timestep_embedding import timestep_embedding
 from .plain import plain_weights
 
@@ -77,7 +77,7 @@ def packed_linear(x: Tensor, linears: Sequence[nn.Linear], int8: bool = False) -
     """
     found = [plain_weights(linear) for linear in linears]
     plain = [both for both in found if both is not None]
-    if len(plain) == len(linears) and not torch.compiler.is_compiling():
+    if len(plain) == len(linears) and computes_now():
         weights, biases = zip(*plain, strict=True)
         if not needs_gradient(x, *weights, *biases):
             sizes = [bias.shape[0] for bias in biases]
@@ -99,7 +99,7 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor, int8: bool = False) -> 
         rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
         parts = zip(weight.split(rows), bias.split(rows), strict=True)
         return torch.cat([torch_linear(x, *part) for part in parts], dim=-1)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= 8:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and computes_now() and 1 < len(x) <= 8:
         # MKL repacks its second operand: with the weight first, a few rows take a third to two thirds of the time.
         return torch.addmm(bias[:, None], weight, x.T).T.contiguous()
     return torch_linear(x, weight, bias)

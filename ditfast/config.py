@@ -88,7 +88,7 @@ class DiTConfig:
             input_size: the latent size itself (pixel-space models: the image size).
             fields: any other field of ``DiTConfig``; it may replace one that the name stands for (``depth=2``).
         """
-        if name not in MODEL_NAMES:
+        if not isinstance(name, str) or name not in MODEL_NAMES:
             raise ValueError(f"name: got {name!r}, expected one of {', '.join(MODEL_NAMES)}")
         if image_size is not None and input_size is not None:
             raise ValueError(f"give image_size or input_size, not both: got image_size={image_size}, input_size={input_size}")
@@ -121,7 +121,7 @@ class DiTConfig:
         _real("class_dropout_prob", self.class_dropout_prob)
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob: got {self.class_dropout_prob}, expected 0 <= p < 1")
-        if self.conditioning not in CONDITIONINGS:
+        if not isinstance(self.conditioning, str) or self.conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning: got {self.conditioning!r}, expected one of {', '.join(CONDITIONINGS)}")
         object.__setattr__(self, "flavour", _flavour(self.flavour))
 

@@ -15,7 +15,8 @@ from .blocks import view
 from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
 from .config import DiTConfig
 from .dtypes import INT8
-from .ops.checks import check_dtype
+from .ops.checks import check_dtype, check_integer, check_number, check_tensor, wrong_type
+from .ops.dispatch import computes_now
 from .plain import is_plain, is_silent
 
 EXAMPLE_TIMESTEPS = (50, 500, 950)
@@ -118,6 +119,9 @@ class DiT(nn.Module):
     checkpoint_activations = False  # of blocks, in a forward whose gradients are wanted: less memory, a little more time
 
     def __init__(self, config: DiTConfig):
+        if not isinstance(config, DiTConfig):
+            hint = f"; DiTConfig.from_name({config!r}) makes one" if isinstance(config, str) else ""
+            raise wrong_type("config", config, f"a ditfast.DiTConfig{hint}")
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config)
@@ -153,6 +157,8 @@ class DiT(nn.Module):
 
     def modulation_vectors(self, t: Tensor, y: Tensor) -> Tensor:
         """[B, V]: what adaLN makes of t [B] and y [B], every block's vectors and the final norm's side by side; not in int8."""
+        check_tensor("t", t, "[B]")
+        check_tensor("y", y, "[B]")
         vectors = self._vectors(self.t_embedder(t) + self.y_embedder(y))
         return torch.cat(list(vectors), dim=1)
 
@@ -170,13 +176,12 @@ class DiT(nn.Module):
             ValueError: x or the vectors' shape or dtype; the message names the argument.
         """
         self._check_latents(x)
-        sizes = [linear.out_features for linear in self.adaln_linears()]
-        if vectors.dim() != 2 or len(vectors) not in (len(x), 2 * len(x)) or vectors.shape[1] != sum(sizes):
-            raise ValueError(
-                f"vectors: got shape {tuple(vectors.shape)}, expected [{len(x)} or {2 * len(x)}, {sum(sizes)}] for x {len(x)}"
-            )
+        B, V = x.shape[0], sum(sizes := [linear.out_features for linear in self.adaln_linears()])
+        check_tensor("vectors", vectors, "[B, V]")
+        if vectors.dim() != 2 or vectors.shape[0] not in (B, 2 * B) or vectors.shape[1] != V:
+            raise ValueError(f"vectors: got shape {tuple(vectors.shape)}, expected [{B} or {2 * B}, {V}] for a batch of {B}")
         tokens = self.x_embedder(x, self.pos_embed)  # [B, T, D]
-        if len(vectors) != len(x):
+        if vectors.shape[0] != B:
             tokens = tokens.repeat(2, 1, 1)  # [2B, T, D]
         return self._denoise(tokens, vectors.split(sizes, dim=1), tokens)  # [B or 2B, C', H, W]
 
@@ -277,12 +282,15 @@ class DiT(nn.Module):
         """
         if not self.config.class_dropout_prob:
             raise ValueError("class_dropout_prob: got 0, so this model has no null class to guide away from")
-        if len(x) % 2:
-            raise ValueError(f"x: got a batch of {len(x)}, expected an even one: conditional, then unconditional")
+        self._check_latents(x)
+        check_number("cfg_scale", cfg_scale)
+        if x.shape[0] % 2:
+            raise ValueError(f"x: got a batch of {x.shape[0]}, expected an even one: conditional, then unconditional")
         channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
+        check_integer("guidance_channels", channels)
         if not 0 <= channels <= self.config.in_channels:
             raise ValueError(f"guidance_channels: got {channels}, expected 0..{self.config.in_channels}")
-        half = x[: len(x) // 2]  # [B, C, H, W]
+        half = x[: x.shape[0] // 2]  # [B, C, H, W]
         out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
         return ops.classifier_free_guidance(out, cfg_scale, channels)  # [2B, C', H, W]
 
@@ -319,6 +327,7 @@ class DiT(nn.Module):
         self.pack()
 
     def _check_latents(self, x: Tensor) -> None:
+        check_tensor("x", x, "[B, C, H, W]")
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, self.config.input_shape))}]")
         check_dtype("x", x)
@@ -329,11 +338,12 @@ class DiT(nn.Module):
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         self._check_latents(x)
         for name, value in (("t", t), ("y", y)):
+            check_tensor(name, value, "[B]")
             if value.shape != x.shape[:1]:
-                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{len(x)}], one for each sample of x")
+                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{x.shape[0]}], one for each sample of x")
         if y.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"y: got {y.dtype}, expected integer labels, int64 or int32")
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and len(y):  # elsewhere looking would cost a sync
+        if type(y) is Tensor and y.device.type == "cpu" and computes_now() and y.numel():  # elsewhere looking would cost a sync
             lowest, highest = (int(label) for label in y.aminmax())
             if lowest < 0 or highest >= self.config.label_rows:
                 raise ValueError(f"y: got labels {lowest}..{highest}, expected 0..{self.config.label_rows - 1}")

@@ -235,7 +235,7 @@ class DiT(nn.Module):
         ``guidance_channels`` channels (default: the flavour's, three for official weights); the rest pass through.
         """
         channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
-        half = x[: len(x) // 2]  # [B, C, H, W]
+        half = x[: x.shape[0] // 2]  # [B, C, H, W]
         out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
         conditional, unconditional = out[:, :channels].chunk(2)  # 2 x [B, channels, H, W]
         guided = unconditional + cfg_scale * (conditional - unconditional)  # [B, channels, H, W]

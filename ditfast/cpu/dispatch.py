@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files import cache_folder
-from ..ops.dispatch import autocast_dtype, forced
+from ..ops.dispatch import autocast_dtype, computes_now, forced
 from . import library, torch_chain
 from .chain import DoesNotFit, Final, Step, is_here
 from .engine import Engine
@@ -41,14 +41,11 @@ def takes(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and computes_now()
         and type(x) is Tensor
         and x.numel() > 0
         and x.dtype in PRODUCTS
         and (autocast_dtype(x.device) or x.dtype) in PRODUCTS
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and _is_free()
     )
 

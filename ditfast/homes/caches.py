@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import blocks
-from ..ops.dispatch import forced
+from ..ops.dispatch import computes_now, forced
 
 Fingerprint: TypeAlias = tuple[tuple[int, int], ...]
 Modulations: TypeAlias = tuple[Sequence[blocks.Modulation | None], blocks.Norm]  # None of a block that is called
@@ -24,7 +24,7 @@ CACHE_BYTES = 512 * 2**20
 def fingerprint(tensors: Iterable[Tensor]) -> Fingerprint | None:
     """Changes when a tensor moves, or is written to in any way that autograd notices; None where that cannot be told."""
     tensors = list(tensors)
-    if torch.compiler.is_compiling() or any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
+    if not computes_now() or any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
         return None
     return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
@@ -53,7 +53,7 @@ class Caches:
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if weight.dtype == dtype:
             return weight
-        if torch.compiler.is_compiling() or weight.is_inference():
+        if not computes_now() or weight.is_inference():
             return weight.to(dtype)
         now = weight.data_ptr(), weight._version
         source, then, copy = self._copies.get(id(weight), (None, None, weight))

@@ -73,7 +73,7 @@ class DiffusersBlock(BlockHome):
             return NotImplemented
         c = swap.module.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)  # [B, D]
         x = swap.cast(hidden_states)
-        modulation = self.modulation(swap, F.silu(swap.cast(c).expand(len(x), -1)))
+        modulation = self.modulation(swap, F.silu(swap.cast(c).expand(x.shape[0], -1)))
         return blocks.run_alone(x, self.chain(swap, modulation)).to(hidden_states.dtype)
 
     def modulation(self, swap: Swap, activated: Tensor) -> blocks.Modulation:
@@ -176,7 +176,7 @@ class DiffusersModel(Home):
         embedders = [inner.module.norm1.emb for inner in ready]
         agree = swap.caches.agree([inner.replaced_parameters() for inner in ready])  # only the embedder has any
         embeddings = [
-            embedder(timestep, labels, hidden_dtype=x.dtype).expand(len(x), -1)  # [B, D]
+            embedder(timestep, labels, hidden_dtype=x.dtype).expand(x.shape[0], -1)  # [B, D]
             for embedder in embedders[: 1 if agree else None]
         ]
 

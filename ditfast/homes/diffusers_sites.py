@@ -53,7 +53,7 @@ class PixArtBlock(Home):
         if timestep is None or hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES or cross_attention_kwargs:
             return NotImplemented
         block = swap.module
-        vectors = block.scale_shift_table[None] + timestep.reshape(len(hidden_states), 6, -1)  # [B, 6, D]
+        vectors = block.scale_shift_table[None] + timestep.reshape(hidden_states.shape[0], 6, -1)  # [B, 6, D]
         # Under autocast the vectors are fp32, and make the stream fp32. PixArt's first one has another layout.
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, vectors.dtype)).contiguous()  # [B, T, D]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors.unbind(1)  # 6 x [B, D]
@@ -117,13 +117,13 @@ class JointBlock(Home):
             return NotImplemented
         block, x, context = swap.module, hidden_states.contiguous(), encoder_hidden_states.contiguous()
         activated = F.silu(temb)  # [B, D]
-        of_x = _six(block.norm1.linear, activated, len(x))
+        of_x = _six(block.norm1.linear, activated, x.shape[0])
         u = ops.layer_norm_modulate(x, of_x.attn_shift, of_x.attn_scale, block.norm1.norm.eps)  # [B, T, D]
         if block.context_pre_only:
             vectors = block.norm1_context.linear(activated.to(context.dtype))  # [B, 2 * D]
-            scale, shift = vectors.expand(len(x), -1).chunk(2, dim=1)  # 2 x [B, D]
+            scale, shift = vectors.expand(x.shape[0], -1).chunk(2, dim=1)  # 2 x [B, D]
         else:
-            of_context = _six(block.norm1_context.linear, activated, len(x))
+            of_context = _six(block.norm1_context.linear, activated, x.shape[0])
             shift, scale = of_context.attn_shift, of_context.attn_scale
         v = ops.layer_norm_modulate(context, shift, scale, block.norm1_context.norm.eps)  # [B, S, D]
         h, g = block.attn(hidden_states=u, encoder_hidden_states=v, **(joint_attention_kwargs or {}))

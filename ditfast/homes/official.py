@@ -59,7 +59,7 @@ class OfficialBlock(BlockHome):
     def forward(self, swap: Swap, x: Tensor | None = None, c: Tensor | None = None, *unknown: Any, **unknown_too: Any) -> Any:
         if x is None or c is None or x.dim() != 3 or c.dim() != 2 or x.dtype not in DTYPES or unknown or unknown_too:
             return NotImplemented
-        modulation = self.modulation(swap, F.silu(swap.cast(c).expand(len(x), -1)))
+        modulation = self.modulation(swap, F.silu(swap.cast(c).expand(x.shape[0], -1)))
         return blocks.run_alone(swap.cast(x), self.chain(swap, modulation)).to(x.dtype)
 
     def modulation(self, swap: Swap, activated: Tensor) -> blocks.Modulation:
@@ -141,7 +141,7 @@ class OfficialModel(Home):
         stream = self._embed(swap, swap.cast(x), patch_size)  # [B, T, D]
         c = (model.t_embedder(t) + model.y_embedder(y, model.training)).to(stream.dtype)  # [B, D]
         fused = [swap.fusible(block) for block in model.blocks]
-        per_block, final = self._modulations(swap, fused, c.expand(len(x), -1))
+        per_block, final = self._modulations(swap, fused, c.expand(x.shape[0], -1))
         stops: list[blocks.Stop] = [
             partial(_call, swap, block, c) if inner is None else inner.chain(modulation)
             for block, inner, modulation in zip(model.blocks, fused, per_block, strict=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .checks import check_dtype
+from .checks import check_dtype, check_tensor, wrong_type
 from .cpu_products import torch_attention
-from .dispatch import check_possible, choose, define_op, force, needs_gradient, route, under_autocast
+from .dispatch import check_possible, choose, define_op, force, needs_gradient, route, under_autocast, untransformed
 from .routes import Choice
 
 ENGINES = ("flash", "sdpa", "triton")
@@ -37,6 +37,8 @@ def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = 
         RuntimeError: an engine that was asked for cannot run here; the message says why, and what to do.
     """
     if not isinstance(qkv, Tensor):
+        if not isinstance(qkv, Sequence) or isinstance(qkv, str) or len(qkv) != 3:
+            raise wrong_type("qkv", qkv, "a tensor [B, T, 3, H, d] or three, each [B, T, H, d]")
         q, k, v = under_autocast(*qkv)
         return _attention_apart(q, k, v, engine)
     (qkv,) = under_autocast(qkv)
@@ -61,6 +63,7 @@ def _attention_apart(q: Tensor, k: Tensor, v: Tensor, engine: str | None) -> Ten
 
 def check_heads(name: str, tensor: Tensor, expected: str, packed: int = 0) -> None:
     """[B, T, H, d], or [B, T, packed, H, d], contiguous from its third dimension on."""
+    check_tensor(name, tensor, expected)
     if tensor.dim() != (5 if packed else 4) or (packed and tensor.shape[2] != packed):
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
     check_dtype(name, tensor)
@@ -92,7 +95,7 @@ def choose_engine(device: torch.device, problem: Problem, wanted: str | None = N
     """
     if wanted is None:
         return choose(device, problem)
-    if wanted not in ENGINES:
+    if not isinstance(wanted, str) or wanted not in ENGINES:
         raise ValueError(f"engine: got {wanted!r}, expected one of {', '.join(ENGINES)}")
     check_possible(wanted, device, problem)
     return Choice(wanted, "asked for")
@@ -104,7 +107,8 @@ def _engine(x: Tensor, shape: Sequence[int], training: bool, wanted: str | None)
     rows = B * sizes[0]
     if wanted is None:
         return route(x, "attention", rows, tuple(sizes), training)
-    return choose_engine(x.device, Problem("attention", x.dtype, rows, tuple(sizes), training), wanted).route
+    chosen = choose_engine(x.device, Problem("attention", x.dtype, rows, tuple(sizes), training), wanted).route
+    return untransformed("attention", chosen, is_forced=True)
 
 
 def _flash(qkv: Tensor) -> Tensor:

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
+
+from ..argument_checks import describe
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def wrong_type(name: str, value: object, expected: str) -> TypeError:
+    return TypeError(f"{name}: got {describe(value)}, expected {expected}")
+
+
+def check_tensor(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise wrong_type(name, value, f"a tensor {expected}")
+
+
+def check_integer(name: str, value: object) -> None:
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt))):
+        raise wrong_type(name, value, "an integer")
+
+
+def check_number(name: str, value: object) -> None:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat))):
+        raise wrong_type(name, value, "a number")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise wrong_type(name, value, "True or False")
+
+
 def check_tokens(name: str, x: Tensor) -> None:
     """[B, T, D] activations with unit inner stride."""
+    check_tensor(name, x, "[B, T, D]")
     if x.dim() != 3:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected [B, T, D]")
     _check_not_empty(name, x, x.shape[2:])
@@ -31,6 +60,7 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], of: str = "x") -> None:
     """Of a shape that follows from x, and of the dtype and device of x; ``of`` is what the op calls x."""
+    check_tensor(name, tensor, f"{list(shape)}")
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for {of} {tuple(x.shape)}")
     if tensor.dtype != x.dtype:
@@ -48,7 +78,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor, prefix: str = "", feat
 
 
 def check_weight(name: str, weight: Tensor) -> None:
-    """Raise ValueError unless a weight is [N, K], neither of them 0."""
+    """Raise unless a weight is [N, K], neither of them 0."""
+    check_tensor(name, weight, "[N, K]")
     if weight.dim() != 2:
         raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected [N, K]")
     _check_not_empty(name, weight, weight.shape)
@@ -57,6 +88,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 def check_branch(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...] | None = None, of: str = "x") -> None:
     """Of the shape (if none is given) and device of x, in any dtype: autocast brings bf16 branches beside an fp32 stream."""
     expected = tuple(x.shape) if shape is None else shape
+    check_tensor(name, h, f"{list(expected)}")
     if h.shape != expected:
         raise ValueError(f"{name}: got shape {tuple(h.shape)}, expected {expected} for {of} {tuple(x.shape)}")
     check_dtype(name, h)
@@ -68,6 +100,7 @@ def check_modulation(name: str, vector: Tensor | None, x: Tensor) -> None:
     """[B, D] for one vector a sample or [B, T, D] for one a token, in any of the dtypes; or None."""
     if vector is None:
         return
+    check_tensor(name, vector, "[B, D] or [B, T, D], or None")
     if vector.shape != x.shape and vector.shape != x.shape[::2]:
         B, T, D = x.shape
         raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected {(B, D)} or {(B, T, D)} for x {tuple(x.shape)}")

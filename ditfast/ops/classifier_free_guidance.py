@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_dtype
+from .checks import check_dtype, check_integer, check_number, check_tensor
 from .dispatch import define_op, needs_gradient, route
 
 
@@ -25,14 +25,17 @@ def classifier_free_guidance(out: Tensor, scale: float, channels: int) -> Tensor
     Raises:
         ValueError: out's shape or dtype, or more channels than it has; the message names it.
     """
+    check_tensor("out", out, "[2B, C, H, W]")
     if out.dim() != 4:
         raise ValueError(f"out: got shape {tuple(out.shape)}, expected [2B, C, H, W]")
-    if len(out) % 2:
-        raise ValueError(f"out: got a batch of {len(out)}, expected an even one: conditional, then unconditional")
+    if out.shape[0] % 2:
+        raise ValueError(f"out: got a batch of {out.shape[0]}, expected an even one: conditional, then unconditional")
     check_dtype("out", out)
+    check_number("scale", scale)
+    check_integer("channels", channels)
     if not 0 <= channels <= out.shape[1]:
         raise ValueError(f"channels: got {channels}, expected 0..{out.shape[1]}")
-    if route(out, "classifier_free_guidance", len(out), (out.shape[1:].numel(),), needs_gradient(out)) == "torch":
+    if route(out, "classifier_free_guidance", out.shape[0], (out.shape[1:].numel(),), needs_gradient(out)) == "torch":
         return torch_classifier_free_guidance(out, scale, channels)
     return _op(out, scale, channels)
 

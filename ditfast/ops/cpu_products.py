@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import autocast_dtype, define_op, under_autocast
+from .dispatch import autocast_dtype, define_op, is_transformed, under_autocast
 
 # Fewer are dot products with the weight's rows, which are read once: torch's loop keeps up with the memory, and widening
 # would write them too. Measured as above: even at 6.
@@ -50,7 +50,9 @@ SLOW_DTYPES = slow_dtypes()
 
 def in_fp32(x: Tensor) -> bool:
     """Whether a product of x, or of what autocast makes of it, is one of fp32 operands instead."""
-    return bool(SLOW_DTYPES) and x.device.type == "cpu" and (autocast_dtype(x.device) or x.dtype) in SLOW_DTYPES
+    if not SLOW_DTYPES or x.device.type != "cpu" or (autocast_dtype(x.device) or x.dtype) not in SLOW_DTYPES:
+        return False
+    return not is_transformed()
 
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

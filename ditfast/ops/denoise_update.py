@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_dtype
+from .checks import check_dtype, check_flag, check_integer, check_tensor
 from .dispatch import define_op, route
 
 
@@ -40,7 +40,8 @@ def denoise_update(
         ValueError: an argument's shape, dtype or device; the message names it.
     """
     _check(x, output, noise, update, scale, guided_channels)
-    if route(x, "denoise_update", len(x), (x.shape[1:].numel(),)) == "torch":
+    check_flag("clip", clip)
+    if route(x, "denoise_update", x.shape[0], (x.shape[1:].numel(),)) == "torch":
         return torch_denoise_update(x, output, noise, update, scale, guided_channels, clip)
     return _op(x, output, noise, update, scale, guided_channels, clip)
 
@@ -72,6 +73,10 @@ def torch_denoise_update(
 
 
 def _check(x: Tensor, output: Tensor, noise: Tensor | None, update: Tensor, scale: Tensor | None, guided_channels: int) -> None:
+    check_tensor("x", x, "[B, C, H, W]")
+    check_tensor("output", output, "[B, C, H, W] or [B, 2C, H, W]")
+    check_tensor("update", update, "[6]")
+    check_integer("guided_channels", guided_channels)
     if x.dim() != 4 or x.dtype != torch.float32:
         raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected [B, C, H, W] torch.float32")
     batch, channels, height, width = x.shape
@@ -81,7 +86,10 @@ def _check(x: Tensor, output: Tensor, noise: Tensor | None, update: Tensor, scal
     if tuple(output.shape) not in allowed:
         raise ValueError(f"output: got shape {tuple(output.shape)}, expected {allowed[0]} or {allowed[1]}")
     for name, tensor, shape in (("noise", noise, x.shape), ("update", update, (6,)), ("scale", scale, (batch,))):
-        if tensor is not None and (tuple(tensor.shape) != tuple(shape) or tensor.dtype != torch.float32):
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, str(list(shape)))
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != torch.float32:
             raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} torch.float32")
     for name, tensor in (("output", output), ("noise", noise), ("update", update), ("scale", scale)):
         if tensor is not None and tensor.device != x.device:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..problem import Problem
 from .decisions import decide, use_tiles
@@ -82,7 +83,7 @@ def backend(name: str) -> Force:
 
 def force(field: str, name: str, allowed: tuple[str, ...]) -> Force:
     """Sets a field of ``Forced`` inside the ``with`` block, in this thread."""
-    if name not in allowed:
+    if not isinstance(name, str) or name not in allowed:
         raise ValueError(f"{field}: got {name!r}, expected one of {', '.join(allowed)}")
     fields: dict[str, Any] = {field: name}
     return Force(_forced.get()._replace(**fields))
@@ -147,8 +148,38 @@ def _decided(device: torch.device, op: str, dtype: torch.dtype, rows: int, sizes
     return decide(device, Problem(op, dtype, rows, sizes, training)).route
 
 
+def is_transformed() -> bool:
+    """Return whether a transform of ``torch.func``, or forward-mode differentiation, is under way; kernels know neither."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 # What torch.compiler.assume_constant_result does, which would import all of torch.compile for it.
-vars(_decided)["_dynamo_marked_constant"] = True
+vars(_decided)["_dynamo_marked_constant"] = vars(is_transformed)["_dynamo_marked_constant"] = True
+
+
+def computes_now() -> bool:
+    """Return whether ops compute at once, on numbers that can be read: nothing traces, transforms or fakes them."""
+    return not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or is_transformed()
+    )
+
+
+def untransformed(op: str, route: str, is_forced: bool = False) -> str:
+    """Return the route, or the one in plain torch where a transform is under way and nothing forces another.
+
+    Raises:
+        RuntimeError: kernels are forced that no transform goes through.
+    """
+    in_torch = "sdpa" if op == "attention" else "torch"
+    if route == in_torch or not is_transformed():
+        return route
+    choice = forced()
+    if not (is_forced or choice.trial or choice.backend == "triton" or (op == "attention" and choice.attention)):
+        return in_torch
+    raise RuntimeError(
+        f"{op}: forward-mode derivatives and torch.func's transforms do not go through its kernels ({route!r}); "
+        "run it under ditfast.backend('torch')"
+    )
 
 
 def route(x: Tensor, op: str, rows: int, sizes: tuple[int, ...], training: bool = False) -> str:
@@ -156,7 +187,7 @@ def route(x: Tensor, op: str, rows: int, sizes: tuple[int, ...], training: bool 
     problem = Problem(op, x.dtype, rows, sizes, training)
     for watch in _watching:
         watch(problem)
-    return choose(x.device, problem).route
+    return untransformed(op, choose(x.device, problem).route)
 
 
 @contextlib.contextmanager
@@ -176,15 +207,22 @@ def check_possible(engine: str, device: torch.device, problem: Problem) -> None:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, as torch casts the arguments of F.linear; the op behind does not see autocast."""
-    dtype = autocast_dtype(tensors[0].device)
+    """The tensors in autocast's dtype, as torch casts the arguments of F.linear; the op behind does not see autocast.
+
+    What is no tensor stays as it is, for the op's checks to refuse.
+    """
+    dtype = autocast_dtype(tensors[0].device) if isinstance(tensors[0], Tensor) else None
     if dtype is None:
         return tensors
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t.to(dtype) if _is_cast(t) else t for t in tensors)
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -217,6 +255,8 @@ def define_op(
 
     def launch(*args: Any) -> Any:
         where = next(arg for arg in args if isinstance(arg, Tensor))
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(f"ditfast::{name} has no forward-mode derivative; run it under ditfast.backend('torch')")
         kernels().check_launchable(where)
         use_tiles(where.device)
         with kernels().current_device(where.device):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_modulation, check_tokens, token_rows
-from .dispatch import define_op, needs_gradient, route
+from .checks import check_modulation, check_number, check_tokens, token_rows
+from .dispatch import computes_now, define_op, needs_gradient, route
 from .joint_backward import joint_backward
 
 # Elements; measured on two cores of a Zen 4: above the first a call's overhead no longer shows, above the second the
@@ -36,6 +36,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
     check_tokens("x", x)
     check_modulation("shift", shift, x)
     check_modulation("scale", scale, x)
+    check_number("eps", eps)
     training = needs_gradient(x, shift, scale)
     if route(x, "layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training) == "torch":
         return torch_layer_norm_modulate(x, shift, scale, eps)
@@ -46,7 +47,7 @@ def torch_layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | N
     if shift is None and scale is None:
         exact = x.float() if x.device.type == "cpu" else x  # as in _weighted_layer_norm
         return F.layer_norm(exact, x.shape[-1:], eps=eps).to(x.dtype).contiguous()
-    if x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale) and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale) and computes_now():
         return _cpu_version(x, shift, scale, eps)
     return _normalise_then_modulate(x, shift, scale, eps)
 

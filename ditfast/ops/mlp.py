@@ -32,7 +32,7 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
     """
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = under_autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_linear(x, fc1_weight, fc1_bias, prefix="fc1_")
-    check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=len(fc1_bias))
+    check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=fc1_bias.shape[0])
     training = needs_gradient(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if not training:
         return linear(linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_branch, check_dtype, check_parameter
+from .checks import check_branch, check_dtype, check_parameter, check_tensor
 from .cpu_products import torch_linear
 from .dispatch import define_op, needs_gradient, route, under_autocast
 from .patches import check_patch_size
@@ -30,10 +30,11 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
+    check_tensor("weight", weight, "[D, C, p, p]")
     dtype = weight.dtype
     latents, weight, bias = under_autocast(latents, weight, bias)
     pos_embed = _check(latents, weight, bias, pos_embed, patch_size)
-    rows, sizes = len(latents) * len(pos_embed), (len(weight), weight.shape[1:].numel())
+    rows, sizes = latents.shape[0] * len(pos_embed), (len(weight), weight.shape[1:].numel())
     if route(latents, "patch_embed", rows, sizes, needs_gradient(latents, weight, bias, pos_embed)) == "torch":
         patches = torch_patchify(latents, patch_size)  # [B, T, C*p*p]
         return (torch_linear(patches, weight.flatten(1), bias) + pos_embed).to(dtype).contiguous()  # [B, T, D]
@@ -43,6 +44,7 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
 def _check(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
     """Returns pos_embed as [T, D]."""
     check_patch_size(patch_size)
+    check_tensor("latents", latents, "[B, C, H, W]")
     if latents.dim() != 4 or 0 in latents.shape[1:] or latents.shape[2] % patch_size or latents.shape[3] % patch_size:
         raise ValueError(f"latents: got shape {tuple(latents.shape)}, expected [B, C, H, W], H and W multiples of {patch_size}")
     check_dtype("latents", latents)
@@ -51,6 +53,7 @@ def _check(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, pat
     D, T = len(weight), (latents.shape[2] // patch_size) * (latents.shape[3] // patch_size)
     check_parameter("weight", weight, latents, (D, latents.shape[1], patch_size, patch_size), "latents")
     check_parameter("bias", bias, latents, (D,), "latents")
+    check_tensor("pos_embed", pos_embed, "[1, T, D] or [T, D]")
     if pos_embed.dim() == 3 and len(pos_embed) == 1:
         pos_embed = pos_embed[0]
     check_branch("pos_embed", pos_embed, latents, (T, D), "latents")

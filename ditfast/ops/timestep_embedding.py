@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ..config import TIMESTEP_FEATURES
+from .checks import check_integer, check_tensor
 from .dispatch import define_op, needs_gradient, route
 
 _tables: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, number of frequencies and divisor
@@ -27,15 +28,19 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
     Raises:
         ValueError: t is not one-dimensional or not real, or dim is odd.
     """
+    check_tensor("t", t, "[B]")
     if t.dim() != 1:
         raise ValueError(f"t: got shape {tuple(t.shape)}, expected [B]")
     if t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"t: got dtype {t.dtype}, expected real timesteps")
+    check_integer("dim", dim)
+    if frequency_divisor is not None:
+        check_integer("frequency_divisor", frequency_divisor)
     if dim % 2:
         raise ValueError(f"dim: got {dim}, expected an even number")
     half = dim // 2
     frequencies = _frequencies(t, half, frequency_divisor or half)  # [dim/2]
-    if route(frequencies, "timestep_embedding", len(t), (dim,), needs_gradient(t)) == "torch":
+    if route(frequencies, "timestep_embedding", t.shape[0], (dim,), needs_gradient(t)) == "torch":
         angles = t.float()[:, None] * frequencies  # [B, dim/2]
         return torch.cat([angles.cos(), angles.sin()], dim=1)
     return _op(t, frequencies)

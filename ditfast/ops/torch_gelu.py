@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import needs_gradient
+from .dispatch import computes_now, needs_gradient
 
 # 0.5 * (1 + tanh(u)) = sigmoid(2 * u), and 2 * u = x * (LINEAR + CUBIC * x * x)
 LINEAR = 2 * math.sqrt(2 / math.pi)
@@ -22,7 +22,7 @@ def torch_gelu(x: Tensor) -> Tensor:
     tanh is slow. For gradients it is torch's: the sigmoid's round more.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    if not on_cpu or needs_gradient(x) or torch.compiler.is_compiling():
+    if not on_cpu or needs_gradient(x) or not computes_now():
         return F.gelu(x, approximate="tanh")
     slope = torch.addcmul(x.new_full((), LINEAR), x, x, value=CUBIC)
     return slope.mul_(x).sigmoid_().mul_(x)

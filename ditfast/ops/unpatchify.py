@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .checks import check_tokens, token_rows
@@ -36,13 +37,14 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
 
 def torch_unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     (h, w), p = grid, patch_size
-    B, C = len(x), x.shape[-1] // (p * p)
+    B, C = x.shape[0], x.shape[-1] // (p * p)
     x = x.reshape(B, h, w, p, p, C)  # [B, h, w, p, p, C]
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * p, w * p).contiguous()  # [B, C, H, W]
+    image = x.permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
+    return image.clone(memory_format=torch.contiguous_format).reshape(B, C, h * p, w * p)  # never a view of x
 
 
 def empty_image(x: Tensor, grid: Sequence[int], patch_size: int, features: int) -> Tensor:
-    return x.new_empty(len(x), features // patch_size**2, grid[0] * patch_size, grid[1] * patch_size)
+    return x.new_empty(x.shape[0], features // patch_size**2, grid[0] * patch_size, grid[1] * patch_size)
 
 
 def _fake(x: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:

@@ -1,0 +1,111 @@
+"""Arguments of the wrong kind: an error that begins with the argument's name, for every argument of every op and of DiT."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ditfast import DiT, DiTConfig, ops
+from ditfast.benchmarks.kernel_cases import OPS, Sizes, arguments
+
+CONFIG = DiTConfig(depth=1, hidden_size=64, num_heads=2, input_size=8, num_classes=10)
+SIZES = Sizes(CONFIG, 2)
+NUMBERS: dict[str, Any] = {
+    "eps": 1e-6,
+    "grid": CONFIG.grid,
+    "patch_size": CONFIG.patch_size,
+    "scale": 4.0,  # of classifier_free_guidance; elsewhere it is a tensor
+    "channels": 3,
+    "guided_channels": 3,
+    "clip": True,
+    "dim": 256,
+    "frequency_divisor": 128,
+    "engine": "sdpa",
+}
+WRONG: dict[str, Any] = {
+    "None": None,
+    "list": [1.0, 2.0],
+    "ndarray": np.zeros((2, 4), np.float32),
+    "number": 1.5,
+    "name": "DiT-XL/2",
+    "module": torch.nn.Identity(),
+}
+
+
+def fits(value: object, parameter: inspect.Parameter) -> bool:
+    """Return whether the annotation, a string, allows a value of this kind."""
+    kinds = str(parameter.annotation)
+    return (value is None and "None" in kinds) or (isinstance(value, float) and "float" in kinds)
+
+
+def call_with(op: str, wrong: str, value: object) -> Callable[[], object]:
+    tensors = arguments(op, SIZES, torch.float32, torch.device("cpu"), backward=False)
+    given = {name: tensors.get(name, NUMBERS.get(name)) for name in inspect.signature(getattr(ops, op)).parameters}
+    return lambda: getattr(ops, op)(**{**given, wrong: value})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_argument_of_an_op(op: str) -> None:
+    parameters = inspect.signature(getattr(ops, op)).parameters
+    tensors = arguments(op, SIZES, torch.float32, torch.device("cpu"), backward=False)
+    getattr(ops, op)(**{name: tensors.get(name, NUMBERS.get(name)) for name in parameters})  # as given it runs
+    for name, parameter in parameters.items():
+        for value in WRONG.values():
+            if not fits(value, parameter):
+                with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
+                    call_with(op, name, value)()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_list_beside_tensors(op: str, autocast: bool) -> None:
+    for name in arguments(op, SIZES, torch.float32, torch.device("cpu"), backward=False):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            pytest.raises(TypeError, match=rf"^{name}: got \[1\.0\], expected"),
+        ):
+            call_with(op, name, [1.0])()
+
+
+@pytest.mark.parametrize("method", ["forward", "forward_with_cfg", "forward_modulated", "modulation_vectors"])
+def test_every_argument_of_a_model(method: str) -> None:
+    model = DiT(CONFIG).eval()
+    x, t, y = torch.randn(2, *CONFIG.input_shape), torch.tensor([10, 20]), torch.tensor([1, CONFIG.null_class])
+    given: dict[str, Any] = {
+        "forward": {"x": x, "t": t, "y": y},
+        "forward_with_cfg": {"x": x, "t": t, "y": y, "cfg_scale": 4.0, "guidance_channels": 3},
+        "forward_modulated": {"x": x, "vectors": model.modulation_vectors(t, y)},
+        "modulation_vectors": {"t": t, "y": y},
+    }[method]
+    call = getattr(model, method)
+    call(**given)
+    for name, parameter in inspect.signature(call).parameters.items():
+        for value in WRONG.values():
+            if not fits(value, parameter):
+                with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
+                    call(**{**given, name: value})
+
+
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
+def test_a_model_without_a_config(value: object) -> None:
+    with pytest.raises(TypeError, match=r"^config: got .*, expected a ditfast\.DiTConfig"):
+        DiT(value)  # type: ignore[arg-type]
+
+
+def test_a_name_where_a_config_belongs() -> None:
+    with pytest.raises(TypeError, match=r"DiTConfig\.from_name\('DiT-XL/2'\) makes one"):
+        DiT("DiT-XL/2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", [field for field in DiTConfig.__dataclass_fields__])
+def test_every_field_of_a_config(field: str) -> None:
+    allowed = {"mlp_ratio": float, "class_dropout_prob": float}
+    for value in WRONG.values():
+        if not isinstance(value, allowed.get(field, ())):
+            with pytest.raises((TypeError, ValueError), match=f"^{field}: got "):
+                DiTConfig(**{field: value})
