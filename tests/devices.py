@@ -1,14 +1,16 @@
-"""Where the bodies of GPU tests run: on a GPU, and on a CPU in its place, so that no line of them is new to the first GPU."""
+"""Where the bodies of GPU tests run: on a CPU, and on a GPU or the fake one, so that no line is new to the first GPU."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import fake_cuda
 import torch
 from support import randomize
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from ditfast import DiT, DiTConfig
 
 Capture = tuple[Sequence[Tensor], Callable[[], None]]  # what a function returned, and what computes it anew in place
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 DELAY = 50_000_000  # clock cycles: some 30 ms
 
 
@@ -68,49 +70,48 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The current CUDA device; ``cuda`` is a stand-in for ``torch.cuda`` where there is none."""
+    """The first CUDA device."""
 
     device: torch.device = CUDA
-    many: int = 1000
-    cuda: Any = torch.cuda
+    many: int = dataclasses.field(default_factory=lambda: 6 if fake_cuda.installed() else 1000)
 
     def allocated(self) -> int:
         gc.collect()
-        self.cuda.synchronize()
-        return self.cuda.memory_allocated()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
 
     def captured(self, run: Callable[[], Sequence[Tensor]]) -> Capture:
-        warm_up = self.cuda.Stream()
-        warm_up.wait_stream(self.cuda.current_stream())
-        with self.cuda.stream(warm_up):
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
             run()
-        self.cuda.current_stream().wait_stream(warm_up)
-        graph = self.cuda.CUDAGraph()
-        with self.cuda.graph(graph):
+        torch.cuda.current_stream().wait_stream(warm_up)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             outputs = run()
 
         def replay() -> None:
             graph.replay()
-            self.cuda.synchronize()
+            torch.cuda.synchronize()
 
         return outputs, replay
 
     @contextlib.contextmanager
     def late_copy(self, source: Tensor, target: Tensor) -> Any:
-        self.cuda.synchronize()
-        with self.cuda.stream(self.cuda.Stream()):
-            self.cuda._sleep(DELAY)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(DELAY)
             target.copy_(source)
             yield
-        self.cuda.synchronize()
+        torch.cuda.synchronize()
 
     @contextlib.contextmanager
     def without_waiting(self) -> Any:
-        self.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
-            self.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("default")
 
 
 CONFIG = DiTConfig(depth=2, hidden_size=144, num_heads=2, input_size=(8, 12), num_classes=7)

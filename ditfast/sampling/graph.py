@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-
-# Runs a function into buffers that stay, and returns its result and what runs it again.
-Capture: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 
 
 class Graphed:
@@ -20,9 +17,8 @@ class Graphed:
     overwrites. Where capturing fails the function runs as it is, after one warning.
     """
 
-    def __init__(self, function: Callable[..., Tensor], capture: Capture | None = None):
+    def __init__(self, function: Callable[..., Tensor]):
         self.function = function
-        self.capture = cuda_capture if capture is None else capture
         self._graphs: dict[Any, tuple[list[Tensor | None], Tensor, Callable[[], None]]] = {}
         self._failed = False
 
@@ -33,7 +29,7 @@ class Graphed:
         if key not in self._graphs:
             buffers = [None if a is None else a.clone() for a in arguments]
             try:
-                output, replay = self.capture(lambda: self.function(*buffers))
+                output, replay = cuda_capture(lambda: self.function(*buffers))
             except RuntimeError as error:
                 self._failed = True
                 first_line = str(error).strip().partition("\n")[0]

@@ -6,12 +6,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..sampling.graph import Capture, cuda_capture
+from ..sampling.graph import cuda_capture
 
 ROUNDS = 11
 ROUND_MS = 2.0
@@ -40,14 +40,11 @@ class GraphClock:
 
     Args:
         device: the one to measure on, which is the current one.
-        capture: into a graph.
-        cuda: ``torch.cuda``, or what stands in for it.
     """
 
-    def __init__(self, device: torch.device, capture: Capture = cuda_capture, cuda: Any = torch.cuda):
+    def __init__(self, device: torch.device):
         self.device = device
-        self._capture, self._cuda = capture, cuda
-        self._cache = cuda.get_device_properties(device).L2_cache_size
+        self._cache = torch.cuda.get_device_properties(device).L2_cache_size
 
     def copies(self, nbytes: int) -> int:
         return max(1, min(MOST_COPIES, math.ceil(CACHES * self._cache / max(nbytes, 1))))
@@ -60,7 +57,7 @@ class GraphClock:
                 call()
             return nothing
 
-        _, replay = self._capture(once)
+        _, replay = cuda_capture(once)
         self._ms(replay, 1)  # the first replay uploads the graph
         repeats = max(1, min(MOST_REPEATS, math.ceil(ROUND_MS / self._ms(replay, 1))))
         rounds = [self._ms(replay, repeats) for _ in range(ROUNDS)]
@@ -70,7 +67,7 @@ class GraphClock:
         return time.monotonic()
 
     def _ms(self, replay: Callable[[], None], repeats: int) -> float:
-        start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(repeats):
             replay()

@@ -16,7 +16,7 @@ NCCL and peer access; Inductor's code (its backend is replaced by aot_eager); AM
 
 from __future__ import annotations
 
-from .fake import FakeCuda, environment, fake_cuda
+from .fake import FakeCuda, environment, fake_cuda, installed
 from .parameters import Parameters
 
-__all__ = ["FakeCuda", "Parameters", "environment", "fake_cuda"]
+__all__ = ["FakeCuda", "Parameters", "environment", "fake_cuda", "installed"]

@@ -1,17 +1,16 @@
-"""What torch._C of a CUDA build has: functions, and the classes below torch.cuda.Stream, Event and CUDAGraph."""
+"""What torch._C of a CUDA build has: functions, and the classes below torch.cuda.Stream and Event."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
-import weakref
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from .build import native
+from .graphs import GraphBase, new_pool
 from .parameters import AMD_ARCHITECTURE, ARCHITECTURES, Parameters, Properties, properties
 
 CUDA = 1  # the number of the device type
@@ -63,146 +62,86 @@ class EventBase(torch.Event):
         return native().elapsed_time(self.event_id, end_event.event_id)
 
 
-# ------------------------------------------------------------------ graphs
-_numbers = itertools.count()
-_python_work: dict[int, tuple[int, Callable[[], None]]] = {}  # number -> its graph, what to run
-_capturing: list[int] = []
-
-
-def record(run: Callable[[], None]) -> None:
-    """Add something that Python launched to the graph that is being captured."""
-    number = next(_numbers)
-    _python_work[number] = _capturing[-1], run
-    native().record_python(number)
-
-
-def _drop(graph: int) -> None:
-    native().drop_graph(graph)
-    for number in [number for number, (owner, _) in _python_work.items() if owner == graph]:
-        del _python_work[number]
-
-
-class GraphBase:
-    """``torch._C._CUDAGraph``: what runs between begin and end of a capture, run again by ``replay``."""
-
-    def __new__(cls, keep_graph: bool = False) -> Any:
-        graph = super().__new__(cls)
-        graph.number_ = next(_numbers)
-        graph.captured_ = False
-        weakref.finalize(graph, _drop, graph.number_)
-        graph.pool_ = (0, graph.number_)
-        return graph
-
-    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
-        if capture_error_mode not in ("global", "thread_local", "relaxed"):
-            raise RuntimeError(
-                f"Unknown capture error mode. Expected `global`, `thread_local`, or `relaxed`, got {capture_error_mode}"
-            )
-        if self.captured_:
-            raise RuntimeError(
-                "This CUDAGraph instance already owns a captured graph. To capture a new graph, create a new instance."
-            )
-        native().begin_capture(self.number_)
-        self.pool_ = pool or self.pool_
-        _capturing.append(self.number_)
-
-    def capture_end_pre(self) -> None:
-        _capturing.pop()
-        native().end_capture()
-        self.captured_ = True
-
-    def capture_end_post(self) -> None:
-        pass
-
-    def capture_end(self) -> None:
-        """End the capture; torch 2.14 calls the two halves itself."""
-        self.capture_end_pre()
-
-    @property
-    def _has_graph_exec(self) -> bool:
-        return self.captured_
-
-    def instantiate(self) -> None:
-        self._check()
-
-    def replay(self) -> None:
-        self._check()
-        done, count = 0, native().work_count(self.number_)
-        while done < count:
-            done, number = native().replay(self.number_, done)
-            if number >= 0:
-                _python_work[number][1]()
-                done += 1
-
-    def _check(self) -> None:
-        if not self.captured_:
-            raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
-
-    def reset(self) -> None:
-        self.captured_ = False
-        _drop(self.number_)
-
-    def pool(self) -> tuple[int, int]:
-        return self.pool_
-
-    def pools(self) -> list[tuple[int, int]]:
-        return [self.pool_]
-
-    def register_generator_state(self, generator: torch.Generator) -> None:
-        """Generators of the fake draw on at every replay anyway."""
-
-    def enable_debug_mode(self) -> None:
-        pass
-
-    def debug_dump(self, path: str) -> None:
-        pass
-
-
 # ------------------------------------------------------------------ functions
-def functions(parameters: Parameters) -> dict[str, Any]:
-    """Return the attributes of torch._C that a build with these GPUs has."""
-    fake = native()
-    pid = os.getpid()
+class Machine:
+    """The GPUs of the fake that is installed; functions of torch._C ask it, so that they can stay the same objects."""
 
-    def init() -> None:
-        if parameters.count == 0:
-            raise RuntimeError(
-                "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
-                "http://www.nvidia.com/Download/index.aspx"
-            )
-        torch.cuda.default_generators = tuple(fake.default_generator(i) for i in range(parameters.count))
+    def __init__(self) -> None:
+        self.parameters = Parameters(count=0)
+        self.pid = 0
 
-    def set_device(device: int) -> None:
-        fake.exchange_device(device)
+    def set(self, parameters: Parameters) -> None:
+        self.parameters, self.pid = parameters, os.getpid()
 
-    def current_device() -> int:
-        return fake.exchange_device(-1)
 
-    def current_stream(device: int) -> tuple[int, int, int]:
-        return fake.exchange_stream(device, -1), device, CUDA
+machine = Machine()
 
-    def set_stream(stream_id: int, device_index: int, device_type: int) -> None:
-        if device_index != fake.exchange_device(-1):
-            fake.exchange_device(device_index)
-        fake.exchange_stream(device_index, stream_id)
 
+def _init() -> None:
+    count = len(machine.parameters.visible)
+    if count == 0:
+        raise RuntimeError(
+            "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
+            "http://www.nvidia.com/Download/index.aspx"
+        )
+    native().initialize()
+    torch.cuda.default_generators = tuple(native().default_generator(i) for i in range(count))
+
+
+def _exchange_device(device: int) -> int:
+    return native().exchange_device(device)
+
+
+def _maybe_exchange_device(device: int) -> int:
+    return native().exchange_device(device)
+
+
+def _set_device(device: int) -> None:
+    native().exchange_device(device)
+
+
+def _set_stream(stream_id: int, device_index: int, device_type: int) -> None:
+    native().exchange_device(device_index)
+    native().exchange_stream(device_index, stream_id)
+
+
+def _memory_stats(device: int) -> dict[str, Any]:
+    allocated, peak, allocations, frees, live = native().memory(device)
+
+    def figures(current: int, most: int, came: int, went: int) -> dict[str, dict[str, int]]:
+        kind = {"current": current, "peak": most, "allocated": came, "freed": went}
+        return {"all": kind, "small_pool": dict.fromkeys(kind, 0), "large_pool": kind}
+
+    names = ("allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes")
     return {
-        "_cuda_getDeviceCount": lambda: parameters.count,
-        "_cuda_init": init,
-        "_cuda_isInBadFork": lambda: os.getpid() != pid and torch.cuda._initialized,
-        "_cuda_getDevice": current_device,
-        "_cuda_setDevice": set_device,
-        "_cuda_exchangeDevice": fake.exchange_device,
-        "_cuda_maybeExchangeDevice": fake.exchange_device,
+        **dict.fromkeys(names, figures(allocated, peak, peak, peak - allocated)),
+        **dict.fromkeys(("allocation", "segment", "active"), figures(live, live, allocations, frees)),
+        "num_alloc_retries": 0,
+        "num_ooms": 0,
+    }
+
+
+@functools.cache
+def functions() -> dict[str, Any]:
+    """Return the attributes of torch._C that a build for CUDA has."""
+    fake = native()
+    return {
+        "_cuda_getDeviceCount": lambda: len(machine.parameters.visible),
+        "_cuda_init": _init,
+        "_cuda_isInBadFork": lambda: os.getpid() != machine.pid and torch.cuda._initialized,
+        "_cuda_getDevice": lambda: fake.exchange_device(-1),
+        "_cuda_setDevice": _set_device,
+        "_cuda_exchangeDevice": _exchange_device,
+        "_cuda_maybeExchangeDevice": _maybe_exchange_device,
         "_cuda_hasPrimaryContext": lambda device: torch.cuda._initialized,
         "_cuda_canDeviceAccessPeer": lambda device, peer: True,
-        "_cuda_getArchFlags": lambda: AMD_ARCHITECTURE if parameters.hip else ARCHITECTURES,
+        "_cuda_getArchFlags": lambda: AMD_ARCHITECTURE if machine.parameters.hip else ARCHITECTURES,
         "_cuda_getCompiledVersion": lambda: LIBRARY_VERSION,
-        "_cuda_getCurrentStream": current_stream,
+        "_cuda_getCurrentStream": lambda device: (fake.exchange_stream(device, -1), device, CUDA),
         "_cuda_getCurrentRawStream": lambda device: fake.exchange_stream(device, -1),
         "_cuda_getDefaultStream": lambda device: (0, device, CUDA),
         "_cuda_getStreamFromExternal": lambda pointer, device: (pointer, device, CUDA),
-        "_cuda_setStream": set_stream,
+        "_cuda_setStream": _set_stream,
         "_cuda_synchronize": fake.check_waiting,
         "_cuda_sleep": lambda cycles: fake.check_usable(),
         "_cuda_ipc_collect": fake.check_usable,
@@ -211,9 +150,16 @@ def functions(parameters: Parameters) -> dict[str, Any]:
         "_cuda_isCurrentStreamCapturing": fake.is_capturing,
         "_cuda_clearCublasWorkspaces": lambda: None,
         "_cuda_getCurrentBlasHandle": lambda: 0,
-        **_memory_functions(),
+        "_cuda_memoryStats": _memory_stats,
+        "_cuda_resetPeakMemoryStats": fake.reset_peak,
+        "_cuda_resetAccumulatedMemoryStats": fake.reset_peak,
+        "_cuda_emptyCache": fake.check_usable,
+        "_cuda_setMemoryFraction": lambda fraction, device: None,
+        "_cuda_getMemoryFraction": lambda device: 1.0,
+        "_cuda_getAllocatorBackend": lambda: "native",
         "_host_emptyCache": lambda: None,
-        "_graph_pool_handle": lambda: (0, next(_numbers)),
+        "_graph_pool_handle": new_pool,
+        "_cuda_CUDAAllocator_AllocatorState": type("AllocatorState", (), {}),  # torch._inductor imports it
         "_CudaStreamBase": StreamBase,
         "_CudaEventBase": EventBase,
         "_CudaDeviceProperties": Properties,
@@ -222,42 +168,12 @@ def functions(parameters: Parameters) -> dict[str, Any]:
     }
 
 
-def _memory_functions() -> dict[str, Any]:
-    fake = native()
-
-    def stats(device: int) -> dict[str, Any]:
-        allocated, peak, allocations, frees, live = fake.memory(device)
-
-        def figures(current: int, most: int, came: int, went: int) -> dict[str, dict[str, int]]:
-            kind = {"current": current, "peak": most, "allocated": came, "freed": went}
-            return {"all": kind, "small_pool": dict.fromkeys(kind, 0), "large_pool": kind}
-
-        size = figures(allocated, peak, peak, peak - allocated)
-        names = ("allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes")
-        number = figures(live, live, allocations, frees)
-        return {
-            **dict.fromkeys(names, size),
-            **dict.fromkeys(("allocation", "segment", "active"), number),
-            "num_alloc_retries": 0,
-            "num_ooms": 0,
-        }
-
-    return {
-        "_cuda_memoryStats": stats,
-        "_cuda_resetPeakMemoryStats": fake.reset_peak,
-        "_cuda_resetAccumulatedMemoryStats": fake.reset_peak,
-        "_cuda_emptyCache": fake.check_usable,
-        "_cuda_setMemoryFraction": lambda fraction, device: None,
-        "_cuda_getMemoryFraction": lambda device: 1.0,
-        "_cuda_getAllocatorBackend": lambda: "native",
-    }
-
-
-def runtime(parameters: Parameters) -> SimpleNamespace:
+def runtime() -> SimpleNamespace:
     """Return ``torch.cuda._cudart``."""
 
     def mem_get_info(device: int) -> tuple[int, int]:
-        return parameters.memory - native().memory(device)[0], parameters.memory
+        total = machine.parameters.memory
+        return total - native().memory(device)[0], total
 
     return SimpleNamespace(
         cudaMemGetInfo=mem_get_info,
@@ -269,7 +185,6 @@ def runtime(parameters: Parameters) -> SimpleNamespace:
     )
 
 
-def device_properties(parameters: Parameters) -> Callable[[int], Properties]:
-    """Return ``torch.cuda._get_device_properties``, which torch._C._cuda_init defines."""
-    made = [properties(parameters, i) for i in range(parameters.count)]
-    return lambda device: made[device]
+def device_properties(device: int) -> Properties:
+    """Do what ``torch.cuda._get_device_properties`` does, which torch._C._cuda_init defines."""
+    return properties(machine.parameters, device)

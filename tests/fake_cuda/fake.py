@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 
-from . import bindings, nvml
+from . import bindings, graphs, nvml, profiler
 from .build import native
 from .parameters import Parameters
 
 VARIABLE = "FAKE_CUDA"
 FOLDER = Path(__file__).parent
+_installed: list[FakeCuda] = []
 
 
 class FakeCuda:
@@ -30,7 +32,7 @@ class FakeCuda:
         self._undo = contextlib.ExitStack()
         self._failure: str | None = None
 
-    # -------------------------------------------------------------- faults
+    # -------------------------------------------------------------- counts and faults
     @property
     def launches(self) -> int:
         """Kernels launched so far, torch's and Triton's."""
@@ -44,11 +46,27 @@ class FakeCuda:
         """Let the next Triton launch raise; as after an illegal access, every later call of CUDA raises it too."""
         self._failure = message.removeprefix("CUDA error: ")
 
+    @property
+    def captures(self) -> int:
+        """CUDA graphs captured so far."""
+        return graphs.counts["captures"]
+
+    @property
+    def replays(self) -> int:
+        """Replays of CUDA graphs so far."""
+        return graphs.counts["replays"]
+
     # -------------------------------------------------------------- installing
     def install(self) -> None:
         parameters = self.parameters
-        native().install(parameters.count, parameters.memory)
+        graphs.counts.update(captures=0, replays=0)
+        bindings.machine.set(parameters)
+        native().install(len(parameters.visible), parameters.memory)
         self._undo.callback(native().uninstall)
+        forget_devices()
+        self._undo.callback(forget_devices)
+        _installed.append(self)
+        self._undo.callback(_installed.remove, self)
         try:
             self._patch()
         except BaseException:
@@ -56,22 +74,21 @@ class FakeCuda:
             raise
 
     def uninstall(self) -> None:
-        if self.parameters.count and not native().failed():
-            torch.cuda.set_sync_debug_mode("default")
         self._undo.close()
 
     def _patch(self) -> None:
         parameters = self.parameters
-        core = bindings.functions(parameters)
+        core = bindings.functions()
         for name, value in core.items():
             self._set(torch._C, name, value)
-        streams, graphs = self._fresh("torch.cuda.streams"), self._fresh("torch.cuda.graphs")
+        streams, cuda_graphs = _fresh("torch.cuda.streams"), _fresh("torch.cuda.graphs")
+        cuda_graphs.graph.default_capture_stream = None
         in_cuda = {
-            "_cudart": bindings.runtime(parameters),
+            "_cudart": bindings.runtime(),
             "_exchange_device": core["_cuda_exchangeDevice"],
             "_maybe_exchange_device": core["_cuda_maybeExchangeDevice"],
             "_is_in_bad_fork": core["_cuda_isInBadFork"],
-            "_get_device_properties": bindings.device_properties(parameters),
+            "_get_device_properties": bindings.device_properties,
             "_CudaDeviceProperties": bindings.Properties,
             "_initialized": False,
             "_queued_calls": list(torch.cuda._queued_calls),
@@ -83,28 +100,22 @@ class FakeCuda:
             "ExternalStream": streams.ExternalStream,
             "Event": streams.Event,
             "streams": streams,
-            "graphs": graphs,
-            **{name: getattr(graphs, name) for name in graphs.__all__},
+            "graphs": cuda_graphs,
+            **{name: getattr(cuda_graphs, name) for name in cuda_graphs.__all__},
         }
         for name, value in in_cuda.items():
             self._set(torch.cuda, name, value)
+        self._put(sys.modules, "torch.cuda.streams", streams)
+        self._put(sys.modules, "torch.cuda.graphs", cuda_graphs)
         self._set(torch.version, "cuda", None if parameters.hip else torch.version.cuda or "13.0")
         self._set(torch.version, "hip", parameters.hip)
         self._put(sys.modules, "pynvml", self.nvml.module)
         self._set(torch.UntypedStorage, "__new__", staticmethod(_new_storage))
+        for name, value in profiler.PATCHES.items():
+            self._set(torch.autograd.profiler.profile, name, value)
         self._set(torch._TorchCompileInductorWrapper, "__call__", _without_inductor)
         if not parameters.hip and os.environ.get("TRITON_INTERPRET") != "1" and importlib.util.find_spec("triton"):
             self._simulate()
-
-    def _fresh(self, name: str) -> ModuleType:
-        """Load a module of torch again, whose classes take their bases from torch._C when it is loaded."""
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        self._put(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
 
     def _simulate(self) -> None:
         """Send Triton's launches to the simulator."""
@@ -129,12 +140,16 @@ class FakeCuda:
             fake.set_error(self._failure)
             self._failure = None
             fake.check_usable()
-        fake.count_launch()
+
+        def counted() -> None:
+            fake.count_launch()
+            run()
+
         if fake.is_capturing():
             for tensor in tensors:
                 fake.keep_for_capture(tensor)
-            bindings.record(run)
-        run()
+            graphs.record(counted)
+        counted()
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._put(owner.__dict__ if isinstance(owner, ModuleType) else _Attributes(owner), name, value)
@@ -145,6 +160,23 @@ class FakeCuda:
         else:
             self._undo.callback(mapping.pop, name, None)
         mapping[name] = value
+
+
+def forget_devices() -> None:
+    """Drop what ditfast has cached about the GPUs of another fake."""
+    if "ditfast.ops.decisions" in sys.modules:
+        sys.modules["ditfast.ops.decisions"].forget()
+
+
+@functools.cache
+def _fresh(name: str) -> ModuleType:
+    """Load a module of torch again, whose classes take their bases from torch._C when it is loaded."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Attributes:
@@ -189,6 +221,11 @@ def fake_cuda(**parameters: Any) -> Iterator[FakeCuda]:
         yield fake
     finally:
         fake.uninstall()
+
+
+def installed() -> FakeCuda | None:
+    """Return the fake that this process has now."""
+    return _installed[-1] if _installed else None
 
 
 def environment(**parameters: Any) -> dict[str, str]:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from .fake import FakeCuda, fake_cuda
+from .fake import FakeCuda, fake_cuda, installed
 
 
 @pytest.fixture
 def fake_gpu() -> Iterator[FakeCuda]:
-    """One fake H200."""
-    with fake_cuda() as fake:
-        yield fake
+    """One fake H200, in the place of a fake that the process has; a test of it is skipped on a real GPU."""
+    outer = installed()
+    if outer is None and torch.cuda.is_available():
+        pytest.skip("needs a fake GPU, and there is a real one")
+    if outer is not None:
+        outer.uninstall()
+    try:
+        with fake_cuda() as fake:
+            yield fake
+    finally:
+        if outer is not None:
+            outer.install()

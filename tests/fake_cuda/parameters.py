@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 
 from ptxsim.driver import MAX_SHARED, MULTIPROCESSORS, REGISTERS
@@ -35,6 +36,19 @@ class Parameters:
     def arch(self) -> int:
         """Compute capability as one number: 90."""
         return 10 * self.capability[0] + self.capability[1]
+
+    @property
+    def visible(self) -> list[int]:
+        """GPUs that CUDA_VISIBLE_DEVICES leaves."""
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if listed is None:
+            return list(range(self.count))
+        chosen: list[int] = []
+        for part in listed.split(","):
+            if not part.strip().isdecimal() or int(part) >= self.count:
+                break  # as CUDA does
+            chosen.append(int(part))
+        return chosen
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -92,7 +106,7 @@ def properties(parameters: Parameters, index: int) -> Properties:
         total_memory=parameters.memory,
         multi_processor_count=MULTIPROCESSORS.get(arch, 108),
         L2_cache_size=L2_MIB.get(arch, 40) * 2**20,
-        uuid=uuid_of(index),
+        uuid=uuid_of(parameters.visible[index]),
         gcnArchName=AMD_ARCHITECTURE if parameters.hip else f"sm_{arch}",
         shared_memory_per_block_optin=MAX_SHARED.get(arch, 101376),
         max_threads_per_multi_processor=THREADS.get(arch, 2048),

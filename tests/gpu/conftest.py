@@ -1,4 +1,4 @@
-"""Every body runs on a CPU, where it shows that it can, and on a GPU, where it shows what it is for."""
+"""Every body runs on a CPU and on a GPU, or on a fake one where there is none."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 from devices import Cpu, Gpu, Place
+from fake_cuda.fixtures import fake_gpu
 
 from ditfast import threads
+
+__all__ = ["fake_gpu"]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     with threads.one_thread():
+        if request.param == "cuda" and not torch.cuda.is_available():
+            request.getfixturevalue("fake_gpu")
         yield Cpu() if request.param == "cpu" else Gpu()
 
 

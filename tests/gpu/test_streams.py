@@ -11,10 +11,10 @@ from ditfast import DiT, ops
 
 
 def step(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
-    """Output and all gradients."""
+    """Return output and all gradients, without the graph: torch refuses a capture while an earlier one of these is kept."""
     out = model(x, t, y)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [out, *torch.autograd.grad(out, trained, out.detach())]
+    return [out.detach(), *torch.autograd.grad(out, trained, out.detach())]
 
 
 def test_nothing_waits_for_the_device(place: Place) -> None:

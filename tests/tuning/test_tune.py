@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, fake_cuda
+from fake_cuda.fixtures import fake_gpu
 from stub_clock import StubClock
 from support import TARGETS, WHERE, Runner
 from torch import Tensor
@@ -27,6 +29,7 @@ from ditfast.tuning.record import Entry
 from ditfast.tuning.tune import one_a_bucket, tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+__all__ = ["fake_gpu"]
 CPU = torch.device("cpu")
 NORM = Problem("layer_norm_modulate", torch.float32, 8, (4, 128))
 LINEAR = Problem("linear", torch.float32, 8, (16, 32))
@@ -336,66 +339,29 @@ def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str])
 
 def test_on_cuda_it_measures_on_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Stub {device.index}")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", FakeCuda().get_device_properties)
     monkeypatch.setattr(command, "measure", lambda args, clock, versions: seen.append((clock.device, versions)) or 0)
-    assert cli.main(["tune", "--batch", "2"]) == 0
+    with fake_cuda(count=2):
+        torch.cuda.set_device(1)
+        assert cli.main(["tune", "--batch", "2"]) == 0
     ((device, versions),) = seen
     assert device == torch.device("cuda", 1)
-    assert (versions["device"], versions["torch"]) == ("Stub 1", torch.__version__)
+    assert (versions["device"], versions["torch"]) == ("NVIDIA H200", torch.__version__)
 
 
 # ------------------------------------------------------------------------------------------------ the clock of CUDA
-class FakeCuda:
-    """Of ``torch.cuda`` what the clock uses; every replay takes a millisecond."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.replays = self.captures = 0
-
-    def get_device_properties(self, device: torch.device) -> Any:
-        return argparse.Namespace(L2_cache_size=50_000_000)
-
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        self.captures += 1
-        output = run()
-
-        def replay() -> None:
-            self.replays += 1
-            self.now += 1.0
-
-        return output, replay
-
-    def Event(self, enable_timing: bool) -> Any:
-        assert enable_timing
-        return _Event(self)
-
-
-class _Event:
-    def __init__(self, cuda: FakeCuda):
-        self.cuda = cuda
-
-    def record(self) -> None:
-        self.at = self.cuda.now
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: _Event) -> float:
-        return end.at - self.at
-
-
-def test_the_clock_divides_by_calls_and_repeats() -> None:
-    cuda, called = FakeCuda(), []
-    clock = GraphClock(CPU, cuda.capture, cuda)
+def test_the_clock_divides_by_calls_and_repeats(fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a replay takes a millisecond."""
+    called: list[int] = []
+    monkeypatch.setattr(torch.cuda.Event, "record", lambda event, stream=None: setattr(event, "at", fake_gpu.replays))
+    monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda start, end: float(end.at - start.at))
+    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda stream, other: None)  # by an event
+    clock = GraphClock(torch.device("cuda", 0))
     assert clock.median_ms([lambda: called.append(0), lambda: called.append(1)]) == 0.5
-    assert called == [0, 1]
-    assert (cuda.captures, cuda.replays) == (1, 2 + 11 * 2)
+    assert called == 4 * [0, 1]  # warm-ups and the capture
+    assert (fake_gpu.captures, fake_gpu.replays) == (1, 2 + 11 * 2)
 
 
-@pytest.mark.parametrize(("nbytes", "copies"), [(0, 32), (2**20, 32), (20_000_000, 5), (100_000_000, 1), (10**9, 1)])
+@pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize(("nbytes", "copies"), [(0, 32), (2**20, 32), (20_000_000, 6), (100_000_000, 2), (10**9, 1)])
 def test_inputs_of_a_round_do_not_fit_the_cache(nbytes: int, copies: int) -> None:
-    cuda = FakeCuda()
-    assert GraphClock(CPU, cuda.capture, cuda).copies(nbytes) == copies
+    assert GraphClock(torch.device("cuda", 0)).copies(nbytes) == copies

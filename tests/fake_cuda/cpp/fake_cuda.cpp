@@ -29,6 +29,9 @@ void install(int64_t count, int64_t total) {
   state().count = static_cast<int>(count);
   state().total = total;
   state().error.clear();
+  state().process = 0;
+  state().installation += 1;
+  state().memory.fill({});
   state().sync_mode = 0;
   state().exp_off_by_one_ulp = false;
   current_device = 0;
@@ -92,6 +95,7 @@ void record_python(int64_t number) { capture().graph->work.push_back({nullptr, n
 TORCH_LIBRARY(fake_cuda, m) {
   m.def("install", install);
   m.def("uninstall", uninstall);
+  m.def("initialize", [] { state().process = getpid(); });
   m.def("memory", memory);
   m.def("reset_peak", reset_peak);
   m.def("default_generator", [](int64_t device) { return default_generator(static_cast<int>(device)); });
@@ -103,7 +107,6 @@ TORCH_LIBRARY(fake_cuda, m) {
   m.def("sync_mode", []() -> int64_t { return state().sync_mode; });
   m.def("launches", []() -> int64_t { return state().launches; });
   m.def("count_launch", [] { state().launches += 1; });
-  m.def("failed", [] { return !state().error.empty(); });
   m.def("set_error", [](std::string message) { state().error = std::move(message); });
   m.def("set_exp_off_by_one_ulp", [](bool on) { state().exp_off_by_one_ulp = on; });
   m.def("elapsed_time", [](int64_t start, int64_t end) {

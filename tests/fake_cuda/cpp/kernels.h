@@ -206,6 +206,7 @@ class Call {
     const bool returns_new = !made.empty();
     capture().graph->work.push_back({[op = op_, given, results, returns_new] {
                                        Stack again = given;
+                                       state().launches += 1;
                                        execute(op, again);
                                        if (!returns_new) return;
                                        for (size_t i = 0; i < results.size(); ++i) copy_back(again[i], results[i]);

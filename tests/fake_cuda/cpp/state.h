@@ -12,6 +12,8 @@
 #include <mutex>
 #include <string>
 
+#include <unistd.h>
+
 namespace fake {
 
 constexpr int MAX_DEVICES = 8;
@@ -24,6 +26,8 @@ struct DeviceMemory {
 struct State {
   std::atomic<bool> installed{false};
   int count = 0;
+  std::atomic<int> process{0};      // that initialized CUDA: one forked from it cannot use it
+  std::atomic<int> installation{0};
   int64_t total = 0;  // bytes of each device
   std::mutex mutex;   // of memory
   std::array<DeviceMemory, MAX_DEVICES> memory;
@@ -53,6 +57,9 @@ constexpr const char* ADVICE =
 
 inline void check_usable() {
   TORCH_CHECK(state().installed, "Torch not compiled with CUDA enabled");
+  TORCH_CHECK(
+      state().process == 0 || state().process == getpid(),
+      "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use the 'spawn' start method");
   if (!state().error.empty()) raise_cuda_error(700, state().error);
 }
 

@@ -15,11 +15,12 @@ struct Owned {
   c10::Storage cpu;
   int device;
   int64_t nbytes;
+  int installation;
 };
 
 inline void free_owned(void* context) {
   auto* owned = static_cast<Owned*>(context);
-  count_free(owned->device, owned->nbytes);
+  if (owned->installation == state().installation) count_free(owned->device, owned->nbytes);
   delete owned;
 }
 
@@ -29,7 +30,7 @@ inline c10::DataPtr own(c10::Storage cpu, int device) {
   const c10::Device where(c10::kCUDA, static_cast<c10::DeviceIndex>(device));
   if (nbytes == 0) return c10::DataPtr(nullptr, where);
   count_allocation(device, nbytes);
-  return c10::DataPtr(data, new Owned{std::move(cpu), device, nbytes}, &free_owned, where);
+  return c10::DataPtr(data, new Owned{std::move(cpu), device, nbytes, state().installation}, &free_owned, where);
 }
 
 struct Allocator final : c10::Allocator {
