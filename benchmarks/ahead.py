@@ -1,4 +1,4 @@
-"""Compiling ahead: first calls of rivals in parallel processes that fill Inductor's and Triton's caches, before anything is timed."""
+"""Compiling ahead: first calls of rivals in parallel processes, which fill Inductor's and Triton's caches."""
 
 from __future__ import annotations
 

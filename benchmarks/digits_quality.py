@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ditfast import DiT, cpu, load_digits, reference
 from ditfast.benchmarks.plain_loop import plain_loop
+from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.results import new_results
 from ditfast.benchmarks.timing import progress_bar
 from ditfast.commands.arguments import positive
@@ -191,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             del drawn[INT8]
             notes.append(f"skipped: {error}")
     title = f"Digits, {args.images} images a seed, {args.seeds} seeds, {len(args.steps)} DDIM steps, guidance {CFG_SCALE:g}"
+    fix_precision()
     with one_thread(), progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("digits", total=len(drawn) * args.seeds * args.images, phase="")
         results = new_results("digits_quality", torch.device("cpu"))

@@ -65,7 +65,7 @@ class Gauges:
         return [inputs, *(tuple(tensor.clone() for tensor in inputs) for _ in range(copies - 1))]
 
     def launches(self, run: Callable[[], object]) -> int | None:
-        """Return the number of kernels of one run; the profiler comes after all captures of CUDA graphs, some of which it broke."""
+        """Return the number of kernels of one run; the profiler has been seen to break CUDA graphs captured before."""
         return self._read("launches", lambda: count_kernels(self.gpu, run))
 
     def busy(self, run: Callable[[], object], seconds: float) -> Busy | None:

@@ -1,7 +1,7 @@
 """Results of benches as JSON: machine, versions, commit and rows, in one format for all of them.
 
 A file holds an object with ``bench`` (which one wrote it), ``date``, ``commit``, ``command``, ``machine`` (device, threads,
-clocks, precision settings, measured peaks), ``versions``, ``rows`` (each the fields of that bench's row) and ``notes`` (lines of text).
+clocks, precision settings, measured peaks), ``versions``, ``rows`` (the fields of that bench's row) and ``notes`` (text).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ditfast
 from ditfast import DiTConfig, cpu, reference
@@ -83,7 +83,7 @@ class Case:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, flavour=flavour))
 
     def rival(self, name: str, others: dict[str, Run], gpu: Gpu | None = None) -> Run:
-        """Return a rival as a function of (x, t, y); ``NAME+graph`` captures that of ``others`` called NAME, at its first call."""
+        """Return a rival as a function of (x, t, y); ``NAME+graph`` captures NAME, one of ``others``, at its first call."""
         kind = kind_of(name)
         if gpu is not None and name.endswith(GRAPH):
             return Captured(others[kind], gpu)
@@ -115,8 +115,10 @@ class Case:
 
         with self.device:
             model = DiTTransformer2DModel.from_config(to_diffusers_config(self.config))
-        model.load_state_dict(to_diffusers({name: weight.to(self.dtype) for name, weight in self.weights().items()}))
-        model = model.eval().to(self.device, self.dtype)
+        weights = {name: weight.to(self.dtype) for name, weight in self.weights().items()}
+        model.load_state_dict(to_diffusers(weights))
+        nn.Module.to(model, self.device, self.dtype).eval()  # diffusers' own ``to`` warns of a dtype
+        model.pos_embed.pos_embed.copy_(weights["pos_embed"])  # which it computes, and no state dict of it has
         if swapped:
             ditfast.accelerate(model)
         return lambda x, t, y: model(x, t, y, return_dict=False)[0]

@@ -24,14 +24,15 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ditfast
 from ditfast import DiTConfig, flops, reference
-from ditfast.benchmarks.environment import describe
-from ditfast.benchmarks.report import save_json
+from ditfast.benchmarks.precision import fix_precision
+from ditfast.benchmarks.results import new_results
 from ditfast.benchmarks.timing import progress_bar
+from ditfast.benchmarks.weights import load, random_weights
 from ditfast.config import MODEL_NAMES
 from ditfast.dtypes import DTYPES
 from ditfast.training import TrainSettings
@@ -92,8 +93,9 @@ class Training:
 
     def __init__(self, rival: Rival, config: DiTConfig, batch: int, device: torch.device):
         torch.manual_seed(0)
-        model = (ditfast.DiT if rival.kind.startswith("ditfast") else reference.DiT)(config).to(device).train()
-        _wake(model)
+        weights = random_weights(config, torch.float32, device)
+        kind = ditfast.DiT if rival.kind.startswith("ditfast") else reference.DiT
+        model = load(kind, config, weights, device, copy=True).train()
         freeze_label_dropout(model)
         if isinstance(model, ditfast.DiT):
             model.checkpoint_activations = rival.checkpointed
@@ -213,17 +215,11 @@ def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.devi
 
 def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
+    fix_precision()
     training = Training(rival, config, batch, torch.device(device))
     for _ in range(STEPS_FOR_MEMORY):
         training.step()
     return peak_memory(torch.device(device))
-
-
-def _wake(model: nn.Module) -> None:
-    """Gives values to what the paper initialises as zero, so that every branch carries gradients."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -260,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if on_cuda else "cpu"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes training.json there")
     args = parser.parse_args(argv)
+    fix_precision()
     rivals = args.rivals or [Rival.parse(text) for text in (CUDA_RIVALS if on_cuda else CPU_RIVALS)]
     console = Console(width=max(136, Console().width))
     rows: list[Row] = []
@@ -277,7 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"note: {note}", highlight=False)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        save_json(args.out / "training.json", describe(args.device), rows, notes)
+        results = new_results("training", args.device)
+        results.rows, results.notes = rows, notes
+        results.write(args.out / "training.json")
     return 1 if notes else 0
 
 
