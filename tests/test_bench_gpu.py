@@ -243,7 +243,8 @@ def test_clocks_are_read_while_the_gpu_works(checkpoint: Path, monkeypatch: pyte
 @pytest.fixture
 def gpu_defaults(tmp_path: Path, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    find_spec = rivals.importlib.util.find_spec
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
 
 
 @pytest.mark.usefixtures("gpu_defaults")
