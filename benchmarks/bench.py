@@ -195,7 +195,7 @@ class _Run:
         processes = count_processes(self.args.device, len(new))
         spec = None if self.gauges is None else self.gauges.data_sheet
         estimator = Estimator(self.args.device, spec, self.args.rounds)
-        seconds = estimator.constants.start_s + sum(estimator.case(plan.work()) for plan in plans)
+        seconds = estimator.start() + sum(estimator.case(plan.work()) for plan in plans)
         seconds += estimator.compiling([(job.blocks, job.rival == "max-autotune") for job in new], processes)
         self.results.machine["estimated_s"] = round(seconds, 1)
         self.console.print(estimator.describe(seconds), highlight=False)

@@ -115,9 +115,15 @@ def _costs_table(rows: list[Row]) -> Table:
     )
 
 
-def _rivals_table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
+def narrow_table(width: int = 12) -> Table:
+    """Return a table without lines, whose first column names the rivals in at least so many characters."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("", no_wrap=True, min_width=12)
+    table.add_column("", no_wrap=True, min_width=width)
+    return table
+
+
+def _rivals_table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
+    table = narrow_table()
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     shown = [name for name, column in cells.items() if any(column)]
     for name in shown:

@@ -15,7 +15,6 @@ from support import randomize
 import ditfast
 from ditfast import DiT, DiTConfig, cpu
 from ditfast.benchmarks import bench, rivals, timing
-from ditfast.benchmarks.gpu import open_gpu
 from ditfast.benchmarks.report import print_tables
 from ditfast.benchmarks.rows import Row, fill
 from ditfast.benchmarks.timing import bench_case
@@ -238,28 +237,6 @@ def test_diffusers_takes_adaln_zero_only(tmp_path: Path) -> None:
 def test_cuda_adds_graphs() -> None:
     names, _ = rivals.available_rivals(["eager", "ditfast"], on_gpu=True)
     assert names == ["eager", "ditfast", "eager+graph", "ditfast+graph"]
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_with_every_default_rival(tmp_path: Path) -> None:
-    models = ["--models", "DiT-S/8:1"]
-    assert bench.main(["--device", "cuda", *models, "--rounds", "5", "--out", str(tmp_path / "out")]) == 0
-    rows = json.loads((tmp_path / "out/bench.json").read_text())["rows"]
-    names, _ = rivals.available_rivals(bench.QUICK_RIVALS, on_gpu=True)
-    assert [row["rival"] for row in rows if row["model"] == "DiT-S/8"] == names
-    assert {row["rival"] for row in rows if row["model"] == "digits"} == {name for name in names if "compile" not in name}
-    assert all(row["parity"] and row["launches"] and row["joules_per_image"] for row in rows)
-
-
-@pytest.mark.gpu
-def test_a_graph_follows_its_arguments() -> None:
-    case = rivals.digits_case("bf16", torch.device("cuda", 0))
-    with torch.inference_mode():
-        plain = case.rival("ditfast", {})
-        graph = case.rival("ditfast+graph", {"ditfast": plain}, open_gpu(case.device))
-        x, t, y = case.inputs()
-        for inputs in ((x, t, y), (x.flip(0), t.flip(0), y.flip(0))):
-            torch.testing.assert_close(graph(*inputs), plain(*inputs))
 
 
 # ------------------------------------------------------------------------------------------------ failures

@@ -12,7 +12,7 @@ from fake_cuda import FakeCuda, fake_cuda
 from fake_cuda.fixtures import fake_gpu
 from fake_cuda.nvml import CLOCK_MHZ, WATTS
 from rich.console import Console
-from support import randomize
+from support import HAS_GPU, randomize
 
 import ditfast
 from ditfast import DiT, DiTConfig
@@ -34,7 +34,9 @@ NVML += ["nvmlDeviceGetCurrentClocksEventReasons", "nvmlSystemGetDriverVersion"]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks of small matrices, short windows, and no process that compiles ahead."""
+    """Peaks of small matrices, short windows, and no process that compiles ahead, unless there is a real GPU."""
+    if HAS_GPU:
+        return
     monkeypatch.setattr(
         gauges, "measure_ceilings", lambda g, like: measure_ceilings(g, like, largest_copy=4096, largest_side=64)
     )
@@ -308,3 +310,27 @@ def test_tables_fit_80_columns() -> None:
     assert max(map(len, lines)) <= 80
     assert not any("\u2026" in line for line in lines)
     assert "RED" in "".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+@pytest.mark.gpu
+@pytest.mark.usefixtures("small")
+def test_on_a_gpu_with_every_default_rival(tmp_path: Path) -> None:
+    models = ["--models", "DiT-S/8:1"]
+    assert bench.main(["--device", "cuda", *models, "--rounds", "5", "--out", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out/bench.json").read_text())["rows"]
+    names, _ = rivals.available_rivals(bench.QUICK_RIVALS, on_gpu=True)
+    assert [row["rival"] for row in rows if row["model"] == "DiT-S/8"] == names
+    assert {row["rival"] for row in rows if row["model"] == "digits"} == {name for name in names if "compile" not in name}
+    assert all(row["parity"] and row["launches"] and row["joules_per_image"] for row in rows)
+
+
+@pytest.mark.gpu
+def test_a_models_graph_follows_its_arguments() -> None:
+    case = rivals.digits_case("bf16", CUDA)
+    with torch.inference_mode():
+        plain = case.rival("ditfast", {})
+        graph = case.rival("ditfast+graph", {"ditfast": plain}, Gpu(CUDA))
+        x, t, y = case.inputs()
+        for inputs in ((x, t, y), (x.flip(0), t.flip(0), y.flip(0))):
+            torch.testing.assert_close(graph(*inputs), plain(*inputs))
