@@ -74,7 +74,7 @@ from ditfast.files import whole_file
 from ditfast.ops.cpu_products import SLOW_DTYPES
 from ditfast.prediction import spec_of
 
-QUICK_MODELS = {"cpu": ["DiT-S/8", "DiT-S/4", "DiT-S/2", "DiT-B/4", "DiT-B/2"]}
+QUICK_MODELS = {"cpu": ["DiT-S/8", "DiT-S/2", "DiT-B/4"]}
 QUICK_MODELS["cuda"] = ["DiT-XL/2", "DiT-B/2", "DiT-S/2", "DiT-L/4", "DiT-S/8"]
 FULL_MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]
 BATCHES = {"cpu": [1], "cuda": [1, 8, 32, 128]}

@@ -202,7 +202,8 @@ def _interleaved(
                     remarks.append(describe_failure(model, name, error))
                     del times[name], trainings[name]
                     continue
-                times[name] += [time.perf_counter() - start] * (i >= 0)
+                if i >= 0:
+                    times[name].append(time.perf_counter() - start)
             progress.advance(task, i >= 0)
     return times, remarks
 
