@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -16,10 +17,13 @@ import pytest
 import torch
 
 from ditfast import DiTConfig
-from ditfast.benchmarks import bench, estimate, rivals
+from ditfast.benchmarks import ahead, bench, estimate, rivals
+from ditfast.benchmarks.precision import fix_precision
+from ditfast.benchmarks.timing import bench_case
 from ditfast.flops import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------ defaults
@@ -33,7 +37,7 @@ def test_defaults_on_cpu(has_diffusers: bool, tmp_path: Path, monkeypatch: pytes
     diffusers = importlib.machinery.ModuleSpec("diffusers", None) if has_diffusers else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: diffusers if name == "diffusers" else find_spec(name))
     args = bench.parse_arguments(["--device", "cpu", "--out", str(tmp_path)])
-    assert [wanted.model for wanted in args.models] == ["DiT-S/8", "DiT-S/4", "DiT-S/2", "DiT-B/4", "DiT-B/2"]
+    assert [wanted.model for wanted in args.models] == ["DiT-S/8", "DiT-S/2", "DiT-B/4"]
     assert args.batch == [1]
     (*models, digits), notes = plans_of(tmp_path)
     expected = ["eager", "compile", *["diffusers"] * has_diffusers, "ditfast"]
@@ -136,11 +140,36 @@ def test_the_estimate_names_its_constants(capsys: pytest.CaptureFixture[str]) ->
         assert f"  {field.name} " in shown
 
 
+def test_an_estimate_follows_the_host_and_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = estimate.Work(DiTConfig.from_name("DiT-S/8"), 1, "fp32", ["eager", "compile"])
+    found = {}
+    for slowness in (1, 3):
+        monkeypatch.setattr(estimate, "_seconds", lambda run, slowness=slowness: slowness * estimate.PROBE_S)
+        estimator = estimate.Estimator(CPU, None, 7)
+        found[slowness] = estimator.case(work), estimator.start(), estimator.compiling([(12, False)] * 3, 2)
+    assert found[3] == pytest.approx([3 * seconds for seconds in found[1]])
+    assert found[1][2] > estimator.constants.worker_s + 1.5 * estimator.constants.compile_s
+    assert estimator.compiling([], 1) == 0
+
+
+def test_the_default_on_a_cpu_ends_in_four_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own estimate, on two idle cores of the CPU whose constants it has."""
+    milliseconds = {"DiT-S/8": 40, "DiT-S/2": 130, "DiT-B/4": 110, "digits": 42}  # of eager PyTorch, docs/cpu-bench.json
+    monkeypatch.setattr(estimate, "_seconds", lambda run: estimate.PROBE_S)
+    estimator = estimate.Estimator(CPU, None, 7)
+    plans, _ = plans_of(tmp_path)
+    estimator.timed = {tuple(plan.work()[:3]): 1e-3 * milliseconds[plan.case.model] for plan in plans}
+    jobs = [(job.blocks, False) for plan in plans for job in plan.jobs()]
+    seconds = estimator.start() + sum(estimator.case(plan.work()) for plan in plans) + estimator.compiling(jobs, 2)
+    assert len(jobs) == len(bench.QUICK_MODELS["cpu"])
+    assert 60 < seconds < 200
+
+
 def test_the_default_on_a_gpu_ends_in_ten_minutes() -> None:
     """By its own estimate, whose constants nothing has measured."""
     device = torch.device("cuda", 0)
     estimator = estimate.Estimator(device, DEVICES["H200"], 7)
-    seconds, jobs = estimator.constants.start_s, []
+    seconds, jobs = estimator.start(), []
     for model in bench.QUICK_MODELS["cuda"]:
         config = DiTConfig.from_name(model)
         for batch in bench.BATCHES["cuda"]:
@@ -150,3 +179,33 @@ def test_the_default_on_a_gpu_ends_in_ten_minutes() -> None:
             jobs += [(config.depth, False) for name in ("compile", "ditfast") if name in names]
     seconds += estimator.compiling(jobs, 16)
     assert 120 < seconds < 600
+
+
+# ------------------------------------------------------------------------------------------------ compiling ahead
+@pytest.mark.full
+def test_what_another_process_compiled_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = DiTConfig(depth=1, hidden_size=64, num_heads=2, input_size=8, num_classes=10)
+    make = functools.partial(rivals.random_case, "tiny", config, 2, CPU, "fp32")
+    job = ahead.Job("tiny", make, "compile", 1)
+    assert not ahead.is_compiled(job)
+    assert list(ahead.compile_ahead([job], 1)) == [(job, None)]
+    assert ahead.is_compiled(job)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    fix_precision()
+    rows, remarks = bench_case(make(), ["compile"], 5, lambda phase: None)
+    assert remarks == []
+    assert rows[0].ms_median
+    assert counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"] >= 1
+    assert counters["aot_autograd"]["autograd_cache_miss"] == counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+def test_a_job_that_fails_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    job = ahead.Job("no model", functools.partial(rivals.checkpoint_case, tmp_path / "none", 1, CPU, "fp32"), "compile", 1)
+    ((ended, error),) = ahead.compile_ahead([job], 1)
+    assert ended == job
+    assert error is not None
+    assert "CheckpointError" in error
+    assert not ahead.is_compiled(job)
