@@ -38,8 +38,8 @@ class Constants:
 
     start_s: float = _constant(12.0, "imports of torch.compile, diffusers and scikit-learn, files at the end")
     worker_s: float = _constant(9.0, "start of a process that compiles")
-    compile_s: float = _constant(25.0, "compiling a model, apart from its blocks; max-autotune: MAX_AUTOTUNE times as long")
-    compile_block_s: float = _constant(1.5, "compiling, per block")
+    compile_s: float = _constant(30.0, "compiling a model, apart from its blocks; max-autotune: MAX_AUTOTUNE times as long")
+    compile_block_s: float = _constant(2.0, "compiling, per block")
     trace_s: float = _constant(1.0, "first call of what is compiled already, apart from its blocks")
     trace_block_s: float = _constant(0.25, "the same, per block")
     max_autotune: float = _constant(4.0, "max-autotune's compile time over the default mode's (a guess)")

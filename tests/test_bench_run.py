@@ -87,7 +87,7 @@ def test_a_model_may_have_a_batch_of_its_own(tmp_path: Path) -> None:
 def test_a_killed_run_has_kept_its_finished_rows(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "ditfast.benchmarks.bench", "--device", "cpu", "--dtype", "fp32", "--out", str(out)]
-    command += ["--models", "DiT-S/8:1", "DiT-S/8:2", "--rivals", "eager", "ditfast", "--rounds", "1000"]
+    command += ["--models", "DiT-S/8:1", "DiT-B/2:8", "--rivals", "eager", "ditfast", "--rounds", "5"]
     process = subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
