@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import randomize
 
+import ditfast
 from ditfast import DiTConfig
 from ditfast.benchmarks import ahead, bench, estimate, rivals
 from ditfast.benchmarks.precision import fix_precision
@@ -24,6 +26,7 @@ from ditfast.flops import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+TINY = DiTConfig(depth=1, hidden_size=64, num_heads=2, input_size=8, num_classes=10)
 
 
 # ------------------------------------------------------------------------------------------------ defaults
@@ -84,17 +87,24 @@ def test_a_model_may_have_a_batch_of_its_own(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ files
-def test_a_killed_run_has_kept_its_finished_rows(tmp_path: Path) -> None:
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    ditfast.save_checkpoint(randomize(ditfast.DiT(TINY)), tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+def test_a_killed_run_has_kept_its_finished_rows(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "ditfast.benchmarks.bench", "--device", "cpu", "--dtype", "fp32", "--out", str(out)]
-    command += ["--models", "DiT-S/8:1", "DiT-B/2:8", "--rivals", "eager", "ditfast", "--rounds", "5"]
+    command += ["--checkpoint", str(checkpoint), "--batch", "1", "8192", "--rivals", "eager", "ditfast", "--rounds", "20"]
     process = subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     try:
         end = time.monotonic() + 300
         while len(rows_in(out)) < 2 and time.monotonic() < end and process.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
@@ -102,7 +112,7 @@ def test_a_killed_run_has_kept_its_finished_rows(tmp_path: Path) -> None:
     rows = rows_in(out)
     assert [(row["batch"], row["rival"]) for row in rows] == [(1, "eager"), (1, "ditfast")]
     assert all(row["ms_median"] and row["speedup_over"] for row in rows)
-    assert "DiT-S/8 fp32 batch 1" in (out / "bench.txt").read_text()
+    assert "tiny.safetensors fp32 batch 1" in (out / "bench.txt").read_text()
 
 
 def rows_in(out: Path) -> list[dict[str, object]]:
@@ -121,10 +131,10 @@ def test_an_older_result_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_saved_result_has_a_name_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "results_path", lambda device, date: tmp_path / "results/a-cpu-today.json")
-    arguments = ["--device", "cpu", "--dtype", "fp32", "--models", "DiT-S/8", "--rivals", "eager", "--rounds", "5"]
+    arguments = ["--device", "cpu", "--dtype", "fp32", "--checkpoint", str(checkpoint), "--rivals", "eager", "--rounds", "5"]
     assert bench.main([*arguments, "--save", "--out", str(tmp_path / "out")]) == 0
     saved = (tmp_path / "results/a-cpu-today.json").read_text()
     assert saved == (tmp_path / "out/bench.json").read_text()
@@ -186,8 +196,7 @@ def test_the_default_on_a_gpu_ends_in_ten_minutes() -> None:
 @pytest.mark.full
 def test_what_another_process_compiled_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    config = DiTConfig(depth=1, hidden_size=64, num_heads=2, input_size=8, num_classes=10)
-    make = functools.partial(rivals.random_case, "tiny", config, 2, CPU, "fp32")
+    make = functools.partial(rivals.random_case, "tiny", TINY, 2, CPU, "fp32")
     job = ahead.Job("tiny", make, "compile", 1)
     assert not ahead.is_compiled(job)
     assert list(ahead.compile_ahead([job], 1)) == [(job, None)]

@@ -121,6 +121,7 @@ def test_kernels_agree_with_the_oracle_on_a_gpu(op: str, direction: str, monkeyp
     test_kernels_agree_with_the_oracle(op, direction, open_gauges(monkeypatch))
 
 
+@pytest.mark.full
 def test_compiled_ops_agree_with_the_oracle(gauges: Gauges) -> None:
     case = kernels.OpBench("unpatchify", "forward", TINY, 2, gauges)
     assert kernels.bench_op(case, "compile", gauges, Stats(SECONDS), ("unpatchify", "forward", "tiny", 2))

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import environment
+from support import randomize
 
+import ditfast
 from ditfast.benchmarks import bench, digits_quality, results, sampling, training
 from ditfast.benchmarks.precision import fix_precision, precision
 from ditfast.benchmarks.results import Results, free_path, new_results, read, results_path, rows_as
@@ -29,7 +31,7 @@ SETTINGS = {
     "fp16 reductions in fp16": True,
 }
 RUNS = {
-    "bench": (bench.main, ["--models", "DiT-S/8", "--dtype", "fp32", "--rivals", "eager", "--rounds", "5"]),
+    "bench": (bench.main, ["--checkpoint", "tiny.safetensors", "--dtype", "fp32", "--rivals", "eager", "--rounds", "5"]),
     "sampling": (sampling.main, ["--width", "S", "--depth", "1", "--steps", "2", "--rounds", "1", "--rivals", "model"]),
     "training": (
         training.main,
@@ -109,6 +111,9 @@ def other_precision() -> Iterator[None]:
 @pytest.mark.usefixtures("other_precision")
 @pytest.mark.parametrize("name", RUNS)
 def test_every_bench_has_one_precision_and_format(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ditfast.DiTConfig(depth=1, hidden_size=64, num_heads=2, input_size=8, num_classes=10)
+    ditfast.save_checkpoint(randomize(ditfast.DiT(config)), tmp_path / "tiny.safetensors")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "_peak_memory", lambda *case: 10**9)
     monkeypatch.setattr("ditfast.benchmarks.timing.SHORTEST_ROUND_S", 0.001)
     main, arguments = RUNS[name]
@@ -124,11 +129,9 @@ def test_every_bench_has_one_precision_and_format(name: str, tmp_path: Path, mon
 
 def settings_at_work(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return a list that gets the settings of each forward of a reference model."""
-    from ditfast import reference
-
     seen: list[dict[str, Any]] = []
-    forward: Callable[..., Any] = reference.DiT.forward
-    monkeypatch.setattr(reference.DiT, "forward", lambda *args: seen.append(precision()) or forward(*args))
+    forward: Callable[..., Any] = ditfast.reference.DiT.forward
+    monkeypatch.setattr(ditfast.reference.DiT, "forward", lambda *args: seen.append(precision()) or forward(*args))
     return seen
 
 
