@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,9 +33,12 @@ from torch import Tensor
 
 import ditfast
 from ditfast import DiTConfig, cpu, reference
-from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.plain_loop import Loop, plain_loop
-from ditfast.benchmarks.report import save_json
+from ditfast.benchmarks.precision import fix_precision
+from ditfast.benchmarks.report import narrow_table
+from ditfast.benchmarks.results import new_results
+from ditfast.benchmarks.timing import DeviceLost, describe_failure
+from ditfast.benchmarks.weights import load, random_weights
 from ditfast.devices import add_device_argument
 from ditfast.diffusion import GaussianDiffusion, steps
 from ditfast.modulation_table import BUDGET_BYTES, ModulationTable
@@ -43,7 +47,7 @@ from ditfast.sampling.run import Batch, Run
 
 WIDTHS = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
 ALLOWED_ERROR = 1e-4  # over the whole run
-INT8 = "ditfast-int8"
+REFERENCE, INT8 = "reference", "ditfast-int8"
 LOOSELY_ALLOWED = {"ditfast-bf16": 0.3, INT8: 0.3}  # which follow a path of their own
 UNCOMPARED = ("diffusers",)  # other steps
 
@@ -64,13 +68,8 @@ class Setting:
     def __init__(self, config: DiTConfig, batch: int, num_steps: int, cfg_scale: float, device: torch.device):
         self.config, self.batch, self.cfg_scale, self.device = config, batch, cfg_scale, device
         self.steps = steps(GaussianDiffusion(str(num_steps)), "ddpm")
-        generator = torch.Generator().manual_seed(0)
-        self.oracle = reference.DiT(config).eval()
-        for parameter in self.oracle.parameters():
-            if parameter.requires_grad:
-                std = 0.5 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.02
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        self.oracle = self.oracle.to(device)
+        self.weights = random_weights(config, torch.float32, device)
+        self.oracle = load(reference.DiT, config, self.weights, device).eval()
         self.model, self.model_bf16 = self._fast(torch.float32), self._fast(torch.bfloat16)
         self.labels = torch.arange(batch, device=device) % config.num_classes
         self.both = torch.cat([self.labels, torch.full_like(self.labels, config.null_class)])
@@ -79,7 +78,7 @@ class Setting:
         compiled = torch.compile(self.oracle, dynamic=False)
         table = self._tabulated
         return {
-            "reference": lambda: self._plain(self.oracle),
+            REFERENCE: lambda: self._plain(self.oracle),
             "compile": lambda: self._plain(compiled),
             "diffusers": self._pipeline,
             "model": lambda: self._plain(self.model),
@@ -93,9 +92,7 @@ class Setting:
         }
 
     def _fast(self, dtype: torch.dtype) -> ditfast.DiT:
-        model = ditfast.DiT(self.config).eval()
-        model.load_state_dict(self.oracle.state_dict())
-        return model.to(self.device, dtype)
+        return load(ditfast.DiT, self.config, self.weights, self.device).eval().to(dtype)
 
     @functools.cached_property
     def _model_int8(self) -> ditfast.DiT:
@@ -155,30 +152,45 @@ class Setting:
 
 
 @torch.inference_mode()
-def measure(setting: Setting, names: list[str], rounds: int, tick: Callable[[], None]) -> list[Row]:
-    """Rows of whole runs that took turns, step by step."""
-    rivals = setting.rivals()
+def measure(setting: Setting, names: Sequence[str], rounds: int, tick: Callable[[], None]) -> tuple[list[Row], list[str]]:
+    """Run all rivals in turns, step by step; return rows of whole runs, and notes on rivals that failed.
+
+    Raises:
+        Exception: the reference failed, or every later call of the GPU would.
+    """
+    rivals, running, notes = setting.rivals(), list(names), []
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     latents: dict[str, Tensor] = {}
+
+    def step(name: str, loop: Loop) -> float:
+        _synchronize(setting.device)
+        start = time.perf_counter()
+        try:
+            latents[name] = next(loop)
+            _synchronize(setting.device)
+        except Exception as error:  # a rival that cannot run must not take the others with it
+            if name == REFERENCE:
+                raise
+            notes.append(describe_failure("sampling", name, error))
+            running.remove(name)
+        return time.perf_counter() - start
+
     for name in names:  # compiling, and first touches of memory
-        next(rivals[name]())
+        step(name, rivals[name]())
     for _ in range(rounds):
-        loops = {name: rivals[name]() for name in names}
-        for name in names:
+        loops = {name: rivals[name]() for name in running}
+        for name in running:
             times[name].append([])
         for i in range(len(setting.steps)):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                _synchronize(setting.device)
-                start = time.perf_counter()
-                latents[name] = next(loops[name])
-                _synchronize(setting.device)
-                times[name][-1].append(time.perf_counter() - start)
+            first = i % len(running)
+            for name in running[first:] + running[:first]:
+                times[name][-1].append(step(name, loops[name]))
             tick()
-    exact = latents["reference"]
+    exact = latents[REFERENCE]
     rows = []
-    for name in names:
+    for name in running:
         error = ((latents[name] - exact).norm() / exact.norm()).item()
-        ratios = [_whole(theirs) / _whole(own) for theirs, own in zip(times["reference"], times[name], strict=True)]
+        ratios = [_whole(theirs) / _whole(own) for theirs, own in zip(times[REFERENCE], times[name], strict=True)]
         rows.append(
             Row(
                 rival=name,
@@ -189,7 +201,7 @@ def measure(setting: Setting, names: list[str], rounds: int, tick: Callable[[], 
                 error=None if name in UNCOMPARED else error,
             )
         )
-    return rows
+    return rows, notes
 
 
 def _on_torch(loop: Loop) -> Loop:
@@ -212,10 +224,10 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _table(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption="Error: of the final latents, against the reference loop's.")
-    for column in ("rival", "ms a step", "first step", "images/s", "over reference", "error"):
-        table.add_column(column, justify="left" if column == "rival" else "right", no_wrap=True)
+def _table(rows: Sequence[Row]) -> Table:
+    table = narrow_table()
+    for column in ("ms a step", "1st step", "images/s", "x reference", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         error = "other steps" if row.error is None else f"{row.error:.1e}"
         speed = (f"{row.ms_per_step:.1f}", f"{row.ms_first_step:.1f}", f"{row.images_per_s:.3g}", f"{row.over_reference:.2f}")
@@ -253,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes sampling.json and sampling.png there")
     args = parser.parse_args(argv)
     hidden_size, num_heads = WIDTHS[args.width]
+    fix_precision()
     config = DiTConfig(depth=args.depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch)
     setting = Setting(config, args.batch, args.steps, args.cfg, args.device)
     known = list(setting.rivals())
@@ -267,21 +280,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             names = [name for name in names if name != INT8]
             notes.append(f"skipped: {error}")
-    names = ["reference", *(name for name in names if name != "reference")]
-    console = Console(width=max(100, Console().width))
-    environment = describe(setting.device)
+    names = [REFERENCE, *(name for name in names if name != REFERENCE)]
+    console = Console()
+    results = new_results("sampling", setting.device)
     title = (
         f"{args.width} width, {args.depth} blocks, patch {args.patch}, {args.steps} steps, CFG {args.cfg:g}, batch {args.batch}"
     )
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("sampling", total=args.rounds * args.steps)
-        rows = measure(setting, names, args.rounds, lambda: progress.advance(task))
-    console.print(_table(rows, title))
+        try:
+            rows, failures = measure(setting, names, args.rounds, lambda: progress.advance(task))
+        except DeviceLost as error:
+            print(f"sampling: {error}", file=sys.stderr)
+            return 1
+    notes += failures
+    console.print(title, highlight=False, style="bold")
+    console.print(_table(rows))
+    console.print("error: of the final latents, against the reference loop's.", highlight=False)
     for note in notes:
         console.print(note, highlight=False)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        save_json(args.out / "sampling.json", environment, rows, [title, *notes])
+        results.rows, results.notes = rows, [title, *notes]
+        results.write(args.out / "sampling.json")
         _plot(args.out / "sampling.png", rows, title)
     wrong = [r for r in rows if r.error is not None and not r.error <= LOOSELY_ALLOWED.get(r.rival, ALLOWED_ERROR)]
     for row in wrong:

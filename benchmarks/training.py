@@ -24,14 +24,16 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ditfast
 from ditfast import DiTConfig, flops, reference
-from ditfast.benchmarks.environment import describe
-from ditfast.benchmarks.report import save_json
-from ditfast.benchmarks.timing import progress_bar
+from ditfast.benchmarks.precision import fix_precision
+from ditfast.benchmarks.report import narrow_table, number
+from ditfast.benchmarks.results import new_results
+from ditfast.benchmarks.timing import DeviceLost, describe_failure, progress_bar
+from ditfast.benchmarks.weights import load, random_weights
 from ditfast.config import MODEL_NAMES
 from ditfast.devices import add_device_argument, find_device
 from ditfast.dtypes import DTYPES
@@ -93,8 +95,9 @@ class Training:
 
     def __init__(self, rival: Rival, config: DiTConfig, batch: int, device: torch.device):
         torch.manual_seed(0)
-        model = (ditfast.DiT if rival.kind.startswith("ditfast") else reference.DiT)(config).to(device).train()
-        _wake(model)
+        weights = random_weights(config, torch.float32, device)
+        kind = ditfast.DiT if rival.kind.startswith("ditfast") else reference.DiT
+        model = load(kind, config, weights, device, copy=True).train()
         freeze_label_dropout(model)
         if isinstance(model, ditfast.DiT):
             model.checkpoint_activations = rival.checkpointed
@@ -150,7 +153,11 @@ class Row:
 def measure(
     model: str, config: DiTConfig, rivals: Sequence[Rival], batch: int, rounds: int, device: torch.device
 ) -> tuple[list[Row], list[str]]:
-    """Rows of rivals that took turns, and remarks on those that failed."""
+    """Let rivals take turns; return their rows, and remarks on those that failed.
+
+    Raises:
+        DeviceLost: no later call of CUDA can succeed.
+    """
     rows, trainings, remarks = [], {}, []
     for rival in rivals:
         try:
@@ -159,37 +166,46 @@ def measure(
             start = time.perf_counter()
             loss = training.step()
         except Exception as error:  # a rival that cannot run must not take the others with it
-            remarks.append(f"{model}: {rival} failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            remarks.append(describe_failure(model, str(rival), error))
             continue
         trainings[str(rival)] = training
         rows.append(Row(model, str(rival), batch, device.type, time.perf_counter() - start, loss, memory / 1e9))
-    times = _interleaved(trainings, rounds, device)
+    times, failures = _interleaved(model, trainings, rounds, device)
+    rows = [row for row in rows if row.rival in times]
     for row in rows:
         _fill(row, times, config, device)
         baseline, allowed = rows[0].first_loss, LARGEST_DIFFERENCE[Rival.parse(row.rival).dtype]
         if not abs(row.first_loss - baseline) <= allowed * abs(baseline):
             remarks.append(f"{model}: {row.rival} begins with the loss {row.first_loss:.6f}, {rows[0].rival} {baseline:.6f}")
-    return rows, remarks
+    return rows, remarks + failures
 
 
-def _interleaved(trainings: dict[str, Training], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a step, a value each round; who begins a round moves on with each."""
+def _interleaved(
+    model: str, trainings: dict[str, Training], rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Return seconds of a step, a value each round, and remarks on failures; who begins a round moves on with each."""
     times: dict[str, list[float]] = {name: [] for name in trainings}
-    order = list(trainings)
-    for name in order:
-        trainings[name].step()
+    remarks = []
     with progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("training", total=rounds, phase="")
-        for i in range(rounds):
-            for name in order[i % len(order) :] + order[: i % len(order)]:
+        for i in range(-1, rounds):  # the first one warms up
+            order = list(times)
+            first = i % max(1, len(order))
+            for name in order[first:] + order[:first]:
                 progress.update(task, phase=name)
-                _synchronize(device)
-                start = time.perf_counter()
-                trainings[name].step()
-                _synchronize(device)
-                times[name].append(time.perf_counter() - start)
-            progress.advance(task)
-    return times
+                try:
+                    _synchronize(device)
+                    start = time.perf_counter()
+                    trainings[name].step()
+                    _synchronize(device)
+                except Exception as error:
+                    remarks.append(describe_failure(model, name, error))
+                    del times[name], trainings[name]
+                    continue
+                if i >= 0:
+                    times[name].append(time.perf_counter() - start)
+            progress.advance(task, i >= 0)
+    return times, remarks
 
 
 def _fill(row: Row, times: dict[str, list[float]], config: DiTConfig, device: torch.device) -> None:
@@ -214,6 +230,7 @@ def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.devi
 
 def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
+    fix_precision()
     place = find_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -223,32 +240,32 @@ def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str
     return peak_memory(place)
 
 
-def _wake(model: nn.Module) -> None:
-    """Gives values to what the paper initialises as zero, so that every branch carries gradients."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    caption = "MFU: three forwards' products over what the device's take; over: median of each round's ratio."
-    table = Table(title="A training step", title_justify="left", caption=caption)
-    for column in ("model", "batch", "rival"):
-        table.add_column(column, no_wrap=True)
-    for column in ("ms", "p20", "p80", "steps/s", "images/s", "MFU", "peak GB", "first step, s", f"over {rows[0].rival}"):
+    table = narrow_table()
+    for column in ("ms", "p20", "p80", "images/s", "MFU", "GB", "1st s", "x"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        speed = [f"{value:.4g}" for value in (row.ms_median, row.ms_p20, row.ms_p80, 1e3 / row.ms_median, row.images_per_s)]
-        over = row.speedup_over.get(rows[0].rival, 1.0)
-        more = (f"{row.mfu:.0%}", f"{row.peak_memory_gb:.1f}", f"{row.first_step_s:.1f}", f"{over:.2f}")
+        speed = [number(value) for value in (row.ms_median, row.ms_p20, row.ms_p80, row.images_per_s)]
+        more = (f"{row.mfu:.0%}", f"{row.peak_memory_gb:.1f}", number(row.first_step_s))
         style = "bold" if row.rival.startswith("ditfast") else None
-        table.add_row(row.model, str(row.batch), row.rival, *speed, *more, style=style)
+        table.add_row(row.rival, *speed, *more, f"{row.speedup_over.get(rows[0].rival, 1.0):.2f}", style=style)
     return table
+
+
+def _print(console: Console, rows: Sequence[Row]) -> None:
+    console.print(f"{rows[0].model}, batch {rows[0].batch}: a training step", highlight=False, style="bold")
+    console.print(_table(rows))
+    for line in (
+        "MFU: three forwards' products over what the device's take. GB: the most memory,",
+        f"of a process of its own. 1st s: the first step. x: times as fast as {rows[0].rival},",
+        "the median of the rounds' ratios.",
+    ):
+        console.print(line, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -261,26 +278,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_device_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes training.json there")
     args = parser.parse_args(argv)
+    fix_precision()
     on_cuda = args.device.type == "cuda"
     models, batch = args.models or ["DiT-XL/2" if on_cuda else "DiT-B/4"], args.batch or (32 if on_cuda else 8)
     rivals = args.rivals or [Rival.parse(text) for text in (CUDA_RIVALS if on_cuda else CPU_RIVALS)]
-    console = Console(width=max(136, Console().width))
+    console = Console()
     rows: list[Row] = []
     notes: list[str] = []
     for model in models:
         config = DiTConfig.from_name(model)
         if args.depth is not None:
             config = dataclasses.replace(config, depth=args.depth)
-        found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
+        try:
+            found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
+        except DeviceLost as error:
+            notes.append(str(error))
+            break
         rows += found
         notes += remarks
         if found:
-            console.print(_table(found))
+            _print(console, found)
     for note in notes:
         console.print(f"note: {note}", highlight=False)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        save_json(args.out / "training.json", describe(args.device), rows, notes)
+        results = new_results("training", args.device)
+        results.rows, results.notes = rows, notes
+        results.write(args.out / "training.json")
     return 1 if notes else 0
 
 

@@ -1,4 +1,4 @@
-"""The bench of single ops, with a stand-in for the GPU: its counts, its parity, what it runs, what it says without one."""
+"""The bench of single ops under a fake CUDA: its counts, its parity, what it runs, what it says without a GPU."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import SECONDS, FakeGpu
+from fake_cuda import FakeCuda
+from fake_cuda.fixtures import fake_gpu
 from rich.console import Console
-from support import Runner
 
 from ditfast import DiTConfig, ops
+from ditfast.benchmarks import gauges as gauges_module
 from ditfast.benchmarks import kernels
+from ditfast.benchmarks.ceilings import measure_ceilings
 from ditfast.benchmarks.gauges import Gauges
+from ditfast.benchmarks.gpu import Gpu
 from ditfast.benchmarks.kernel_cases import OPS, Sizes, arguments, work
 from ditfast.flops import DEVICES, operations
 
+__all__ = ["fake_gpu"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TINY = DiTConfig(depth=1, hidden_size=128, num_heads=2, input_size=8, num_classes=10)
-S2 = DiTConfig.from_name("DiT-S/2")
+SECONDS = 0.25
+KERNELS = [("gated_residual", "forward+backward"), ("layer_norm_modulate", "forward")]
 
 
 class Stats:
@@ -41,9 +46,17 @@ class Stats:
             self.stats = type("Metadata", (), {"stats": self})
 
 
-@pytest.fixture(scope="module")
-def gauges() -> Gauges:
-    return Gauges(FakeGpu(), DEVICES["H100"])
+def open_gauges(monkeypatch: pytest.MonkeyPatch) -> Gauges:
+    """Return gauges whose peaks are those of small matrices, of a GPU with a small cache."""
+    small = {"largest_copy": 4096, "largest_side": 64}
+    monkeypatch.setattr(gauges_module, "measure_ceilings", lambda gpu, like: measure_ceilings(gpu, like, **small))
+    monkeypatch.setattr(Gpu, "l2_bytes", lambda self: 10_000)
+    return Gauges(Gpu(torch.device("cuda", 0)), DEVICES["H100"])
+
+
+@pytest.fixture
+def gauges(fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Gauges:
+    return open_gauges(monkeypatch)
 
 
 def work_of(op: str, config: DiTConfig, batch: int, *, backward: bool = False) -> tuple[int, int]:
@@ -96,12 +109,19 @@ def test_every_op_is_timed_and_agrees_with_its_oracle(op: str, direction: str, g
     assert benchmark.extra_info["gb_per_s"] == found.gb_per_s
 
 
-@pytest.mark.parametrize(("op", "direction"), [("gated_residual", "forward+backward"), ("layer_norm_modulate", "forward")])
-def test_kernels_agree_with_the_oracle(op: str, direction: str, compiled: Runner, gauges: Gauges) -> None:
+@pytest.mark.parametrize(("op", "direction"), KERNELS)
+def test_kernels_agree_with_the_oracle(op: str, direction: str, gauges: Gauges) -> None:
     case = kernels.OpBench(op, direction, TINY, 2, gauges)
     assert kernels.bench_op(case, "triton", gauges, Stats(SECONDS), (op, direction, "tiny", 2))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "direction"), KERNELS)
+def test_kernels_agree_with_the_oracle_on_a_gpu(op: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_kernels_agree_with_the_oracle(op, direction, open_gauges(monkeypatch))
+
+
+@pytest.mark.full
 def test_compiled_ops_agree_with_the_oracle(gauges: Gauges) -> None:
     case = kernels.OpBench("unpatchify", "forward", TINY, 2, gauges)
     assert kernels.bench_op(case, "compile", gauges, Stats(SECONDS), ("unpatchify", "forward", "tiny", 2))

@@ -29,6 +29,7 @@ def test_every_lever_makes_the_reference_loops_latents(tmp_path: Path, capsys: p
     assert sampling.main([*arguments, "--rivals", *rivals, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert all(rival in shown for rival in rivals)
+    assert max(map(len, shown.splitlines())) <= 80
     rows = json.loads((tmp_path / "sampling.json").read_text())["rows"]
     assert [row["rival"] for row in rows] == rivals
     assert all(row["error"] < 1e-5 for row in rows[:-1])
@@ -71,6 +72,26 @@ def test_wrong_latents_fail_the_bench(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "model+shared: latents are off by" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("calls", [1, 4], ids=["at its first call", "in a later step"])
+def test_a_failure_costs_its_row(
+    calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, count = sampling.Setting._shared, []
+
+    def shared(self: sampling.Setting, *inputs: Tensor) -> Tensor:
+        count.append(1)
+        if len(count) >= calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, *inputs)
+
+    monkeypatch.setattr(sampling.Setting, "_shared", shared)
+    arguments = ["--width", "S", "--depth", "1", "--steps", "3", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert sampling.main([*arguments, "--rivals", "model+shared", "model"]) == 0
+    report = json.loads((tmp_path / "sampling.json").read_text())
+    assert [row["rival"] for row in report["rows"]] == ["reference", "model"]
+    assert "sampling: model+shared skipped, out of memory: take a smaller batch" in capsys.readouterr().out.replace("\n", " ")
+
+
 # ------------------------------------------------------------------------------------------------ quality
 @needs_sklearn
 def test_levers_are_within_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +99,7 @@ def test_levers_are_within_noise(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert digits_quality.main([*QUICK, "--variants", *wanted, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("within noise") == len(wanted)
     report = json.loads((tmp_path / "digits_quality.json").read_text())
-    assert report["environment"]["threads"] == 1
+    assert report["machine"]["threads"] == 1
     assert [row["variant"] for row in report["rows"]] == ["fp32", *wanted]
     first, *others = report["rows"]
     for row in others:

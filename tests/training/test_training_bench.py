@@ -49,6 +49,25 @@ def test_another_loss_and_a_failure_are_told(monkeypatch: pytest.MonkeyPatch, ca
     assert "DiT-S/8: eager:fp16 failed: RuntimeError: no fp16 here\n" in shown
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_failure_in_a_later_step_costs_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = Training.step
+
+    def step(self: Training) -> float:
+        if self.stepper.model.__module__ == "ditfast.model" and self.steps == 2:
+            raise RuntimeError("no such kernel\nat all")
+        return plain(self)
+
+    monkeypatch.setattr(Training, "step", step)
+    assert training.main([*QUICK, "--rivals", "ditfast:fp32", "eager:fp32", "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "training.json").read_text())
+    assert [(row["rival"], row["speedup_over"]) for row in report["rows"]] == [("eager:fp32", {})]
+    assert report["notes"] == ["DiT-S/8: ditfast:fp32 failed: RuntimeError: no such kernel"]
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("text", ["jax:fp32", "eager:fp8", "eager:fp32:twice", "eager:fp32:checkpoint:checkpoint", ""])
 def test_a_rival_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"^got .*, expected KIND:DTYPE"):
