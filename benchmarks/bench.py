@@ -1,51 +1,61 @@
-"""How fast ditfast is: DiT forwards against eager PyTorch and torch.compile, checked against float64 before they are timed.
+"""How fast ditfast is: DiT forwards against eager PyTorch, torch.compile and diffusers, checked against float64 first.
 
-    python benchmarks/bench.py                                     what fits this machine
+    python benchmarks/bench.py                      ten minutes on a GPU, four on two CPU cores
+    python benchmarks/bench.py --full               all models, 512 pixels, max-autotune
+    python benchmarks/bench.py --save               and keep the result in benchmarks/results
     python benchmarks/bench.py --models DiT-S/2 DiT-B/4 --batch 1 8 --dtype bf16 fp32
-    python benchmarks/bench.py --models DiT-XL/2@512 --batch 32 --rivals compile ditfast --rounds 15 --out results
-    python benchmarks/bench.py --models DiT-S/8 DiT-S/4:8 DiT-XL/2@512:4    each with a batch of its own, --batch for the others
+    python benchmarks/bench.py --models DiT-S/8 DiT-S/4:8 DiT-XL/2@512:4
+                                                    each with a batch of its own, --batch for the others
     python benchmarks/bench.py --checkpoint DiT-XL-2-256x256.pt --batch 8
 
-Writes bench.json, throughput.png and ratios.png into --out. Rivals run interleaved, round by round, so that a machine whose
-clock drifts slows all of them; ratios are medians of each round's ratio. The reference's attention is torch's SDPA, as in the
-official code with a current timm: eager is no unfused-attention baseline. max-autotune is the reference under torch.compile's
+Writes bench.json, bench.txt (the tables) and two plots into --out; JSON and tables after each row. Rivals run interleaved,
+round by round, so that a machine whose clock drifts slows all of them; ratios are medians of each round's ratio. torch.compile
+compiles ahead in parallel processes, while nothing is timed. The reference's attention is torch's SDPA, as in the official
+code with a current timm: eager is no unfused-attention baseline. max-autotune is the reference under torch.compile's
 "max-autotune-no-cudagraphs". diffusers is its own class with the same weights, ditfast-swapped that class after
-ditfast.accelerate; both are held to diffusers' arithmetic, and unless --rivals says otherwise take part for the first model.
-ditfast+table is ditfast with the modulation computed beforehand, as sampling does; ditfast-int8, and with +table, has the
-blocks' products in int8 and all else at --dtype (CPU). openvino (CPU) is the reference converted by OpenVINO at --dtype,
-openvino-int8 that quantised by nncf. OpenVINO and int8 are timed up to an error of 0.3, which stands beside each speed.
+ditfast.accelerate; both are held to diffusers' arithmetic. ditfast+table is ditfast with the modulation computed beforehand, as
+sampling does; ditfast-int8, and with +table, has the blocks' products in int8 and all else at --dtype (CPU). openvino (CPU) is
+the reference converted by OpenVINO at --dtype, openvino-int8 that quantized by nncf. OpenVINO and int8 are timed up to an error
+of 0.3, which stands beside each speed.
 
 On CUDA each rival also runs as NAME+graph, captured as a CUDA graph, from inputs that the L2 cache does not hold; the GPU's own
-ceilings (a copy, a large product) are measured first. bench.json's environment has them; a row there has, beside its times:
-first_call_s (compiles, tunes, captures), launches (kernels of a forward), peak_memory_gb, joules_per_image, watts and clock_mhz
-(over a second of forwards), clock_mhz_before and clock_mhz_after its rounds, slowed_by (what held the clocks down), floor_ms
-(ditfast.flops.floor_ms at the data sheet's peaks) and floor_ms_measured (at the ceilings), and roofline_share and
-roofline_share_measured, those floors over the median. What a missing tool (NVML, the profiler) would tell is null, and a note
-says why. The default run takes hours there, most of them max-autotune's: name a few models, batch sizes or rivals.
+peaks (a copy, a large product) are measured first. A row there has, beside its times: host_us (until the call returns, device
+idle before), launches (kernels of a forward, at a model's first batch), peak_memory_gb, joules_per_image, watts and clock_mhz
+(over half a second of forwards), clock_mhz_before and clock_mhz_after (in its first and last round), slowed_by (what held the
+clocks down), floor_ms (the roofline bound, ditfast.flops.floor_ms, at the data sheet's peaks) and floor_ms_measured (at the
+measured ones), and roofline_share and roofline_share_measured, those bounds over the median. What a missing tool (NVML, the
+profiler) would tell is null, and a note says why.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
-import itertools
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
 from ditfast import CheckpointError
-from ditfast.benchmarks.environment import describe
-from ditfast.benchmarks.gauges import Gauges, first_line
-from ditfast.benchmarks.gpu import Gpu, open_gpu
+from ditfast.benchmarks.ahead import Job, compile_ahead, count_processes, is_compiled, needs_compiling
+from ditfast.benchmarks.estimate import Estimator, Work, constants_help
+from ditfast.benchmarks.gauges import Gauges
+from ditfast.benchmarks.gpu import open_gpu
 from ditfast.benchmarks.plots import save_plots
+from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.predicted_tables import config_of
-from ditfast.benchmarks.report import print_tables, save_json
+from ditfast.benchmarks.report import print_beside_speed, print_speed, text_of
+from ditfast.benchmarks.results import Results, free_path, new_results, results_path
 from ditfast.benchmarks.rivals import (
+    COMPILED,
+    GRAPH,
     IN_DIFFUSERS,
     RIVALS,
     Case,
@@ -56,17 +66,24 @@ from ditfast.benchmarks.rivals import (
     random_case,
 )
 from ditfast.benchmarks.rows import Row
-from ditfast.benchmarks.timing import bench_case, progress_bar
+from ditfast.benchmarks.timing import DeviceLost, bench_case, count_launches, describe_failure, progress_bar
 from ditfast.config import MODEL_NAMES
 from ditfast.devices import add_device_argument
 from ditfast.dtypes import DTYPES
+from ditfast.files import whole_file
+from ditfast.ops.cpu_products import SLOW_DTYPES
 from ditfast.prediction import spec_of
 
-CPU_MODELS = [name for name in MODEL_NAMES if name.startswith(("DiT-S", "DiT-B"))]
-CUDA_MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]
-CPU_RIVALS = ["eager", "compile", "ditfast"]
-CUDA_RIVALS = ["eager", "compile", "max-autotune", "diffusers", "ditfast"]
+QUICK_MODELS = {"cpu": ["DiT-S/8", "DiT-S/4", "DiT-S/2", "DiT-B/4", "DiT-B/2"]}
+QUICK_MODELS["cuda"] = ["DiT-XL/2", "DiT-B/2", "DiT-S/2", "DiT-L/4", "DiT-S/8"]
+FULL_MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]
+BATCHES = {"cpu": [1], "cuda": [1, 8, 32, 128]}
+COMPILED_BATCHES = (1, 32)  # of a run without --rivals or --full
+QUICK_RIVALS = ["eager", "compile", "diffusers", "ditfast"]
+FULL_RIVALS = ["eager", "compile", "max-autotune", "diffusers", "ditfast", "ditfast-swapped"]
 FEWEST_ROUNDS = 5
+DEFAULT_OUT = Path("bench-results")
+JSON, TABLES = "bench.json", "bench.txt"
 
 
 class Wanted(NamedTuple):
@@ -76,108 +93,211 @@ class Wanted(NamedTuple):
     batch: int | None = None  # None: every --batch
 
 
+class Plan(NamedTuple):
+    """A case to run, and its rivals."""
+
+    case: Case
+    rivals: list[str]
+    make: functools.partial[Case]  # for a process that compiles
+
+    def jobs(self) -> Iterator[Job]:
+        for rival in self.rivals:
+            if not rival.endswith(GRAPH) and needs_compiling(rival, self.case.device):
+                yield Job(self.case.title, self.make, rival, self.case.config.depth)
+
+    def work(self) -> Work:
+        return Work(self.case.config, self.case.batch, self.case.dtype_name, self.rivals)
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="\n".join(constants_help()), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--models", nargs="+", type=_wanted, metavar="NAME", help="DiT-S/2, DiT-S/2:8 for a batch of 8, DiT-XL/2@512 for 512px"
     )
+    parser.add_argument("--full", action="store_true", help="all models, 512 pixels, every torch.compile: hours on a GPU")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights to time instead of random ones; any layout")
     parser.add_argument(
         "--batch", nargs="+", type=_positive, metavar="N", help="of a model without one; default: 1; on CUDA 1 8 32 128"
     )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16; fp32 on a CPU that multiplies no bf16")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: what fits the device")
     parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
     add_device_argument(parser)
-    parser.add_argument("--out", type=_folder, default="bench-results", metavar="DIR", help="default %(default)s")
+    parser.add_argument("--out", type=_folder, metavar="DIR", help=f"default {DEFAULT_OUT}, with a number if it is taken")
+    parser.add_argument("--save", action="store_true", help="also write benchmarks/results/DEVICE-DATE.json")
     args = parser.parse_args(argv)
     if args.checkpoint is not None and args.models:
         parser.error("argument --checkpoint: not allowed with --models")
-    on_cuda = args.device.type == "cuda"
-    args.models = args.models or [Wanted(model) for model in (CUDA_MODELS if on_cuda else CPU_MODELS)]
-    args.batch = args.batch or ([1, 8, 32, 128] if on_cuda else [1])
+    kind = args.device.type
+    args.models = args.models or [Wanted(model) for model in (FULL_MODELS if args.full else QUICK_MODELS[kind])]
+    args.batch = args.batch or BATCHES[kind]
+    args.notes = []
+    if args.dtype is None:
+        slow = kind == "cpu" and torch.bfloat16 in SLOW_DTYPES
+        args.dtype = ["fp32" if slow else "bf16"]
+        args.notes += ["dtype: fp32, since this CPU has no bf16 matmul (--dtype bf16 times torch's loops)"] * slow
+    args.out = args.out or _folder(str(free_path(DEFAULT_OUT)))
     return args
 
 
-def main(argv: Sequence[str] | None = None, gpu: Gpu | None = None) -> int:
-    """``gpu`` stands in for that of --device."""
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     missing = [module for module in ("matplotlib", "sklearn") if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(f"bench needs {' and '.join(missing)}: pip install -e '.[bench]' (or 'ditfast[bench]')")
-    console = Console(width=max(112, Console().width))
-    torch.backends.cudnn.allow_tf32 = False  # no rival gets to round its fp32 convolution
-    gpu = gpu or open_gpu(args.device)
-    environment = describe(args.device)
-    environment["command"] = shlex.join(["python", "benchmarks/bench.py", *(sys.argv[1:] if argv is None else argv)])
-    gauges = None if gpu is None else Gauges(gpu, spec_of(args.device))
-    if gauges is not None:
-        environment |= gauges.describe()
-    console.print(", ".join(f"{name} {value}" for name, value in environment.items() if value is not None), highlight=False)
+    console = Console()
+    fix_precision()
+    gpu = open_gpu(args.device)
+    command = shlex.join(["python", "benchmarks/bench.py", *(sys.argv[1:] if argv is None else argv)])
+    results = new_results("bench", args.device, command)
     try:
-        cases, notes = _cases(args, on_gpu=gpu is not None)
+        plans, notes = _plans(args)
     except CheckpointError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    rows: list[Row] = []
-    report = args.out / "bench.json"
-    with progress_bar(console) as progress:
-        task = progress.add_task("bench", total=len(cases), phase="")
-        for case, rivals in cases:
-            if not console.is_terminal:
-                console.print(case.title, highlight=False)
-
-            def show(phase: str, case: Case = case) -> None:
-                progress.update(task, phase=f"{case.title}: {phase}")
-
-            try:
-                found, remarks = bench_case(case, rivals, args.rounds, show, gauges)
-                rows += found
-                notes += remarks
-            except torch.OutOfMemoryError:
-                notes.append(f"{case.title}: skipped, out of memory")
-            except Exception as error:  # one case must not take the others with it
-                notes.append(f"{case.title}: skipped, {type(error).__name__}: {first_line(error)}")
-            if gpu is not None:
-                gpu.release_cache()
-            save_json(report, environment, rows, _all_notes(notes, gauges))
-            progress.advance(task)
-    print_tables(console, rows)
-    for note in _all_notes(notes, gauges):
+    results.notes += [*args.notes, *notes]
+    gauges = None if gpu is None else Gauges(gpu, spec_of(args.device))
+    if gauges is not None:
+        results.machine |= gauges.describe()
+    facts = {**results.machine, **results.versions, "commit": results.commit, "date": results.date}
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), highlight=False)
+    for note in results.notes:
         console.print(f"note: {note}", highlight=False)
-    written = [report, *save_plots(args.out, rows)]
-    console.print("wrote " + ", ".join(str(path) for path in written), highlight=False)
-    return 0 if rows and all(row.parity for row in rows) else 1
+    run = _Run(args, results, gauges, console)
+    run.all(plans)
+    print_beside_speed(console, results.rows)
+    for note in results.notes[len(args.notes) + len(notes) :]:
+        console.print(f"note: {note}", highlight=False)
+    written = [*run.paths, args.out / TABLES, *save_plots(args.out, results.rows)]
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return 0 if results.rows and all(row.parity for row in results.rows) and not run.lost else 1
 
 
-def _all_notes(notes: list[str], gauges: Gauges | None) -> list[str]:
-    return notes if gauges is None else [*notes, *gauges.notes]
+class _Run:
+    """A run under way, whose files hold every row that is final."""
+
+    def __init__(self, args: argparse.Namespace, results: Results, gauges: Gauges | None, console: Console):
+        self.args, self.results, self.gauges, self.console = args, results, gauges, console
+        self.rows: list[Row] = results.rows
+        self.paths = [args.out / JSON]
+        if args.save:
+            self.paths.append(results_path(str(results.machine["device"]), results.date))
+            self.paths[-1].parent.mkdir(exist_ok=True)
+        self.lost = False
+
+    def all(self, plans: Sequence[Plan]) -> None:
+        """Compile ahead, run all cases, then profile."""
+        jobs = [job for plan in plans for job in plan.jobs()]
+        new = [job for job in jobs if not is_compiled(job)]
+        processes = count_processes(self.args.device, len(new))
+        spec = None if self.gauges is None else self.gauges.data_sheet
+        estimator = Estimator(self.args.device, spec, self.args.rounds)
+        seconds = estimator.constants.start_s + sum(estimator.case(plan.work()) for plan in plans)
+        seconds += estimator.compiling([(job.blocks, job.rival == "max-autotune") for job in new], processes)
+        self.results.machine["estimated_s"] = round(seconds, 1)
+        self.console.print(estimator.describe(seconds), highlight=False)
+        self._save()
+        start = time.monotonic()
+        with progress_bar(self.console) as progress:
+            task = progress.add_task("bench", total=len(plans) + len(new), phase=f"compiling in {processes} processes")
+            if new and not self.console.is_terminal:
+                self.console.print(f"compiling {len(new)} models in {processes} processes", highlight=False)
+            for job, error in compile_ahead(new, processes):
+                if error is not None:
+                    self._note(f"{job.title}: {job.rival} was not compiled ahead: {error}")
+                progress.advance(task)
+            try:
+                for plan in plans:
+                    self._case(plan, progress, int(task))
+                self._profile(plans, progress, int(task))
+            except DeviceLost as error:
+                self.lost = True
+                self._note(str(error))
+        self.results.machine["taken_s"] = round(time.monotonic() - start, 1)
+        self._save()
+
+    def _case(self, plan: Plan, progress: Progress, task: int) -> None:
+        case = plan.case
+
+        def show(phase: str) -> None:
+            progress.update(task, phase=f"{case.title}: {phase}")  # type: ignore[arg-type]
+
+        try:
+            rows, remarks = bench_case(case, plan.rivals, self.args.rounds, show, self.gauges, self._finish)
+        except DeviceLost:
+            raise
+        except Exception as error:  # one case must not take the others with it
+            rows, remarks = [], [describe_failure(case.title, "all rivals", error)]
+        for remark in remarks:
+            self._note(remark)
+        if self.gauges is not None:
+            self.gauges.gpu.release_cache()
+        if rows:
+            print_speed(self.console, rows)
+        progress.advance(task)  # type: ignore[arg-type]
+
+    def _finish(self, row: Row) -> None:
+        self.rows.append(row)
+        self._save()
+
+    def _profile(self, plans: Sequence[Plan], progress: Progress, task: int) -> None:
+        """Count launches of each model's first case; after all captures, of which a profiler has been seen to break some."""
+        if self.gauges is None:
+            return
+        for plan in {(plan.case.model, plan.case.dtype): plan for plan in reversed(plans)}.values():
+            case = plan.case
+            progress.update(task, phase=f"{case.title}: launches")  # type: ignore[arg-type]
+            rows = [row for row in self.rows if (row.model, row.dtype, row.batch) == (case.model, case.dtype_name, case.batch)]
+            try:
+                found = count_launches(case, list(dict.fromkeys(kind_of(row.rival) for row in rows)), self.gauges)
+            except Exception as error:
+                self._note(describe_failure(case.title, "the profiler", error))
+                continue
+            for row in rows:
+                row.launches = found[kind_of(row.rival)]
+            self._save()
+
+    def _note(self, note: str) -> None:
+        self.results.notes.append(note)
+        self._save()
+
+    def _save(self) -> None:
+        if self.gauges is not None:
+            self.results.notes += [note for note in self.gauges.notes if note not in self.results.notes]
+        self.results.write(*self.paths)
+        with whole_file(self.args.out / TABLES) as temporary:
+            temporary.write_text(text_of(self.rows, self.results.notes), "utf-8")
 
 
-def _cases(args: argparse.Namespace, *, on_gpu: bool) -> tuple[list[tuple[Case, list[str]]], list[str]]:
-    """What to run, each with its rivals, and a note for each rival that cannot."""
-    wanted = args.rivals or (CUDA_RIVALS if on_gpu else CPU_RIVALS)
-    rivals, notes = available_rivals(wanted, on_gpu=on_gpu)
-    more, _ = available_rivals(wanted if args.rivals else [*wanted, *IN_DIFFUSERS], on_gpu=on_gpu)
-    if args.checkpoint is not None:
-        first = [checkpoint_case(args.checkpoint, n, args.device, dtype) for dtype in args.dtype for n in args.batch]
-        others = []
-    else:
-        cases = [
-            random_case(model, config_of(model), batch, args.device, dtype)
-            for (model, own), dtype in itertools.product(args.models, args.dtype)
-            for batch in (args.batch if own is None else [own])
-        ]
-        first = [case for case in cases if case.model == args.models[0].model]
-        others = [case for case in cases if case.model != args.models[0].model]
-        others += [digits_case(dtype, args.device) for dtype in args.dtype]
-    pairs = [(case, _possible(case, more)) for case in first] + [(case, _possible(case, rivals)) for case in others]
-    return pairs, notes
+def _plans(args: argparse.Namespace) -> tuple[list[Plan], list[str]]:
+    """Return what to run, and a note for each rival that cannot."""
+    rivals, notes = available_rivals(
+        args.rivals or (FULL_RIVALS if args.full else QUICK_RIVALS), on_gpu=args.device.type == "cuda"
+    )
+    makers: list[functools.partial[Case]] = []
+    for dtype in args.dtype:
+        if args.checkpoint is not None:
+            makers += [functools.partial(checkpoint_case, args.checkpoint, n, args.device, dtype) for n in args.batch]
+            continue
+        for model, own in args.models:
+            batches = args.batch if own is None else [own]
+            makers += [functools.partial(random_case, model, config_of(model), n, args.device, dtype) for n in batches]
+        makers.append(functools.partial(digits_case, dtype, args.device))
+    cases = [(make(), make) for make in makers]
+    return [Plan(case, _possible(case, rivals, args), make) for case, make in cases], notes
 
 
-def _possible(case: Case, rivals: list[str]) -> list[str]:
-    in_diffusers = case.config.conditioning == "adaln_zero"
-    return [name for name in rivals if in_diffusers or kind_of(name) not in IN_DIFFUSERS]
+def _possible(case: Case, rivals: list[str], args: argparse.Namespace) -> list[str]:
+    """Leave out diffusers where it has no such model, and torch.compile at batches for which nobody asked."""
+    names = rivals
+    if case.config.conditioning != "adaln_zero":
+        names = [name for name in names if kind_of(name) not in IN_DIFFUSERS]
+    if args.rivals is None and not args.full and case.batch not in COMPILED_BATCHES:
+        names = [name for name in names if kind_of(name) not in COMPILED]
+    return names
 
 
 def _wanted(text: str) -> Wanted:
@@ -212,6 +332,8 @@ def _folder(text: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder that can be written: {error}") from error
+    if (path / JSON).exists():
+        raise argparse.ArgumentTypeError(f"got {text!r}, which has {JSON} of an earlier run: give another folder, or remove it")
     return path
 
 

@@ -1,4 +1,4 @@
-"""What this very GPU reaches: a copy's bandwidth, and products of large matrices."""
+"""Measured peaks of this very GPU: a copy's bandwidth, and products of large matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MATRICES = 3
 def measure_ceilings(
     gpu: Gpu, like: DeviceSpec, *, largest_copy: int = LARGEST_COPY, largest_side: int = LARGEST_SIDE
 ) -> DeviceSpec:
-    """The best of some rounds each, in as much of the memory as is free.
+    """Return the best of some rounds each, in as much of the memory as is free.
 
     Args:
         gpu: to measure.

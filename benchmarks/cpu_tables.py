@@ -12,10 +12,12 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from ditfast.benchmarks import results
 from ditfast.benchmarks.markdown import head, row
-from ditfast.benchmarks.report import OWN, number, read_json
+from ditfast.benchmarks.report import OWN, number
+from ditfast.benchmarks.results import Results
 from ditfast.benchmarks.rivals import COMPILED, IN_DIFFUSERS, IN_OPENVINO, OURS
 from ditfast.benchmarks.rows import Row
 from ditfast.files import whole_file
@@ -47,7 +49,7 @@ IN_ITS_DTYPE = {
 IN_INT8 = {"OpenVINO": "openvino-int8", "ditfast": "ditfast-int8", "with table": "ditfast-int8+table"}
 LINES = {"{}": IN_ITS_DTYPE, "int8, rest {}": IN_INT8}  # of a case in the summary: what runs in each column
 ONES_OWN = ("ditfast", "with table")
-FACTS = {"cpu features": "{}", "threads": "threads: {}", "cpu engine": "CPU engine {}", "date": "{}", "git": "git {}"}
+FACTS = {"cpu features": "{}", "threads": "threads: {}", "cpu engine": "CPU engine {}"}
 OVER = ("compile", "openvino", "openvino-int8")
 ERRORS = ("OpenVINO", "ditfast")
 FIRST_CALLS = ("torch.compile", "OpenVINO", "ditfast")
@@ -61,11 +63,10 @@ allowed. First call: compiles, converts or packs. Over: median of the rounds' ra
 
 
 class Bench(NamedTuple):
-    """A bench.json."""
+    """Results of bench.py, with its rows as such."""
 
-    environment: dict[str, Any]
+    results: Results
     rows: list[Row]
-    notes: list[str]
 
     def cases(self) -> dict[tuple[str, str, int], dict[str, Row]]:
         """By model, dtype and batch, the rivals' rows."""
@@ -76,12 +77,9 @@ class Bench(NamedTuple):
 
 
 def read(path: Path) -> Bench:
-    """Raises OSError where the file cannot be read, ValueError where it is no bench.json of this version."""
-    report = read_json(path)
-    try:
-        return Bench(report["environment"], [Row(**found) for found in report["rows"]], report["notes"])
-    except TypeError as error:
-        raise ValueError(f"{path}: got rows of another version ({error}), expected those of benchmarks/bench.py") from error
+    """Raises OSError where the file cannot be read, ValueError where it holds no rows of this version."""
+    found = results.read(path)
+    return Bench(found, list(results.rows_as(Row, found, path)))
 
 
 def summary(bench: Bench) -> Iterator[str]:
@@ -116,8 +114,8 @@ def times(bench: Bench) -> Iterator[str]:
         ]
         lines.append([*cells, *(_ratio(one, rival) if one.rival in OWN else "" for rival in others)])
     yield _table((*columns, *(f"over {_label(rival)}" for rival in others)), lines)
-    if bench.notes:
-        yield "\n".join(f"- {note}" for note in bench.notes)
+    if bench.results.notes:
+        yield "\n".join(f"- {note}" for note in bench.results.notes)
 
 
 PARTS = {"cpu-summary": summary, "cpu-times": times}
@@ -142,17 +140,18 @@ def filled(text: str, bench: Bench) -> str:
 
 
 def _provenance(bench: Bench) -> str:
-    environment = bench.environment
+    found = bench.results
     rivals = {one.rival for one in bench.rows}
     packages = []
     for package, made in MADE_BY.items():
         here = [_label(rival) for rival in made if rival in rivals]
         if here:
-            packages.append(f"{package} {environment.get(package) or 'of unknown version'} ({', '.join(here)})")
-    facts = [text.format(environment[name]) for name, text in FACTS.items() if environment.get(name)]
-    lines = [f"{', '.join([environment['device'], *facts])}.", f"{'; '.join(packages)}."]
-    if environment.get("command"):
-        lines.append(f"`{environment['command']}`")
+            packages.append(f"{package} {found.versions.get(package) or 'of unknown version'} ({', '.join(here)})")
+    facts = [text.format(found.machine[name]) for name, text in FACTS.items() if found.machine.get(name)]
+    facts += [found.date, *([f"git {found.commit}"] if found.commit else [])]
+    lines = [f"{', '.join([found.machine['device'], *facts])}.", f"{'; '.join(packages)}."]
+    if found.command:
+        lines.append(f"`{found.command}`")
     return "\n".join(lines)
 
 

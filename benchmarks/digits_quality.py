@@ -26,9 +26,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ditfast import DiT, cpu, load_digits, reference
-from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.plain_loop import plain_loop
-from ditfast.benchmarks.report import save_json
+from ditfast.benchmarks.precision import fix_precision
+from ditfast.benchmarks.results import new_results
 from ditfast.benchmarks.timing import progress_bar
 from ditfast.commands.arguments import positive
 from ditfast.diffusion import GaussianDiffusion, Step, steps
@@ -192,9 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             del drawn[INT8]
             notes.append(f"skipped: {error}")
     title = f"Digits, {args.images} images a seed, {args.seeds} seeds, {len(args.steps)} DDIM steps, guidance {CFG_SCALE:g}"
+    fix_precision()
     with one_thread(), progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("digits", total=len(drawn) * args.seeds * args.images, phase="")
-        environment = describe(torch.device("cpu"))
+        results = new_results("digits_quality", torch.device("cpu"))
         rows = measure(drawn, args.seeds, args.images, lambda name, done: progress.update(task, advance=done, phase=name))
     console = Console(width=max(128, Console().width))
     console.print(_table(rows, title))
@@ -202,9 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(note, highlight=False)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        console.print(
-            f"wrote {save_json(args.out / 'digits_quality.json', environment, rows, [title, *notes])}", highlight=False
-        )
+        results.rows, results.notes = list(rows), [title, *notes]
+        results.write(args.out / "digits_quality.json")
+        console.print(f"wrote {args.out / 'digits_quality.json'}", highlight=False)
     return 0 if all(row.within_noise for row in rows) else 1
 
 

@@ -1,4 +1,4 @@
-"""What a GPU tells beside time: launches, memory, energy, clocks. A tool that fails costs its figure, with a note, once."""
+"""Figures of a GPU beside time: launches, memory, energy, clocks. A tool that fails costs its figure, with a note, once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .gpu import Gpu
 T = TypeVar("T")
 Inputs = tuple[Tensor, ...]
 
-ENERGY_WINDOW_S = 1.0  # NVML's counter moves on every 20 to 100 ms
+ENERGY_WINDOW_S = 0.5  # NVML's counter moves on every 20 to 100 ms
 SAMPLES = 10  # of clocks and power, in that window
 MOST_COPIES = 64
 SLOWDOWNS = {  # NVML's bits; that of an idle GPU left out
@@ -37,7 +37,7 @@ SLOWDOWNS = {  # NVML's bits; that of an idle GPU left out
 
 
 class Busy(NamedTuple):
-    """Of a GPU that runs one thing over and over."""
+    """Figures of a GPU that runs one thing over and over."""
 
     joules: float  # of one run
     watts: float
@@ -58,28 +58,28 @@ class Gauges:
         gpu.release_cache()
 
     def rotated(self, inputs: Inputs) -> list[Inputs]:
-        """The inputs and copies of them, so many that the L2 cache cannot hold them all, but ``MOST_COPIES`` at most."""
+        """Return the inputs and copies of them, so many that the L2 cache cannot hold them all, but ``MOST_COPIES`` at most."""
         size = sum(tensor.nbytes for tensor in inputs)
         cache = self._read("rotated inputs", self.gpu.l2_bytes) or 0
         copies = min(MOST_COPIES, math.ceil(2 * cache / size)) if size else 1
         return [inputs, *(tuple(tensor.clone() for tensor in inputs) for _ in range(copies - 1))]
 
     def launches(self, run: Callable[[], object]) -> int | None:
-        """Kernels of one run."""
+        """Return the number of kernels of one run; the profiler has been seen to break CUDA graphs captured before."""
         return self._read("launches", lambda: count_kernels(self.gpu, run))
 
     def busy(self, run: Callable[[], object], seconds: float) -> Busy | None:
-        """Over a second of runs that take ``seconds`` each."""
+        """Return figures over ``ENERGY_WINDOW_S`` of runs that take ``seconds`` each."""
         return self._read("energy", lambda: self._busy(run, seconds))
 
     def clock_mhz(self) -> int | None:
-        """Of the multiprocessors, now; what holds it down is added to ``slowed_by``."""
+        """Return the multiprocessors' clock, to be read while the GPU works; what holds it down is added to ``slowed_by``."""
         bits = self._read("throttling", self.gpu.slowdowns) or 0
         self.slowed_by |= {name for bit, name in SLOWDOWNS.items() if bits & bit}
         return self._read("clocks", self.gpu.clock_mhz)
 
     def describe(self) -> dict[str, str | int | float | None]:
-        """For the environment of a report."""
+        """Return what the results' machine has of a GPU."""
         measured = self.ceilings
         return {
             "driver": self._read("driver", self.gpu.driver),
@@ -117,7 +117,7 @@ class Gauges:
 
 
 def count_kernels(gpu: Gpu, run: Callable[[], object]) -> int:
-    """Kernels that a run launches; copies and fills of memory are none."""
+    """Count the kernels that a run launches; copies and fills of memory are none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         gpu.trace(run, path)

@@ -1,15 +1,11 @@
-"""The GPU that a bench times, behind one face: tests put a stand-in behind it where there is none.
-
-``Cuda`` only passes on to torch and to NVML, a call or two each. What is computed from the answers is in gauges.py and
-ceilings.py.
-"""
+"""The GPU that a bench times: a few calls of torch and of NVML each; gauges.py and ceilings.py compute with the answers."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,79 +17,47 @@ from ditfast.sampling.graph import cuda_capture
 Replay = Callable[[], None]
 
 
-class Gpu(Protocol):
-    """Each method may raise what its library raises: bytes and seconds come from torch, energy, power and clocks from NVML."""
+class Gpu:
+    """A CUDA device, made the current one.
 
-    device: torch.device
+    Each method may raise what its library raises: bytes and seconds come from torch, energy, power and clocks from NVML.
+    """
 
-    def wait(self) -> None:
-        """Until all that was launched is done."""
-
-    def seconds(self, run: Callable[[], object], repeats: int) -> float:
-        """Of ``repeats`` runs, one behind the other."""
-
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
-        """``run`` as a CUDA graph: the tensor that it returns, and what runs it again into the same tensor."""
-
-    def trace(self, run: Callable[[], object], path: Path) -> None:
-        """A Chrome trace of one run."""
-
-    def l2_bytes(self) -> int: ...
-
-    def free_bytes(self) -> int: ...
-
-    def allocated_bytes(self) -> int: ...
-
-    def peak_bytes(self) -> int:
-        """The most that was allocated since ``reset_peak``."""
-
-    def reset_peak(self) -> None: ...
-
-    def release_cache(self) -> None: ...
-
-    def energy_mj(self) -> int | None:
-        """Since the driver was loaded; None where the GPU does not count it."""
-
-    def power_mw(self) -> int: ...
-
-    def clock_mhz(self) -> int:
-        """Of the multiprocessors, now."""
-
-    def slowdowns(self) -> int:
-        """NVML's bits for what holds the clocks down, now."""
-
-    def driver(self) -> str: ...
-
-
-def open_gpu(device: torch.device) -> Gpu | None:
-    """None for a CPU."""
-    return Cuda(device) if device.type == "cuda" else None
-
-
-class Cuda:
     def __init__(self, device: torch.device):
         self.device = with_index(device)
         torch.cuda.set_device(self.device)  # streams and graphs are made on the current one
 
     def wait(self) -> None:
+        """Wait until all that was launched is done."""
         torch.cuda.synchronize(self.device)
 
-    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+    def seconds(self, run: Callable[[], object], repeats: int, meanwhile: Callable[[], object] | None = None) -> float:
+        """Return the seconds of ``repeats`` runs, one behind the other.
+
+        Args:
+            run: launches work.
+            repeats: of ``run``.
+            meanwhile: called once while the device works on what was launched last; its time does not count.
+        """
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(repeats):
             run()
         end.record()
+        if meanwhile is not None:
+            meanwhile()
         end.synchronize()
         return 1e-3 * start.elapsed_time(end)
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+        """Capture a CUDA graph; return the tensor that ``run`` returns, and what runs it again into the same tensor."""
         return cuda_capture(run)
 
     def trace(self, run: Callable[[], object], path: Path) -> None:
+        """Write a Chrome trace of one run."""
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             run()
-            torch.cuda.synchronize(self.device)
+            self.wait()
         profiler.export_chrome_trace(str(path))
 
     def l2_bytes(self) -> int:
@@ -106,6 +70,7 @@ class Cuda:
         return torch.cuda.memory_allocated(self.device)
 
     def peak_bytes(self) -> int:
+        """Return the most that was allocated since ``reset_peak``."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def reset_peak(self) -> None:
@@ -115,6 +80,7 @@ class Cuda:
         torch.cuda.empty_cache()
 
     def energy_mj(self) -> int | None:
+        """Return millijoules since the driver was loaded; None where the GPU does not count them."""
         nvml, handle = self._nvml
         try:
             return nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
@@ -126,10 +92,12 @@ class Cuda:
         return nvml.nvmlDeviceGetPowerUsage(handle)
 
     def clock_mhz(self) -> int:
+        """Return the clock of the multiprocessors, now."""
         nvml, handle = self._nvml
         return nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
 
     def slowdowns(self) -> int:
+        """Return NVML's bits for what holds the clocks down, now."""
         nvml, handle = self._nvml
         return nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
 
@@ -149,3 +117,8 @@ class Cuda:
         pynvml.nvmlInit()
         uuid = str(self._properties.uuid)
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+
+
+def open_gpu(device: torch.device) -> Gpu | None:
+    """Return None for a CPU."""
+    return Gpu(device) if device.type == "cuda" else None

@@ -28,9 +28,11 @@ from torch import Tensor
 import ditfast
 from ditfast import DiTConfig
 from ditfast.benchmarks.gauges import Gauges
-from ditfast.benchmarks.gpu import Cuda
+from ditfast.benchmarks.gpu import Gpu
 from ditfast.benchmarks.kernel_cases import OPS, Sizes, Work, arguments, work
+from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import number
+from ditfast.benchmarks.results import new_results
 from ditfast.benchmarks.timing import UNIT_ROUNDOFF
 from ditfast.devices import DeviceError, find_gpu
 from ditfast.flops import DeviceSpec
@@ -84,7 +86,7 @@ class OpBench:
         self.work: Work = work(op, tensors, outputs, self.sizes, backward=self.backward)
 
     def run(self, implementation: str, call: Callable[..., Any], tensors: list[Tensor]) -> Outputs:
-        """Outputs, and gradients behind them."""
+        """Return outputs, and gradients behind them."""
         with ditfast.backend(IMPLEMENTATIONS[implementation]), torch.set_grad_enabled(self.backward):
             outputs = _tuple(call(self.sizes, **dict(zip(self.names, tensors, strict=True))))
             if not self.backward:
@@ -228,14 +230,27 @@ def gauges() -> Gauges:
         device = find_gpu()
     except DeviceError as error:
         pytest.skip(f"times kernels on a GPU, but {error}")
-    torch.backends.cudnn.allow_tf32 = False  # the oracle's fp32 convolution
-    return Gauges(Cuda(device), spec_of(device))
+    fix_precision()
+    return Gauges(Gpu(device), spec_of(device))
+
+
+class _Json:
+    """A plugin that adds our results to the JSON of pytest-benchmark."""
+
+    def __init__(self, found: list[Found]):
+        self.found = found
+
+    def pytest_benchmark_update_json(self, config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+        results = new_results("kernels", find_gpu())
+        results.rows = list(self.found)
+        output_json.update(results.to_dict())
 
 
 @pytest.fixture(scope="session")
 def found(request: pytest.FixtureRequest) -> Iterator[list[Found]]:
-    """What was measured; a table of it is printed at the end."""
+    """What was measured; a table of it is printed at the end, and --benchmark-json also has it as ``results.read`` takes it."""
     everything: list[Found] = []
+    request.config.pluginmanager.register(_Json(everything))
     yield everything
     print_summary(everything, request.config.pluginmanager.get_plugin("terminalreporter"))
 

@@ -15,7 +15,7 @@ from ditfast.prediction import ASSUMPTIONS, predicted_model_ms
 from ditfast.prediction.devices import spec_named
 
 from .markdown import head, row
-from .report import read_json
+from .results import read
 
 MODELS = [*MODEL_NAMES, "DiT-XL/2@512"]
 IN_SUMMARY = ["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2", "DiT-XL/2@512"]
@@ -84,13 +84,13 @@ def beside_measured(path: Path) -> Iterator[str]:
         OSError: the file cannot be read.
         ValueError: it is no bench.json; it was measured on a device that is not known; no row has a prediction.
     """
-    report = read_json(path)
-    name = report["environment"]["device"]
+    results = read(path)
+    name = results.machine["device"]
     device = spec_named(name)
     if device is None:
         raise ValueError(f"device: got {name!r}, expected one of {', '.join(DEVICES)}")
     lines = []
-    for found in report["rows"]:
+    for found in results.rows:
         rival, _, graph = found["rival"].partition(GRAPH[0])
         model = found["model"]
         if found["ms_median"] is None or rival not in FUSED or model not in MODELS:

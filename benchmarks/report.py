@@ -1,130 +1,147 @@
-"""What a run leaves behind: tables to read and a JSON file to compute with."""
+"""Tables of forwards, at most 80 columns wide: a block per case, and what the rivals cost beside their time."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import io
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
-
-from ditfast.files import whole_file
 
 from .rivals import GRAPH, LOOSE_BAR, OURS, kind_of, loose
 from .rows import Row
 
 OWN = (*OURS, "ditfast-swapped")
+COLUMNS = 80
 
 
 def print_tables(console: Console, rows: list[Row]) -> None:
-    """The models, every rival's speed, how many times faster ditfast is than each, first calls; and what a GPU tells beside."""
-    tables = [_models_table(rows), _speed_table(rows), _ratios_table(rows), _costs_table(rows)]
-    if any(row.peak_memory_gb is not None for row in rows):
-        tables.append(_roofline_table(rows))
-    for table in tables:
-        console.print(table)
+    """Print every rival's speed, how many times faster ditfast is than each, and what a GPU tells beside."""
+    print_speed(console, rows)
+    print_beside_speed(console, rows)
 
 
-def _models_table(rows: list[Row]) -> Table:
-    table = Table(title="Models", title_justify="left", caption="GMACs are the paper's Gflops; one is two GFLOPs.")
-    table.add_column("model", no_wrap=True)
-    for column in ("GMACs", "GFLOPs", "parameters, M"):
-        table.add_column(column, justify="right")
-    for row in {row.model: row for row in rows}.values():
-        table.add_row(row.model, f"{row.gmacs:.2f}", f"{row.gflops:.2f}", f"{row.parameters / 1e6:.1f}")
-    return table
+def print_speed(console: Console, rows: list[Row]) -> None:
+    """Print a block per case: its roofline bound, then each rival's speed."""
+    for case_rows in cases(rows):
+        console.print(_title(case_rows), highlight=False, style="bold")
+        console.print(_speed_table(case_rows))
+        console.print()
+
+
+def print_beside_speed(console: Console, rows: list[Row]) -> None:
+    """Print ratios and costs of all cases, then what the columns mean."""
+    for headline, make in (("How many times faster than", _ratios_table), ("Beside its time", _costs_table)):
+        tables = [(case_rows, make(case_rows)) for case_rows in cases(rows)]
+        if any(table.row_count for _, table in tables):
+            console.print(headline, highlight=False, style="bold")
+        for case_rows, table in tables:
+            if table.row_count:
+                console.print(name_of(case_rows[0]), highlight=False)
+                console.print(table)
+        console.print()
+    for line in _legend(rows):
+        console.print(line, highlight=False)
+
+
+def text_of(rows: list[Row], notes: Sequence[str]) -> str:
+    """Return the tables as a file has them."""
+    console = Console(width=COLUMNS, file=io.StringIO(), record=True)
+    print_tables(console, rows)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
+
+
+def cases(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows of each case, in order."""
+    found: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.dtype, row.batch), []).append(row)
+    return list(found.values())
+
+
+def name_of(row: Row) -> str:
+    return f"{row.model} {row.dtype} batch {row.batch}"
+
+
+def _title(rows: list[Row]) -> str:
+    row = next((row for row in rows if row.floor_ms or row.floor_ms_measured), rows[0])
+    facts = [f"{row.gflops:.1f} GFLOPs an image", f"{row.parameters / 1e6:.1f} M parameters"]
+    bounds = {"data sheet": row.floor_ms, "measured peaks": row.floor_ms_measured}
+    known = [f"{number(bound)} ms ({name})" for name, bound in bounds.items() if bound is not None]
+    title = f"{name_of(row)}: {', '.join(facts)}"
+    return f"{title}\nroofline bound {', '.join(known)}" if known else title
 
 
 def _speed_table(rows: list[Row]) -> Table:
-    caption = "Error: against the float64 reference."
-    if any(loose(row.rival) for row in rows):
-        caption += f" OpenVINO and int8 are held to {LOOSE_BAR}, not to eager PyTorch's error."
-    table = _case_table("A forward of the batch", caption)
-    for column in ("ms", "p20", "p80", "images/s", "TFLOP/s", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
-
-    def cells(row: Row) -> list[str]:
-        speed = (row.ms_median, row.ms_p20, row.ms_p80, row.images_per_s, row.tflops_per_s)
-        return [*map(number, speed), f"{row.error:.1e}" if row.parity else f"[red]{row.error:.1e} RED[/red]"]
-
-    _add_cases(table, rows, cells)
-    return table
+    """Without the columns that hold nothing."""
+    baseline = next((row.rival for row in rows if row.rival == "eager"), None)
+    columns: dict[str, Callable[[Row], str]] = {
+        "ms": lambda row: number(row.ms_median),
+        "images/s": lambda row: number(row.images_per_s),
+        "TFLOP/s": lambda row: number(row.tflops_per_s),
+        "host us": lambda row: number(row.host_us),
+        "share": lambda row: _percent(row.roofline_share or row.roofline_share_measured),
+        "x eager": lambda row: _ratio(row, "eager" + GRAPH * row.rival.endswith(GRAPH)) if baseline else "",
+        "error": lambda row: f"{row.error:.1e}" if row.parity else f"[red]{row.error:.1e} RED[/red]",
+    }
+    return _rivals_table(rows, columns)
 
 
 def _ratios_table(rows: list[Row]) -> Table:
     """Like against like: the plain ditfast over plain rivals, the one under a CUDA graph over those under a graph."""
-    own = [row for row in rows if row.rival.startswith("ditfast") and row.speedup_over]
+    own = [row for row in rows if row.rival.startswith("ditfast") and like(row)]
     kinds = list(dict.fromkeys(kind_of(rival) for row in own for rival in like(row)))
-    table = Table(title="Times faster than the rival", title_justify="left", caption="Median of each round's ratio.")
-    for column in ("model", "dtype", "batch", ""):
-        table.add_column(column, no_wrap=True)
+    columns: dict[str, Callable[[Row], str]] = {}
     for kind in kinds:
-        table.add_column(f"over {kind}", justify="right")
-    for row in own:
-        ratios = {kind_of(rival): f"{ratio:.2f}" for rival, ratio in like(row).items()}
-        table.add_row(row.model, row.dtype, str(row.batch), row.rival, *(ratios.get(kind, "") for kind in kinds))
-    return table
+        columns[kind.replace("-", "-\n")] = lambda row, kind=kind: _ratio(row, kind + GRAPH * row.rival.endswith(GRAPH))  # type: ignore[misc]
+    return _rivals_table(own, columns)
 
 
 def _costs_table(rows: list[Row]) -> Table:
-    on_gpu = any(row.peak_memory_gb is not None for row in rows)
-    caption = "1st: the first call, which compiles, packs or captures."
-    if on_gpu:
-        caption += (
-            " Launches: kernels of a forward. GB: weights, activations, workspaces. MHz: of the multiprocessors, at work."
-        )
-    table = _case_table("Beside its time", caption)
-    for column in ("1st, s", "launches", "GB", "J/image", "W", "MHz") if on_gpu else ("1st, s",):
-        table.add_column(column, justify="right", no_wrap=True)
-
-    def cells(row: Row) -> list[str]:
-        costs = (row.first_call_s, row.launches, row.peak_memory_gb, row.joules_per_image, row.watts, row.clock_mhz)
-        return [number(value) for value in (costs if on_gpu else costs[:1])]
-
-    _add_cases(table, rows, cells)
-    return table
-
-
-def _roofline_table(rows: list[Row]) -> Table:
-    caption = (
-        "Floor: the least time of the fused data flow at the data sheet's peaks, and at what this GPU was measured to reach."
+    return _rivals_table(
+        rows,
+        {
+            "p20 ms": lambda row: number(row.ms_p20),
+            "p80 ms": lambda row: number(row.ms_p80),
+            "1st s": lambda row: number(row.first_call_s),
+            "launches": lambda row: number(row.launches),
+            "GB": lambda row: number(row.peak_memory_gb),
+            "J/image": lambda row: number(row.joules_per_image),
+            "W": lambda row: number(row.watts),
+            "MHz": lambda row: number(row.clock_mhz),
+        },
     )
-    table = _case_table("Share of the roofline", caption)
-    for column in ("floor, ms", "share", "measured floor, ms", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
 
-    def cells(row: Row) -> list[str]:
-        measured = (number(row.floor_ms_measured), _percent(row.roofline_share_measured))
-        return [number(row.floor_ms), _percent(row.roofline_share), *measured]
 
-    _add_cases(table, rows, cells)
+def _rivals_table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True, min_width=12)
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shown = [name for name, column in cells.items() if any(column)]
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap="\n" not in name)
+    for i, row in enumerate(rows):
+        style = "bold" if row.rival.startswith("ditfast") else None
+        table.add_row(row.rival, *(cells[name][i] for name in shown), style=style)
     return table
 
 
-def _case_table(title: str, caption: str) -> Table:
-    table = Table(title=title, title_justify="left", caption=caption)
-    for column in ("model", "dtype", "batch", "rival"):
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def _add_cases(table: Table, rows: list[Row], cells: Callable[[Row], list[str]]) -> None:
-    """A section for each case, which is named once."""
-    previous = None
-    for row in rows:
-        case = (row.model, row.dtype, str(row.batch))
-        if previous not in (None, case):
-            table.add_section()
-        head = case if case != previous else ("", "", "")
-        previous = case
-        table.add_row(*head, row.rival, *cells(row), style="bold" if row.rival.startswith("ditfast") else None)
+def _legend(rows: list[Row]) -> Iterator[str]:
+    yield "ms, p20, p80: a forward of the batch. error: relative, against float64; RED: over"
+    yield "the allowed one, so not timed. x eager: median of the rounds' ratios. 1st s: the"
+    yield "first call, which compiles, packs or captures; short if compiled ahead."
+    if any(loose(row.rival) for row in rows):
+        yield f"OpenVINO and int8 are held to {LOOSE_BAR}, not to eager PyTorch's error."
+    if any(row.peak_memory_gb is not None for row in rows):
+        yield "host us: until the call returns, device idle before. share: roofline bound over"
+        yield "ms. +graph: under a CUDA graph. launches: kernels of a forward, at the first"
+        yield "batch. GB: weights, activations, workspaces. MHz: multiprocessors, at work."
 
 
 def like(row: Row) -> dict[str, float]:
-    """A row's ratios to others' rivals that run as it does: both under a CUDA graph, or neither."""
+    """Return a row's ratios to others' rivals that run as it does: both under a CUDA graph, or neither."""
     graphed = row.rival.endswith(GRAPH)
     return {
         rival: ratio
@@ -133,31 +150,12 @@ def like(row: Row) -> dict[str, float]:
     }
 
 
-def save_json(path: Path, environment: dict[str, Any], rows: Sequence[Any], notes: list[str]) -> Path:
-    """Rows are dataclasses'."""
-    report = {"environment": environment, "rows": [dataclasses.asdict(row) for row in rows], "notes": notes}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-    return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A bench.json: environment, rows, notes.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is something else.
-    """
-    try:
-        report = json.loads(path.read_text("utf-8"))
-        report["environment"]["device"], report["rows"], report["notes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: got no bench.json ({error!r}), expected what benchmarks/bench.py writes") from error
-    return report
-
-
 def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.1 else f"{value:.4f}"
+    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.1 else f"{value:.4f}"
+
+
+def _ratio(row: Row, rival: str) -> str:
+    return f"{row.speedup_over[rival]:.2f}" if rival in row.speedup_over else ""
 
 
 def _percent(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What is compared: a case (weights and inputs) and the rivals that run it."""
+"""Cases (weights and inputs) and the rivals that run them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import functools
 import importlib.util
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import ditfast
 from ditfast import DiTConfig, cpu, reference
+from ditfast.checkpoints.configs import to_diffusers_config
+from ditfast.checkpoints.layouts import to_diffusers
 from ditfast.diffusion import GaussianDiffusion
 from ditfast.digits import real_digits
 from ditfast.dtypes import DTYPES
 
 from .gpu import Gpu, Replay
 from .in_openvino import InOpenVino
+from .weights import Model, load, random_weights
 
 
 class Ours(NamedTuple):
@@ -50,7 +52,6 @@ DIGITS = "digits"
 DIGITS_BATCH = 64
 
 Run = Callable[..., Tensor]
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Case:
     batch: int
     dtype_name: str
     device: torch.device
-    weights: Callable[[], dict[str, Tensor]]
+    weights: Callable[[], Mapping[str, Tensor]]
     inputs: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
     @property
@@ -77,12 +78,12 @@ class Case:
         return self._loaded(reference.DiT, dtype)
 
     def arithmetic_of(self, rival: str) -> Case:
-        """The same weights with the arithmetic of a rival, which for diffusers' model is diffusers'."""
+        """Return the case with the arithmetic of a rival, which for diffusers' model is diffusers'."""
         flavour = "diffusers" if kind_of(rival) in IN_DIFFUSERS else self.config.flavour
         return dataclasses.replace(self, config=dataclasses.replace(self.config, flavour=flavour))
 
     def rival(self, name: str, others: dict[str, Run], gpu: Gpu | None = None) -> Run:
-        """A rival as a function of (x, t, y); ``NAME+graph`` captures the one of ``others`` called NAME, at its first call."""
+        """Return a rival as a function of (x, t, y); ``NAME+graph`` captures NAME, one of ``others``, at its first call."""
         kind = kind_of(name)
         if gpu is not None and name.endswith(GRAPH):
             return Captured(others[kind], gpu)
@@ -112,27 +113,24 @@ class Case:
     def _in_diffusers(self, swapped: bool) -> Run:
         from diffusers import DiTTransformer2DModel
 
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / "model"
-            ditfast.save_checkpoint(self._loaded(ditfast.DiT), folder, layout="diffusers")
-            model = (
-                DiTTransformer2DModel.from_pretrained(folder, torch_dtype=self.dtype, low_cpu_mem_usage=False)
-                .eval()
-                .to(self.device)
-            )
+        with self.device:
+            model = DiTTransformer2DModel.from_config(to_diffusers_config(self.config))
+        weights = {name: weight.to(self.dtype) for name, weight in self.weights().items()}
+        model.load_state_dict(to_diffusers(weights))
+        nn.Module.to(model, self.device, self.dtype).eval()  # diffusers' own ``to`` warns of a dtype
+        model.pos_embed.pos_embed.copy_(weights["pos_embed"])  # which it computes, and no state dict of it has
         if swapped:
             ditfast.accelerate(model)
         return lambda x, t, y: model(x, t, y, return_dict=False)[0]
 
     def _loaded(self, kind: Callable[[DiTConfig], Model], dtype: torch.dtype | None = None) -> Model:
-        with torch.device("meta"):  # weights are about to come: initialising would only cost time
-            model = kind(self.config)
-        model.load_state_dict({name: weight.to(self.dtype) for name, weight in self.weights().items()}, assign=True)
-        return model.eval().to(self.device, self.dtype if dtype is None else dtype)
+        weights = {name: weight.to(self.dtype) for name, weight in self.weights().items()}
+        on_gpu = self.device.type == "cuda"  # where each rival's memory is measured
+        return load(kind, self.config, weights, self.device, copy=on_gpu).eval().to(dtype or self.dtype)
 
 
 def random_case(model: str, config: DiTConfig, batch: int, device: torch.device, dtype_name: str) -> Case:
-    """Random weights, all of them non-zero, and unit-variance latents."""
+    """Return a case of random weights, all of them non-zero, and unit-variance latents."""
 
     def inputs() -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
@@ -141,32 +139,19 @@ def random_case(model: str, config: DiTConfig, batch: int, device: torch.device,
         y = torch.randint(config.num_classes, (batch,), generator=generator)
         return x.to(device, DTYPES[dtype_name]), t.to(device), y.to(device)
 
-    weights = functools.partial(_random_weights, config, DTYPES[dtype_name])
+    weights = functools.partial(random_weights, config, DTYPES[dtype_name], device)
     return Case(model, config, batch, dtype_name, device, weights, inputs)
 
 
-@functools.lru_cache(maxsize=1)  # one model's at a time: every rival of it asks again, and shares their memory
-@torch.inference_mode(False)  # OpenVINO converts a model outside of that mode
-def _random_weights(config: DiTConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        parameters = {name: p.shape for name, p in reference.DiT(config).named_parameters() if p.requires_grad}
-    weights = {"pos_embed": reference.sincos_positions(config).to(dtype)}
-    for name, shape in parameters.items():
-        std = 0.5 * shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
-        weights[name] = (torch.randn(shape, generator=generator) * std).to(dtype)
-    return weights
-
-
 def checkpoint_case(path: Path, batch: int, device: torch.device, dtype_name: str) -> Case:
-    """Weights from a file or folder on random latents."""
+    """Return a case of weights from a file or folder on random latents."""
     model = ditfast.load_checkpoint(path)
     random = random_case(path.name, model.config, batch, device, dtype_name)
     return dataclasses.replace(random, weights=model.state_dict)
 
 
 def digits_case(dtype_name: str, device: torch.device) -> Case:
-    """The trained checkpoint on scans of real digits, at every depth of noise."""
+    """Return the case of the trained checkpoint on scans of real digits, at every depth of noise."""
     trained = ditfast.load_digits()
 
     def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +165,7 @@ def digits_case(dtype_name: str, device: torch.device) -> Case:
 
 
 def available_rivals(wanted: Sequence[str], *, on_gpu: bool) -> tuple[list[str], list[str]]:
-    """The rivals that can run here, on a GPU each also under a CUDA graph; and a note for each that cannot."""
+    """Return the rivals that can run here, on a GPU each also under a CUDA graph; and a note for each that cannot."""
     names, notes = list(dict.fromkeys(wanted)), []
     compiler = os.environ.get("CXX", "g++")
     if not on_gpu and not shutil.which(compiler):
@@ -205,12 +190,12 @@ def available_rivals(wanted: Sequence[str], *, on_gpu: bool) -> tuple[list[str],
 
 
 def loose(rival: str) -> bool:
-    """Whether a rival is timed up to ``LOOSE_BAR``: int8, and OpenVINO, which in fp32 too misses eager's error."""
+    """True if a rival is timed up to ``LOOSE_BAR``: int8, and OpenVINO, which in fp32 too misses eager's error."""
     return rival in (*IN_OPENVINO, *OURS_IN_INT8)
 
 
 def kind_of(rival: str) -> str:
-    """What runs, under a CUDA graph or not."""
+    """Return what runs, under a CUDA graph or not."""
     return rival.removesuffix(GRAPH)
 
 

@@ -1,4 +1,4 @@
-"""A line of bench.json: one rival on one case."""
+"""Rows of bench.json: one rival on one case."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .rivals import Case
 
 @dataclass
 class Row:
-    """One rival on one case. Times are of one forward of the whole batch; they are None where parity is red.
+    """One rival on one case. Times are of one forward of the whole batch; they are None where parity is red or timing failed.
 
     What follows ``first_call_s`` is read on a GPU only, and None where it could not be.
     """
@@ -35,7 +35,8 @@ class Row:
     tflops_per_s: float | None = None
     speedup_over: dict[str, float] = field(default_factory=dict)
     first_call_s: float | None = None  # compiles, tunes or captures
-    launches: int | None = None  # kernels of a forward; for a graph, of what it captured
+    host_us: float | None = None  # from an idle device on, until the call returns; median
+    launches: int | None = None  # kernels of a forward, at the model's first batch; for a graph, of what it captured
     peak_memory_gb: float | None = None  # weights, activations and workspaces of this rival alone
     joules_per_image: float | None = None
     watts: float | None = None
@@ -43,7 +44,7 @@ class Row:
     clock_mhz_before: float | None = None  # the case's rounds
     clock_mhz_after: float | None = None
     slowed_by: list[str] = field(default_factory=list)  # what held the clocks down in this case
-    floor_ms: float | None = None  # ditfast.flops.floor_ms at the data sheet's peaks
+    floor_ms: float | None = None  # roofline bound, ditfast.flops.floor_ms at the data sheet's peaks
     floor_ms_measured: float | None = None  # and at what this GPU's copies and large products reach
     roofline_share: float | None = None  # the floor over the median
     roofline_share_measured: float | None = None
@@ -66,7 +67,7 @@ def new_row(case: Case, rival: str, error: float, allowed: float) -> Row:
 
 
 def fill(row: Row, times: dict[str, list[float]]) -> None:
-    """A row's speed from the seconds a forward of every rival in every round."""
+    """Fill a row's speed from the seconds a forward of every rival in every round."""
     own = times[row.rival]
     fifths = statistics.quantiles(own, n=5, method="inclusive")
     median = statistics.median(own)

@@ -32,9 +32,10 @@ from torch import Tensor
 
 import ditfast
 from ditfast import DiTConfig, cpu, reference
-from ditfast.benchmarks.environment import describe
 from ditfast.benchmarks.plain_loop import Loop, plain_loop
-from ditfast.benchmarks.report import save_json
+from ditfast.benchmarks.precision import fix_precision
+from ditfast.benchmarks.results import new_results
+from ditfast.benchmarks.weights import load, random_weights
 from ditfast.devices import add_device_argument
 from ditfast.diffusion import GaussianDiffusion, steps
 from ditfast.modulation_table import BUDGET_BYTES, ModulationTable
@@ -64,13 +65,8 @@ class Setting:
     def __init__(self, config: DiTConfig, batch: int, num_steps: int, cfg_scale: float, device: torch.device):
         self.config, self.batch, self.cfg_scale, self.device = config, batch, cfg_scale, device
         self.steps = steps(GaussianDiffusion(str(num_steps)), "ddpm")
-        generator = torch.Generator().manual_seed(0)
-        self.oracle = reference.DiT(config).eval()
-        for parameter in self.oracle.parameters():
-            if parameter.requires_grad:
-                std = 0.5 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.02
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        self.oracle = self.oracle.to(device)
+        self.weights = random_weights(config, torch.float32, device)
+        self.oracle = load(reference.DiT, config, self.weights, device).eval()
         self.model, self.model_bf16 = self._fast(torch.float32), self._fast(torch.bfloat16)
         self.labels = torch.arange(batch, device=device) % config.num_classes
         self.both = torch.cat([self.labels, torch.full_like(self.labels, config.null_class)])
@@ -93,9 +89,7 @@ class Setting:
         }
 
     def _fast(self, dtype: torch.dtype) -> ditfast.DiT:
-        model = ditfast.DiT(self.config).eval()
-        model.load_state_dict(self.oracle.state_dict())
-        return model.to(self.device, dtype)
+        return load(ditfast.DiT, self.config, self.weights, self.device).eval().to(dtype)
 
     @functools.cached_property
     def _model_int8(self) -> ditfast.DiT:
@@ -253,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes sampling.json and sampling.png there")
     args = parser.parse_args(argv)
     hidden_size, num_heads = WIDTHS[args.width]
+    fix_precision()
     config = DiTConfig(depth=args.depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch)
     setting = Setting(config, args.batch, args.steps, args.cfg, args.device)
     known = list(setting.rivals())
@@ -269,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             notes.append(f"skipped: {error}")
     names = ["reference", *(name for name in names if name != "reference")]
     console = Console(width=max(100, Console().width))
-    environment = describe(setting.device)
+    results = new_results("sampling", setting.device)
     title = (
         f"{args.width} width, {args.depth} blocks, patch {args.patch}, {args.steps} steps, CFG {args.cfg:g}, batch {args.batch}"
     )
@@ -281,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(note, highlight=False)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        save_json(args.out / "sampling.json", environment, rows, [title, *notes])
+        results.rows, results.notes = rows, [title, *notes]
+        results.write(args.out / "sampling.json")
         _plot(args.out / "sampling.png", rows, title)
     wrong = [r for r in rows if r.error is not None and not r.error <= LOOSELY_ALLOWED.get(r.rival, ALLOWED_ERROR)]
     for row in wrong:

@@ -1,11 +1,13 @@
-"""Parity first, then interleaved rounds, then what a GPU tells beside time."""
+"""Parity first, then interleaved rounds, then what a GPU tells beside time. A rival that fails costs its own row."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,12 +27,20 @@ from .rows import Row, fill, new_row
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ORACLE_SAMPLES = (0, 1, -2, -1)  # of the batch: samples are independent, and float64 is slow on a GPU
 SHORTEST_ROUND_S = 0.05
+HOST_CALLS = 11  # of which the host's time is the median
+OUT_OF_MEMORY = (
+    "out of memory: take a smaller batch with --models NAME:BATCH, and look with nvidia-smi for others that use the GPU"
+)
 
 Call = Callable[[], object]
 
 
+class DeviceLost(Exception):
+    """An error after which CUDA answers nothing in this process."""
+
+
 class Bar(NamedTuple):
-    """What outputs are held to."""
+    """A threshold: outputs may be this far from the exact ones."""
 
     exact: Tensor
     allowed: float
@@ -47,150 +57,236 @@ class First(NamedTuple):
 
 
 def bench_case(
-    case: Case, names: list[str], rounds: int, show: Callable[[str], None], gauges: Gauges | None = None
+    case: Case,
+    names: Sequence[str],
+    rounds: int,
+    show: Callable[[str], None],
+    gauges: Gauges | None = None,
+    finish: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[Row], list[str]]:
-    """The rows of one case and remarks on rivals that failed; ``show`` is told each phase, ``gauges`` read a GPU."""
+    """Time the rivals of a case; return their rows, and remarks on rivals that failed.
+
+    Args:
+        case: to run.
+        names: of rivals; ``NAME+graph`` comes after NAME.
+        rounds: in which each rival runs once or more.
+        show: is told each phase.
+        gauges: of a GPU.
+        finish: is given each row as soon as nothing in it changes any more, apart from its launches.
+
+    Raises:
+        DeviceLost: no later call of CUDA can succeed.
+    """
     if any(kind_of(name) in COMPILED for name in names):
         torch._dynamo.reset()  # else the cases before this one count against torch.compile's recompilation limit
-    gpu = None if gauges is None else gauges.gpu
-    inputs = case.inputs()
-    compared = torch.tensor(sorted({i % case.batch for i in ORACLE_SAMPLES}), device=case.device)
+    bench = _CaseBench(case, show, gauges)
     with torch.inference_mode():
-        bars: dict[str | Flavour, Bar] = {}
-        rows: list[Row] = []
-        started: dict[str, First] = {}
-        remarks = []
         for name in names:
-            theirs = case.arithmetic_of(name)
-            if theirs.config.flavour not in bars:
-                show("float64 reference")
-                bars[theirs.config.flavour] = _bar(theirs, [tensor[compared] for tensor in inputs])
-            exact, allowed = bars[theirs.config.flavour]
-            if loose(name):
-                allowed = LOOSE_BAR
-            show(f"{name}: first call and parity")
-            try:
-                first = _start(case, name, started, inputs, gpu)
-                row = new_row(case, name, _error(first.output[compared], exact), allowed)
-            except Exception as error:  # a rival that cannot run must not take the others with it
-                remarks.append(f"{case.title}: {name} failed: {type(error).__name__}: {first_line(error)}")
-                if gpu is not None:
-                    gpu.release_cache()
-                continue
-            row.first_call_s = first.seconds
-            row.peak_memory_gb = None if gpu is None else first.peak / 1e9
-            rows.append(row)
-            if row.parity:
-                started[name] = first
-            else:
-                remarks.append(f"{case.title}: {name} is off by {row.error:.1e}, {allowed:.1e} allowed; not timed")
-        if started:
-            rotation = itertools.cycle([inputs] if gauges is None else gauges.rotated(inputs))
-            calls = {name: _call(first.run, rotation) for name, first in started.items()}
-            timed = [row for row in rows if row.rival in started]
-            if gauges is None:
-                _fill_times(timed, calls, None, rounds, show)
-            else:
-                remarks += _fill_from_gpu(case, timed, calls, gauges, rounds, show)
-    return rows, remarks
+            bench.start(name)
+        bench.time(rounds)
+        for row in bench.rows:
+            bench.read(row)
+            finish(row)
+    return bench.rows, bench.all_remarks()
 
 
-def _bar(case: Case, inputs: list[Tensor]) -> Bar:
-    """1.1 times eager PyTorch's error in the case's dtype, plus one unit roundoff."""
-    x, t, y = inputs
-    exact = case.reference(torch.float64)(x.double(), t, y)
-    return Bar(exact, 1.1 * _error(case.reference()(x, t, y), exact) + UNIT_ROUNDOFF[case.dtype])
+def describe_failure(title: str, rival: str, error: Exception) -> str:
+    """Return one line on a rival that failed.
+
+    Raises:
+        DeviceLost: it takes all others with it.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        line = f"{title}: {rival} lost the GPU: {first_line(error)}; leave it out with --rivals to time the others"
+        raise DeviceLost(line) from error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return f"{title}: {rival} skipped, {OUT_OF_MEMORY}"
+    return f"{title}: {rival} failed: {type(error).__name__}: {first_line(error)}"
 
 
-def _start(case: Case, name: str, others: dict[str, First], inputs: Inputs, gpu: Gpu | None) -> First:
-    before = 0 if gpu is None else gpu.allocated_bytes()
-    run = case.rival(name, {other: first.run for other, first in others.items()}, gpu)
-    weights = 0 if gpu is None else gpu.allocated_bytes() - before
-    if gpu is not None:
+class _CaseBench:
+    """What is known of a case while it runs."""
+
+    def __init__(self, case: Case, show: Callable[[str], None], gauges: Gauges | None):
+        self.case, self.show, self.gauges = case, show, gauges
+        self.gpu = None if gauges is None else gauges.gpu
+        self.inputs = case.inputs()
+        self.compared = torch.tensor(sorted({i % case.batch for i in ORACLE_SAMPLES}), device=case.device)
+        self.bars: dict[str | Flavour, Bar] = {}
+        self.rows: list[Row] = []
+        self.remarks: list[str] = []
+        self.started: dict[str, First] = {}
+        self.calls: dict[str, Call] = {}
+        self.seconds: dict[str, float] = {}  # a forward's, of the last round
+        self.clocks: tuple[list[int], list[int]] = ([], [])  # in the first and in the last round
+        if gauges is not None:
+            gauges.slowed_by.clear()
+
+    # -------------------------------------------------------------- parity
+    def start(self, name: str) -> None:
+        """Call a rival for the first time and compare its output."""
+        try:
+            exact, allowed = self._bar(name)
+            allowed = LOOSE_BAR if loose(name) else allowed
+            self.show(f"{name}: first call and parity")
+            first = self._first_call(name)
+            row = new_row(self.case, name, _error(first.output[self.compared], exact), allowed)
+        except Exception as error:  # a rival that cannot run must not take the others with it
+            self._fail(name, error)
+            return
+        row.first_call_s = first.seconds
+        row.peak_memory_gb = None if self.gpu is None else first.peak / 1e9
+        self.rows.append(row)
+        if row.parity:
+            self.started[name] = first
+        else:
+            title = self.case.title
+            self.remarks.append(f"{title}: {name} is off by {row.error:.1e}, {allowed:.1e} allowed; not timed")
+
+    def _bar(self, name: str) -> Bar:
+        """1.1 times eager PyTorch's error in the case's dtype, plus one unit roundoff."""
+        case = self.case.arithmetic_of(name)
+        flavour = case.config.flavour
+        if flavour not in self.bars:
+            self.show("float64 reference")
+            x, t, y = (tensor[self.compared] for tensor in self.inputs)
+            exact = case.reference(torch.float64)(x.double(), t, y)
+            allowed = 1.1 * _error(case.reference()(x, t, y), exact) + UNIT_ROUNDOFF[case.dtype]
+            self.bars[flavour] = Bar(exact, allowed)
+        return self.bars[flavour]
+
+    def _first_call(self, name: str) -> First:
+        gpu = self.gpu
+        before = 0 if gpu is None else gpu.allocated_bytes()
+        run = self.case.rival(name, {other: first.run for other, first in self.started.items()}, gpu)
+        weights = 0 if gpu is None else gpu.allocated_bytes() - before
+        if gpu is not None:
+            gpu.wait()
+            gpu.reset_peak()
+        start = time.perf_counter()
+        output = run(*self.inputs)
+        if gpu is None:
+            return First(run, output, time.perf_counter() - start, 0, 0)
         gpu.wait()
+        seconds = time.perf_counter() - start
+        if name.endswith(GRAPH):  # whose capture is the one call that allocates
+            captured = self.started[kind_of(name)]
+            return First(run, output, seconds, captured.weights, gpu.peak_bytes() - before + captured.weights)
         gpu.reset_peak()
-    start = time.perf_counter()
-    output = run(*inputs)
-    if gpu is None:
-        return First(run, output, time.perf_counter() - start, 0, 0)
-    gpu.wait()
-    seconds = time.perf_counter() - start
-    if name.endswith(GRAPH):  # whose capture is the one call that allocates
-        captured = others[kind_of(name)]
-        return First(run, output, seconds, captured.weights, gpu.peak_bytes() - before + captured.weights)
-    gpu.reset_peak()
-    run(*inputs)
-    return First(run, output, seconds, weights, gpu.peak_bytes() - before)
+        run(*self.inputs)
+        return First(run, output, seconds, weights, gpu.peak_bytes() - before)
+
+    # -------------------------------------------------------------- time
+    def time(self, rounds: int) -> None:
+        """Fill the times of all rows whose parity holds; who begins a round moves on with each."""
+        rotation = itertools.cycle([self.inputs] if self.gauges is None else self.gauges.rotated(self.inputs))
+        self.calls = {name: _call(first.run, rotation) for name, first in self.started.items()}
+        repeats: dict[str, int] = {}
+        for name, call in list(self.calls.items()):
+            try:
+                _timed(call, self.gpu, 1)
+                repeats[name] = max(1, math.ceil(SHORTEST_ROUND_S / _timed(call, self.gpu, 1)))
+            except Exception as error:
+                self._fail(name, error)
+        times: dict[str, list[float]] = {name: [] for name in self.calls}
+        for i in range(rounds):
+            self.show(f"round {i + 1} of {rounds}")
+            order = list(self.calls)
+            first = i % max(1, len(order))
+            meanwhile = functools.partial(self._read_clock, {0: self.clocks[0], rounds - 1: self.clocks[1]}.get(i))
+            for name in order[first:] + order[:first]:
+                try:
+                    times[name].append(_timed(self.calls[name], self.gpu, repeats[name], meanwhile))
+                except Exception as error:
+                    self._fail(name, error)
+                    del times[name]
+        self.seconds = {name: own[-1] for name, own in times.items()}
+        for row in self.rows:
+            if row.rival in times:
+                fill(row, times)
+
+    def _read_clock(self, clocks: list[int] | None) -> None:
+        if self.gauges is not None and clocks is not None:
+            clock = self.gauges.clock_mhz()
+            clocks += [] if clock is None else [clock]
+
+    # -------------------------------------------------------------- what a GPU tells beside time
+    def read(self, row: Row) -> None:
+        """Fill what is neither time nor launches."""
+        if self.gauges is None or self.gpu is None or row.rival not in self.seconds:
+            return
+        self.show(f"{row.rival}: host and energy")
+        call = self.calls[row.rival]
+        try:
+            row.host_us = 1e6 * statistics.median(_host_s(call, self.gpu) for _ in range(HOST_CALLS))
+            busy = self.gauges.busy(call, self.seconds[row.rival])
+        except Exception as error:
+            self._fail(row.rival, error)
+            return
+        if busy is not None:
+            row.joules_per_image, row.watts, row.clock_mhz = busy.joules / row.batch, busy.watts, busy.clock_mhz
+        row.clock_mhz_before, row.clock_mhz_after = (statistics.median(c) if c else None for c in self.clocks)
+        row.slowed_by = sorted(self.gauges.slowed_by)
+        row.floor_ms, row.roofline_share = _roofline(row, self.case, self.gauges.data_sheet)
+        row.floor_ms_measured, row.roofline_share_measured = _roofline(row, self.case, self.gauges.ceilings)
+
+    def all_remarks(self) -> list[str]:
+        """Return what failed, and what held the clocks down."""
+        if self.gauges is None or not self.gauges.slowed_by:
+            return self.remarks
+        before, after = (f"{statistics.median(c):.0f} MHz" if c else "unknown" for c in self.clocks)
+        slowed_by = ", ".join(sorted(self.gauges.slowed_by))
+        return [*self.remarks, f"{self.case.title}: clocks held down by {slowed_by}; {before} before, {after} after"]
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self.remarks.append(describe_failure(self.case.title, name, error))
+        self.started.pop(name, None)
+        self.calls.pop(name, None)
+        if self.gpu is not None:
+            self.gpu.release_cache()
+
+
+def count_launches(case: Case, kinds: Sequence[str], gauges: Gauges) -> dict[str, int | None]:
+    """Count the kernels of each rival's forward, with the profiler, which comes after everything else of a run."""
+    found: dict[str, int | None] = {}
+    inputs = case.inputs()
+    with torch.inference_mode():
+        for kind in kinds:
+            run = case.rival(kind, {})
+            run(*inputs)
+            found[kind] = gauges.launches(lambda run=run: run(*inputs))  # type: ignore[misc]
+    return found
+
+
+def _roofline(row: Row, case: Case, peaks: DeviceSpec | None) -> tuple[float | None, float | None]:
+    """Return the least time that peaks allow, and how near to it a row comes."""
+    if peaks is None or row.ms_median is None:
+        return None, None
+    bound = flops.floor_ms(case.config, case.batch, case.dtype, peaks)
+    return bound, bound / row.ms_median
 
 
 def _call(run: Run, rotation: itertools.cycle[Inputs]) -> Call:
     return lambda: run(*next(rotation))
 
 
-def _fill_from_gpu(
-    case: Case, rows: list[Row], calls: dict[str, Call], gauges: Gauges, rounds: int, show: Callable[[str], None]
-) -> list[str]:
-    """Times and all else; returns a remark if something held the clocks down."""
-    gauges.slowed_by.clear()
-    before = gauges.clock_mhz()
-    times = _fill_times(rows, calls, gauges.gpu, rounds, show)
-    after = gauges.clock_mhz()
-    for row in rows:
-        show(f"{row.rival}: energy")
-        busy = gauges.busy(calls[row.rival], times[row.rival][-1])
-        if busy is not None:
-            row.joules_per_image, row.watts, row.clock_mhz = busy.joules / row.batch, busy.watts, busy.clock_mhz
-    # Last, and of nothing that was captured: a profiler that comes after a capture has been seen to break the graph.
-    launches = {name: gauges.launches(call) for name, call in calls.items() if not name.endswith(GRAPH)}
-    for row in rows:
-        row.launches = launches[kind_of(row.rival)]
-        row.clock_mhz_before, row.clock_mhz_after, row.slowed_by = before, after, sorted(gauges.slowed_by)
-        row.floor_ms, row.roofline_share = _roofline(row, case, gauges.data_sheet)
-        row.floor_ms_measured, row.roofline_share_measured = _roofline(row, case, gauges.ceilings)
-    if not gauges.slowed_by:
-        return []
-    return [f"{case.title}: clocks held down by {', '.join(sorted(gauges.slowed_by))}; {before} MHz before, {after} MHz after"]
-
-
-def _roofline(row: Row, case: Case, peaks: DeviceSpec | None) -> tuple[float | None, float | None]:
-    """The least time that peaks allow, and how near to it a row comes."""
-    if peaks is None or row.ms_median is None:
-        return None, None
-    floor = flops.floor_ms(case.config, case.batch, case.dtype, peaks)
-    return floor, floor / row.ms_median
-
-
-def _fill_times(
-    rows: list[Row], calls: dict[str, Call], gpu: Gpu | None, rounds: int, show: Callable[[str], None]
-) -> dict[str, list[float]]:
-    times = _interleaved(calls, gpu, rounds, show)
-    for row in rows:
-        fill(row, times)
-    return times
-
-
-def _interleaved(calls: dict[str, Call], gpu: Gpu | None, rounds: int, show: Callable[[str], None]) -> dict[str, list[float]]:
-    """Seconds for one forward, a value each round; who begins a round moves on with each."""
-    repeats = {}
-    for name, call in calls.items():
-        _timed(call, gpu, 1)
-        repeats[name] = max(1, math.ceil(SHORTEST_ROUND_S / _timed(call, gpu, 1)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for i in range(rounds):
-        show(f"round {i + 1} of {rounds}")
-        for name in order[i % len(order) :] + order[: i % len(order)]:
-            times[name].append(_timed(calls[name], gpu, repeats[name]))
-    return times
-
-
-def _timed(call: Call, gpu: Gpu | None, repeats: int) -> float:
+def _timed(call: Call, gpu: Gpu | None, repeats: int, meanwhile: Callable[[], object] | None = None) -> float:
     if gpu is not None:
-        return gpu.seconds(call, repeats) / repeats
+        return gpu.seconds(call, repeats, meanwhile) / repeats
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def _host_s(call: Call, gpu: Gpu) -> float:
+    """Return the seconds until a call returns, from an idle device on."""
+    gpu.wait()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    gpu.wait()
+    return seconds
 
 
 def _error(out: Tensor, exact: Tensor) -> float:

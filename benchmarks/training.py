@@ -24,14 +24,15 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ditfast
 from ditfast import DiTConfig, flops, reference
-from ditfast.benchmarks.environment import describe
-from ditfast.benchmarks.report import save_json
+from ditfast.benchmarks.precision import fix_precision
+from ditfast.benchmarks.results import new_results
 from ditfast.benchmarks.timing import progress_bar
+from ditfast.benchmarks.weights import load, random_weights
 from ditfast.config import MODEL_NAMES
 from ditfast.devices import add_device_argument, find_device
 from ditfast.dtypes import DTYPES
@@ -93,8 +94,9 @@ class Training:
 
     def __init__(self, rival: Rival, config: DiTConfig, batch: int, device: torch.device):
         torch.manual_seed(0)
-        model = (ditfast.DiT if rival.kind.startswith("ditfast") else reference.DiT)(config).to(device).train()
-        _wake(model)
+        weights = random_weights(config, torch.float32, device)
+        kind = ditfast.DiT if rival.kind.startswith("ditfast") else reference.DiT
+        model = load(kind, config, weights, device, copy=True).train()
         freeze_label_dropout(model)
         if isinstance(model, ditfast.DiT):
             model.checkpoint_activations = rival.checkpointed
@@ -214,6 +216,7 @@ def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.devi
 
 def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str, threads: int) -> int:
     torch.set_num_threads(threads)
+    fix_precision()
     place = find_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -221,13 +224,6 @@ def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str
     for _ in range(STEPS_FOR_MEMORY):
         training.step()
     return peak_memory(place)
-
-
-def _wake(model: nn.Module) -> None:
-    """Gives values to what the paper initialises as zero, so that every branch carries gradients."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -261,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_device_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes training.json there")
     args = parser.parse_args(argv)
+    fix_precision()
     on_cuda = args.device.type == "cuda"
     models, batch = args.models or ["DiT-XL/2" if on_cuda else "DiT-B/4"], args.batch or (32 if on_cuda else 8)
     rivals = args.rivals or [Rival.parse(text) for text in (CUDA_RIVALS if on_cuda else CPU_RIVALS)]
@@ -280,7 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"note: {note}", highlight=False)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        save_json(args.out / "training.json", describe(args.device), rows, notes)
+        results = new_results("training", args.device)
+        results.rows, results.notes = rows, notes
+        results.write(args.out / "training.json")
     return 1 if notes else 0
 
 

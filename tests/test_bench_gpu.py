@@ -1,32 +1,51 @@
-"""What the bench does on a GPU, with a stand-in for one; and that the calls behind the real one exist."""
+"""What the bench does on a GPU, under a fake CUDA; and that the calls of torch and NVML behind it exist."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_gpu import ACTIVATIONS, KERNELS, SECONDS, WATTS, WEIGHTS, FakeGpu
+from fake_cuda import FakeCuda, fake_cuda
+from fake_cuda.fixtures import fake_gpu
+from fake_cuda.nvml import CLOCK_MHZ, WATTS
 from rich.console import Console
 from support import randomize
 
 import ditfast
 from ditfast import DiT, DiTConfig
-from ditfast.benchmarks import bench, gpu
+from ditfast.benchmarks import ahead, bench, gauges, gpu, rivals
 from ditfast.benchmarks.ceilings import measure_ceilings
 from ditfast.benchmarks.gauges import MOST_COPIES, SLOWDOWNS, Gauges, count_kernels
+from ditfast.benchmarks.gpu import Gpu
 from ditfast.benchmarks.report import print_tables
 from ditfast.benchmarks.rivals import Captured
 from ditfast.benchmarks.rows import Row
+from ditfast.benchmarks.weights import random_weights
 from ditfast.flops import DEVICES, floor_ms
 
+__all__ = ["fake_gpu"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = DiTConfig(depth=2, hidden_size=64, num_heads=2, input_size=8, num_classes=10)
+TINY = DiTConfig(depth=1, hidden_size=64, num_heads=2, input_size=8, num_classes=10)
+CUDA = torch.device("cuda", 0)
+NVML = ["nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetClockInfo"]
+NVML += ["nvmlDeviceGetCurrentClocksEventReasons", "nvmlSystemGetDriverVersion"]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks of small matrices, short windows, and no process that compiles ahead."""
+    monkeypatch.setattr(
+        gauges, "measure_ceilings", lambda g, like: measure_ceilings(g, like, largest_copy=4096, largest_side=64)
+    )
+    monkeypatch.setattr(gauges, "ENERGY_WINDOW_S", 0.05)
+    monkeypatch.setattr(gauges, "MOST_COPIES", 2)
+    monkeypatch.setattr(bench, "compile_ahead", lambda jobs, processes: iter(()))
+    monkeypatch.setattr("ditfast.benchmarks.timing.SHORTEST_ROUND_S", 0.001)
 
 
 @pytest.fixture
@@ -36,139 +55,221 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "tiny.safetensors"
 
 
-def run_bench(checkpoint: Path, fake: FakeGpu, *more: str) -> dict[str, Any]:
+def run_bench(checkpoint: Path, *more: str, device: str = "cuda", status: int = 0) -> dict[str, Any]:
     out = checkpoint.parent / "out"
-    arguments = ["--checkpoint", str(checkpoint), "--dtype", "fp32", "--batch", "2", "--rounds", "5", "--device", "cpu"]
-    assert bench.main([*arguments, "--out", str(out), *more], fake) == 0
+    arguments = ["--checkpoint", str(checkpoint), "--dtype", "fp32", "--batch", "2", "--rounds", "5", "--device", device]
+    with ditfast.backend("torch"):
+        assert bench.main([*arguments, "--out", str(out), *more]) == status
     return json.loads((out / "bench.json").read_text())
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
-def test_a_run_reads_everything(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake = FakeGpu()
-    report = run_bench(checkpoint, fake, "--rivals", "eager", "ditfast", "diffusers", "ditfast-swapped")
-    rivals = ["eager", "ditfast", "diffusers", "ditfast-swapped"]
-    assert [row["rival"] for row in report["rows"]] == [*rivals, *(f"{name}+graph" for name in rivals)]
-    assert fake.captures == 4
-    assert fake.replays > 4 * 5
+@pytest.mark.usefixtures("small", "fake_gpu")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_run_reads_everything(device: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_bench(checkpoint, "--rivals", "eager", "ditfast", device=device)
+    assert [row["rival"] for row in report["rows"]] == ["eager", "ditfast", "eager+graph", "ditfast+graph"]
+    bound = floor_ms(TINY, 2, torch.float32, DEVICES["H200"])
     for row in report["rows"]:
         assert row["parity"]
-        assert row["ms_median"] == 1e3 * SECONDS
-        assert row["launches"] == KERNELS
-        own = WEIGHTS + ACTIVATIONS  # a graph's weights are those of what it captured
-        assert row["peak_memory_gb"] == (own + WEIGHTS if "+graph" in row["rival"] else own) / 1e9
-        assert row["joules_per_image"] == pytest.approx(WATTS * SECONDS / 2)
-        assert row["watts"] == pytest.approx(WATTS)
-        assert row["clock_mhz"] == row["clock_mhz_before"] == row["clock_mhz_after"] == 1980
+        assert row["launches"] > 10
+        assert row["peak_memory_gb"] > 0
+        assert row["watts"] == pytest.approx(WATTS, rel=0.1)
+        assert row["clock_mhz"] == row["clock_mhz_before"] == row["clock_mhz_after"] == CLOCK_MHZ
         assert row["first_call_s"] > 0
+        assert row["host_us"] > 0
         assert row["slowed_by"] == []
-        assert row["floor_ms"] is None  # the CPU's data sheet is not known
+        assert row["floor_ms"] == bound
+        assert row["roofline_share"] == bound / row["ms_median"]
         assert row["roofline_share_measured"] == row["floor_ms_measured"] / row["ms_median"]
-    assert {"driver", "measured_copy_tb_per_s", "measured_bf16_tflops", "measured_fp32_tflops"} <= set(report["environment"])
-    assert report["notes"] == ["share of the data sheet: left out, this GPU's is not in ditfast.flops.DEVICES"]
-    printed = capsys.readouterr().out
-    assert "driver 999.1" in printed
-    for expected in ("Beside its time", "J/image", "Share of the roofline", "measured floor, ms", "over diffusers"):
-        assert expected in printed
-    assert "over ditfast" not in printed
-
-
-def test_known_gpus_have_a_share_of_their_data_sheet(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "spec_of", lambda device: DEVICES["H100"])
-    report = run_bench(checkpoint, FakeGpu(), "--rivals", "ditfast")
-    floor = floor_ms(TINY, 2, torch.float32, DEVICES["H100"])
-    assert report["environment"]["data_sheet"] == "H100"
-    for row in report["rows"]:
-        assert row["floor_ms"] == floor
-        assert row["roofline_share"] == floor / (1e3 * SECONDS)
+    machine = report["machine"]
+    assert (machine["device"], machine["data_sheet"]) == ("NVIDIA H200", "H200")
+    assert {"driver", "measured_copy_tb_per_s", "measured_bf16_tflops", "measured_fp32_tflops"} <= set(machine)
     assert report["notes"] == []
+    printed = capsys.readouterr().out
+    assert "driver 999.1" in printed.replace("\n", "")
+    for expected in ("Beside its time", "J/image", "roofline bound", "host us", "share", "roofline of H200, unmeasured"):
+        assert expected in printed
+    assert max(map(len, printed.splitlines()[:-4])) <= 80
 
 
+@pytest.mark.usefixtures("small")
+def test_a_gpu_that_is_not_known_has_no_share_of_its_data_sheet(checkpoint: Path) -> None:
+    with fake_cuda(name="NVIDIA RTX 9999"):
+        report = run_bench(checkpoint, "--rivals", "ditfast")
+    assert all(row["floor_ms"] is None and row["roofline_share_measured"] for row in report["rows"])
+    assert report["notes"] == ["share of the data sheet: left out, this GPU's is not in ditfast.flops.DEVICES"]
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("broken", "lost", "named"),
     [
-        pytest.param(["trace"], ["launches"], "launches", id="no profiler"),
-        pytest.param(
-            ["energy_mj", "power_mw", "clock_mhz", "slowdowns", "driver"],
-            ["joules_per_image", "watts", "clock_mhz", "clock_mhz_before", "clock_mhz_after"],
-            "energy",
-            id="no NVML",
-        ),
-        pytest.param(["clock_mhz"], ["clock_mhz", "clock_mhz_after"], "clocks", id="no clocks"),
-        pytest.param(["slowdowns"], [], "throttling", id="no throttling reasons"),
-        pytest.param(["l2_bytes"], [], "rotated inputs", id="no cache size"),
-        pytest.param(
-            ["free_bytes"], ["roofline_share_measured"], "share of the measured ceilings", id="no memory for ceilings"
-        ),
+        pytest.param(NVML, ["joules_per_image", "watts", "clock_mhz", "clock_mhz_before"], "energy", id="no NVML"),
+        pytest.param(NVML[2:3], ["clock_mhz", "clock_mhz_before", "clock_mhz_after"], "clocks", id="no clocks"),
+        pytest.param(NVML[3:4], [], "throttling", id="no throttling reasons"),
     ],
 )
-def test_a_missing_tool_costs_its_column(checkpoint: Path, broken: list[str], lost: list[str], named: str) -> None:
-    report = run_bench(checkpoint, FakeGpu(*broken), "--rivals", "ditfast")
-    read = ["launches", "joules_per_image", "watts", "clock_mhz", "clock_mhz_before", "clock_mhz_after"]
-    read += ["roofline_share_measured"]
+def test_a_missing_tool_costs_its_column(
+    checkpoint: Path, broken: list[str], lost: list[str], named: str, fake_gpu: FakeCuda
+) -> None:
+    for name in broken:
+        fake_gpu.nvml.break_function(name, RuntimeError("no such tool\nin 40 lines"))
+    report = run_bench(checkpoint, "--rivals", "ditfast")
+    read = ["launches", "joules_per_image", "watts", "clock_mhz", "clock_mhz_before", "roofline_share_measured"]
     for row in report["rows"]:
-        assert row["ms_median"] == 1e3 * SECONDS
-        empty = {column for column in read if row[column] is None}
-        assert empty >= set(lost)
-        assert empty <= {*lost, "clock_mhz_before"}
+        assert row["ms_median"] > 0
+        assert {column for column in read if row[column] is None} == set(lost) & set(read)
     assert sum(note == f"{named}: left out, RuntimeError: no such tool" for note in report["notes"]) == 1
 
 
-def test_energy_from_power_where_it_is_not_counted(checkpoint: Path) -> None:
-    (row, _) = run_bench(checkpoint, FakeGpu(counts_energy=False), "--rivals", "ditfast")["rows"]
-    assert row["joules_per_image"] == pytest.approx(WATTS * SECONDS / 2)
+@pytest.mark.usefixtures("small", "fake_gpu")
+@pytest.mark.parametrize(
+    ("method", "column", "named"),
+    [
+        ("trace", "launches", "launches"),
+        ("l2_bytes", None, "rotated inputs"),
+        ("free_bytes", "roofline_share_measured", "share of the measured ceilings"),
+    ],
+)
+def test_a_figure_of_torch_that_is_missing_costs_its_column(
+    checkpoint: Path, method: str, column: str | None, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Gpu, *arguments: object) -> None:
+        raise RuntimeError("no such tool")
+
+    monkeypatch.setattr(Gpu, method, fail)
+    monkeypatch.setattr(bench, "count_processes", lambda device, jobs: 1)
+    report = run_bench(checkpoint, "--rivals", "ditfast")
+    assert all(row["ms_median"] and (column is None or row[column] is None) for row in report["rows"])
+    assert f"{named}: left out, RuntimeError: no such tool" in report["notes"]
 
 
-def test_slow_clocks_are_noted(checkpoint: Path) -> None:
-    report = run_bench(checkpoint, FakeGpu(slowed=0x4 | 0x40 | 0x1), "--rivals", "ditfast")
+@pytest.mark.usefixtures("small")
+def test_energy_from_power_where_it_is_not_counted(checkpoint: Path, fake_gpu: FakeCuda) -> None:
+    fake_gpu.nvml.break_function("nvmlDeviceGetTotalEnergyConsumption")
+    rows = run_bench(checkpoint, "--rivals", "ditfast")["rows"]
+    assert all(row["watts"] == pytest.approx(WATTS) for row in rows)
+
+
+@pytest.mark.usefixtures("small")
+def test_slow_clocks_are_noted(checkpoint: Path, fake_gpu: FakeCuda) -> None:
+    fake_gpu.nvml.slowdowns = 0x4 | 0x40 | 0x1
+    report = run_bench(checkpoint, "--rivals", "ditfast")
     assert {tuple(row["slowed_by"]) for row in report["rows"]} == {("heat (hardware)", "power cap")}
     line = "tiny.safetensors fp32 batch 2: clocks held down by heat (hardware), power cap; 1980 MHz before, 1980 MHz after"
     assert line in report["notes"]
 
 
-def test_a_capture_that_fails_costs_its_row(checkpoint: Path) -> None:
-    report = run_bench(checkpoint, FakeGpu("capture"), "--rivals", "ditfast")
+@pytest.mark.usefixtures("small", "fake_gpu")
+def test_a_capture_that_fails_costs_its_row(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Gpu, run: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nin 40 lines")
+
+    monkeypatch.setattr(Gpu, "capture", fail)
+    report = run_bench(checkpoint, "--rivals", "ditfast")
     assert [row["rival"] for row in report["rows"]] == ["ditfast"]
-    assert "tiny.safetensors fp32 batch 2: ditfast+graph failed: RuntimeError: no such tool" in report["notes"]
+    failed = "tiny.safetensors fp32 batch 2: ditfast+graph failed: RuntimeError: operation not permitted"
+    assert any(note.startswith(failed) for note in report["notes"])
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), "skipped, out of memory", id="out of memory"),
-        pytest.param(RuntimeError("cuBLAS\nin 40 lines"), "skipped, RuntimeError: cuBLAS", id="anything else"),
-    ],
-)
-def test_a_case_that_fails_leaves_the_others(
-    checkpoint: Path, error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain, calls = bench.bench_case, []
+@pytest.mark.usefixtures("small", "fake_gpu")
+def test_out_of_memory_leaves_the_other_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = DiT.forward
 
-    def fail_once(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise error
-        return plain(*arguments)
+    def forward(self: DiT, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if len(x) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return plain(self, x, *rest)
 
-    monkeypatch.setattr(bench, "bench_case", fail_once)
-    fake = FakeGpu()
-    report = run_bench(checkpoint, fake, "--rivals", "ditfast", "--batch", "1", "2")
-    assert [row["batch"] for row in report["rows"]] == [2, 2]
-    assert f"tiny.safetensors fp32 batch 1: {words}" in report["notes"]
-    assert fake.released == 3  # behind the ceilings and each case
+    monkeypatch.setattr(DiT, "forward", forward)
+    report = run_bench(checkpoint, "--rivals", "eager", "ditfast", "--batch", "3", "2")
+    assert [(row["batch"], row["rival"]) for row in report["rows"] if row["rival"] == "ditfast"] == [(2, "ditfast")]
+    assert {row["batch"] for row in report["rows"] if row["rival"] == "eager"} == {2, 3}
+    assert any("batch 3: ditfast skipped, out of memory: take a smaller batch" in note for note in report["notes"])
 
 
-def test_defaults_on_a_gpu_run_diffusers_and_both_compiles() -> None:
-    args = bench.parse_arguments(["--device", "cpu", "--models", "DiT-S/8", "DiT-B/8"])
-    (first, second, digits), notes = bench._cases(args, on_gpu=True)
-    plain = ["eager", "compile", "max-autotune", "diffusers", "ditfast"]
-    assert second[1] == digits[1] == [*plain, *(f"{name}+graph" for name in plain)]
-    assert set(first[1]) - set(second[1]) == {"ditfast-swapped", "ditfast-swapped+graph"}
-    assert notes == []
+@pytest.mark.usefixtures("small")
+def test_a_lost_gpu_keeps_the_rows_before(checkpoint: Path, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = DiT.forward
+
+    def forward(self: DiT, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if len(x) == 3:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return plain(self, x, *rest)
+
+    monkeypatch.setattr(DiT, "forward", forward)
+    report = run_bench(checkpoint, "--rivals", "eager", "ditfast", "--batch", "2", "3", "1", status=1)
+    assert {row["batch"] for row in report["rows"]} == {2}
+    assert any("ditfast lost the GPU: CUDA error: an illegal memory access" in note for note in report["notes"])
+
+
+@pytest.mark.usefixtures("small", "fake_gpu")
+def test_the_profiler_comes_last_and_sees_no_graph(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    for name in ("capture", "energy_mj", "trace"):
+        plain = getattr(Gpu, name)
+        monkeypatch.setattr(Gpu, name, lambda *a, name=name, plain=plain: order.append(name) or plain(*a))
+    report = run_bench(checkpoint, "--rivals", "ditfast", "--batch", "2", "1")
+    assert order == 2 * ["capture", *["energy_mj"] * 4] + ["trace"]
+    assert [row["launches"] is not None for row in report["rows"]] == [True, True, False, False]  # the first batch's
+
+
+@pytest.mark.usefixtures("small", "fake_gpu")
+def test_clocks_are_read_while_the_gpu_works(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[bool] = []
+    working = False
+    seconds, read = Gpu.seconds, Gpu.clock_mhz
+
+    def timed(self: Gpu, *arguments: Any) -> float:
+        nonlocal working
+        working = True
+        taken = seconds(self, *arguments)
+        working = False
+        return taken
+
+    def clock(self: Gpu) -> int:
+        waiting.append(working)
+        return read(self)
+
+    monkeypatch.setattr(Gpu, "seconds", timed)
+    monkeypatch.setattr(Gpu, "clock_mhz", clock)
+    run_bench(checkpoint, "--rivals", "ditfast")
+    assert len(waiting) > 4
+    assert all(waiting)
+
+
+# ------------------------------------------------------------------------------------------------ defaults
+@pytest.fixture
+def gpu_defaults(tmp_path: Path, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    find_spec = rivals.importlib.util.find_spec
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name))
+
+
+@pytest.mark.usefixtures("gpu_defaults")
+def test_defaults_on_a_gpu_without_diffusers() -> None:
+    args = bench.parse_arguments([])
+    assert (args.device, args.dtype, args.batch) == (CUDA, ["bf16"], [1, 8, 32, 128])
+    assert [wanted.model for wanted in args.models] == ["DiT-XL/2", "DiT-B/2", "DiT-S/2", "DiT-L/4", "DiT-S/8"]
+    (*plans, digits), notes = bench._plans(args)
+    for plan in plans:
+        plain = ["eager", *["compile"] * (plan.case.batch in (1, 32)), "ditfast"]
+        assert plan.rivals == [*plain, *(f"{name}+graph" for name in plain)]
+    assert len(plans) == 5 * 4
+    assert "compile" not in digits.rivals
+    assert notes == ["diffusers: skipped, it is not installed (pip install diffusers)"]
+
+
+@pytest.mark.usefixtures("gpu_defaults")
+def test_what_compiles_ahead_are_plain_rivals() -> None:
+    plans, _ = bench._plans(bench.parse_arguments(["--models", "DiT-S/8", "--batch", "1", "8"]))
+    jobs = [(job.title, job.rival) for plan in plans[:-1] for job in plan.jobs()]
+    assert jobs == [("DiT-S/8 bf16 batch 1", "compile"), *((f"DiT-S/8 bf16 batch {n}", "ditfast") for n in (1, 8))]
 
 
 def test_max_autotune_and_compile_keep_to_their_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    (case, _), *_ = bench._cases(bench.parse_arguments(["--device", "cpu", "--models", "DiT-S/8"]), on_gpu=True)[0]
+    case = rivals.random_case("tiny", TINY, 1, torch.device("cpu"), "fp32")
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
     for name in ("compile", "max-autotune"):
@@ -176,8 +277,22 @@ def test_max_autotune_and_compile_keep_to_their_modes(monkeypatch: pytest.Monkey
     assert asked == [{"dynamic": False, "mode": "default"}, {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}]
 
 
-def test_tables_fit_112_columns() -> None:
-    names = ["max-autotune", "diffusers", "ditfast", "ditfast-swapped"]
+@pytest.mark.usefixtures("fake_gpu")
+def test_weights_are_drawn_on_the_gpu_the_same_for_each_rival() -> None:
+    case = rivals.random_case("tiny", TINY, 2, CUDA, "bf16")
+    drawn = case.weights()
+    assert {weight.device for weight in drawn.values()} == {CUDA}
+    random_weights.cache_clear()
+    again = case.weights()
+    assert all(torch.equal(again[name], weight) for name, weight in drawn.items())
+    eager, ours = case.reference(), case._loaded(ditfast.DiT)
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, eager.state_dict()[name])
+        assert weight.data_ptr() != eager.state_dict()[name].data_ptr()  # else the first rival's memory would be all of theirs
+
+
+def test_tables_fit_80_columns() -> None:
+    names = ["eager", "compile", "max-autotune", "diffusers", "ditfast", "ditfast-swapped"]
     numbers = {"gmacs": 524.6, "gflops": 1049.2, "parameters": 675 * 10**6, "error": 1.2e-3, "allowed_error": 1e-2}
     rows = [
         Row("DiT-XL/2@512", name, "bf16", 128, "cuda", parity=True, **numbers)
@@ -188,76 +303,75 @@ def test_tables_fit_112_columns() -> None:
         row.images_per_s, row.tflops_per_s, row.first_call_s, row.launches = 123456.0, 987.6, 1234.0, 12345
         row.peak_memory_gb, row.joules_per_image, row.watts, row.clock_mhz = 77.7, 12.34, 700.0, 1980.0
         row.floor_ms = row.floor_ms_measured = 1234.5
-        row.roofline_share = row.roofline_share_measured = 0.999
+        row.host_us, row.roofline_share, row.roofline_share_measured = 123456.0, 0.999, 0.999
         row.speedup_over = {other.rival: 1.23 for other in rows if other is not row}
-    console = Console(width=112, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    rows[-1].parity = False
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_tables(console, rows)
     lines = console.export_text().splitlines()
-    assert max(map(len, lines)) <= 112
-    assert not any("…" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    assert not any("\u2026" in line for line in lines)
+    assert "RED" in "".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ its parts
+@pytest.mark.usefixtures("fake_gpu")
 def test_a_graph_follows_its_arguments() -> None:
-    graph = Captured(lambda x, y: 2 * x + y, FakeGpu())
-    x, y = torch.arange(3.0), torch.ones(3)
+    graph = Captured(lambda x, y: 2 * x + y, Gpu(CUDA))
+    x, y = torch.arange(3.0, device=CUDA), torch.ones(3, device=CUDA)
     for inputs in ((x, y), (y, x), (x + 7, y)):
         assert torch.equal(graph(*inputs), 2 * inputs[0] + inputs[1])
-    assert (graph.gpu.captures, graph.gpu.replays) == (1, 3)
 
 
-def test_the_profiler_comes_last_and_sees_no_graph(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, order = FakeGpu(), []
-    for name in ("trace", "energy_mj"):
-        plain = getattr(fake, name)
-        monkeypatch.setattr(fake, name, lambda *a, name=name, plain=plain: order.append(name) or plain(*a))
-    run_bench(checkpoint, fake, "--rivals", "ditfast")
-    assert order == ["energy_mj"] * 4 + ["trace"]  # before and after the window of ditfast and of ditfast+graph
-
-
-def test_inputs_are_rotated_past_the_cache() -> None:
-    gauges = Gauges(FakeGpu(), None)
-    large, small = torch.arange(1000.0), torch.zeros(1)
-    copies = gauges.rotated((large,))
+@pytest.mark.usefixtures("fake_gpu", "small")
+def test_inputs_are_rotated_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gauges, "MOST_COPIES", MOST_COPIES)
+    monkeypatch.setattr(Gpu, "l2_bytes", lambda self: 10_000)
+    found = Gauges(Gpu(CUDA), None)
+    large, small = torch.arange(1000.0, device=CUDA), torch.zeros(1, device=CUDA)
+    copies = found.rotated((large,))
     assert len(copies) == 5  # of 4,000 bytes: twice the cache's 10,000
     assert all(torch.equal(copy, large) for (copy,) in copies)
     assert len({copy.data_ptr() for (copy,) in copies}) == 5
-    assert len(gauges.rotated((small,))) == MOST_COPIES
+    assert len(found.rotated((small,))) == MOST_COPIES
 
 
-def test_ceilings_count_reads_writes_and_two_operations_a_mac() -> None:
-    found = measure_ceilings(FakeGpu(), DEVICES["H100"], largest_copy=1000, largest_side=64)
+@pytest.mark.usefixtures("fake_gpu")
+def test_ceilings_count_reads_writes_and_two_operations_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gpu, "seconds", lambda self, run, repeats: repeats * 0.25)
+    found = measure_ceilings(Gpu(CUDA), DEVICES["H100"], largest_copy=1000, largest_side=64)
     assert found.name == "measured"
-    assert found.bandwidth == 2 * 1000 / SECONDS
-    assert found.fp32 == found.half == 2 * 64**3 / SECONDS
+    assert found.bandwidth == 2 * 1000 / 0.25
+    assert found.fp32 == found.half == 2 * 64**3 / 0.25
 
 
-def test_ceilings_take_what_memory_allows() -> None:
-    found = measure_ceilings(FakeGpu(), DEVICES["H100"])
-    assert found.bandwidth == 2 * (2**18 // 4) / SECONDS
-    assert found.half == 2 * 128**3 / SECONDS  # three of 128 x 128 take 98 kB of 131; of 256 x 256 four times as much
-    assert found.fp32 == 2 * 64**3 / SECONDS
+@pytest.mark.usefixtures("fake_gpu")
+def test_ceilings_take_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gpu, "seconds", lambda self, run, repeats: repeats * 0.25)
+    monkeypatch.setattr(Gpu, "free_bytes", lambda self: 2**18)
+    found = measure_ceilings(Gpu(CUDA), DEVICES["H100"])
+    assert found.bandwidth == 2 * (2**18 // 4) / 0.25
+    assert found.half == 2 * 128**3 / 0.25  # three of 128 x 128 take 98 kB of 131; of 256 x 256 four times as much
+    assert found.fp32 == 2 * 64**3 / 0.25
 
 
-def test_a_profiler_that_sees_nothing_is_no_zero() -> None:
-    fake = FakeGpu()
-    fake.trace = lambda run, path: path.write_text('{"traceEvents": [{"cat": "cpu_op"}]}')  # type: ignore[method-assign]
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_profiler_that_sees_nothing_is_no_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gpu, "trace", lambda self, run, path: path.write_text('{"traceEvents": [{"cat": "cpu_op"}]}'))
     with pytest.raises(RuntimeError, match="saw no kernel"):
-        count_kernels(fake, lambda: None)
+        count_kernels(Gpu(CUDA), lambda: None)
 
 
-# ------------------------------------------------------------------------------------------------ the calls behind the real one
-def test_the_stand_in_has_the_real_ones_methods() -> None:
-    methods = {name: parameters(f) for name, f in vars(gpu.Gpu).items() if inspect.isfunction(f) and name[0] != "_"}
-    for kind in (gpu.Cuda, FakeGpu):
-        assert {name: parameters(getattr(kind, name)) for name in methods} == methods
-    assert len(methods) == 15
+@pytest.mark.usefixtures("fake_gpu")
+def test_processes_that_compile_fit_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert ahead.count_processes(CUDA, 40) == 16
+    assert ahead.count_processes(CUDA, 3) == 3
+    monkeypatch.setattr(Gpu, "free_bytes", lambda self: 20 * 2**30)
+    assert ahead.count_processes(CUDA, 40) == 2
 
 
-def parameters(function: Callable[..., object]) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
+# ------------------------------------------------------------------------------------------------ the calls behind it
 def dotted_names(module: Any) -> set[str]:
     """Whatever a module's source names through dots, such as ``torch.cuda.Event``."""
     found = set()
@@ -307,18 +421,9 @@ def test_slowdowns_are_nvmls_bits() -> None:
     assert SLOWDOWNS[bits[f"{prefix}HwThermalSlowdown"]] == "heat (hardware)"
 
 
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_a_trace_is_written_as_the_count_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    gpu.Cuda(torch.device("cpu")).trace(lambda: torch.zeros(3) + 1, tmp_path / "trace.json")
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert any(event.get("cat") == "cpu_op" for event in events)
-
-
 @pytest.mark.gpu
 def test_a_gpu_answers_everything() -> None:
-    device = gpu.open_gpu(torch.device("cuda"))
+    device = gpu.open_gpu(CUDA)
     gauges = Gauges(device, DEVICES["H100"])
     x = torch.randn(1024, 1024, device="cuda")
     assert gauges.launches(lambda: x @ x) >= 1

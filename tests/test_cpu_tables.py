@@ -15,13 +15,14 @@ from ditfast.benchmarks.rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "docs/cpu-bench.json"
-ENVIRONMENT = {
-    "device": "a CPU",
-    "threads": 2,
-    "cpu features": "avx2 fma",
-    "torch": "2.13.0",
-    "openvino": "2026.4.1",
-    "nncf": None,
+MADE_UP = {
+    "bench": "bench",
+    "date": "2026-11-30",
+    "commit": None,
+    "command": None,
+    "machine": {"device": "a CPU", "threads": 2, "cpu features": "avx2 fma"},
+    "versions": {"torch": "2.13.0", "openvino": "2026.4.1", "nncf": None},
+    "notes": [],
 }
 
 
@@ -35,7 +36,7 @@ def a_row(rival: str, ms: float | None, error: float = 1e-3, dtype: str = "bf16"
 
 def bench_json(path: Path, rows: list[Row], **fields: Any) -> Path:
     """Made up, as benchmarks/bench.py would write it."""
-    report = {"environment": ENVIRONMENT, "rows": [dataclasses.asdict(row) for row in rows], "notes": []}
+    report = {**MADE_UP, "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps({**report, **fields}))
     return path
 
@@ -120,10 +121,10 @@ def test_tables_go_where_they_are_marked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bench", "guide", "message"),
     [
-        ("{}", "", "bench.json: got no bench.json (KeyError('environment'))"),
-        ("", "", "bench.json: got no bench.json (JSONDecodeError"),
+        ("{}", "", "bench.json: got no results (KeyError('bench'))"),
+        ("", "", "bench.json: got no results (JSONDecodeError"),
         (
-            '{"environment": {"device": "a"}, "rows": [{"speed": 1}], "notes": []}',
+            json.dumps({**MADE_UP, "rows": [{"speed": 1}]}),
             "",
             "bench.json: got rows of another version",
         ),
@@ -131,7 +132,7 @@ def test_tables_go_where_they_are_marked(tmp_path: Path) -> None:
         (COMMITTED.read_text("utf-8"), "a guide", "guide.md: got no <!-- cpu-summary --> or <!-- cpu-times --> with its end"),
         (COMMITTED.read_text("utf-8"), None, "No such file"),
     ],
-    ids=["no environment", "no JSON", "other rows", "no file", "no place", "no guide"],
+    ids=["no results", "no JSON", "other rows", "no file", "no place", "no guide"],
 )
 def test_bad_files(
     bench: str | None, guide: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -35,7 +35,8 @@ def bench_json(path: Path, device: str = "NVIDIA H100 80GB HBM3", **fields: Any)
     rows.append({**shape, "rival": "ditfast", "model": "DiT-XL/2@512", "ms_median": 15.0})
     rows.append({**shape, "rival": "ditfast", "dtype": "fp32", "ms_median": None})
     rows.append({**shape, "rival": "ditfast", "model": "digits", "ms_median": 1.0})
-    path.write_text(json.dumps({"environment": {"device": device}, "rows": rows, "notes": [], **fields}))
+    about = {"bench": "bench", "date": "2026-11-30", "commit": None, "command": None, "versions": {}, "notes": []}
+    path.write_text(json.dumps({**about, "machine": {"device": device}, "rows": rows, **fields}))
     return path
 
 
@@ -91,7 +92,7 @@ def test_predicted_beside_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ({"device": "AMD EPYC 7763"}, "device: got 'AMD EPYC 7763', expected one of A100, H100"),
         ({"rows": []}, "got no row of eager or ditfast"),
-        ({"environment": {}}, "got no bench.json (KeyError('device'))"),
+        ({"machine": {}}, "got no results (KeyError('device'))"),
     ],
     ids=["CPU", "no rows", "no device"],
 )

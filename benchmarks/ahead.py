@@ -1,0 +1,107 @@
+"""Compiling ahead: first calls of rivals in parallel processes, which fill Inductor's and Triton's caches."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import ditfast
+
+from .gauges import first_line
+from .gpu import open_gpu
+from .precision import fix_precision
+from .rivals import COMPILED, OURS, Case
+
+BYTES_OF_A_PROCESS = 8 * 2**30  # of a GPU's memory: CUDA's context, XL/2 and its activations
+
+
+class Job(NamedTuple):
+    """A rival to compile for a case, which ``make`` makes in the other process."""
+
+    title: str
+    make: functools.partial[Case]
+    rival: str
+    blocks: int  # of the model
+
+
+class Outcome(NamedTuple):
+    """A job that ended."""
+
+    job: Job
+    error: str | None
+
+
+def needs_compiling(rival: str, device: torch.device) -> bool:
+    """True for torch.compile, and on a GPU for Triton's kernels."""
+    return rival in COMPILED or (device.type == "cuda" and rival in OURS)
+
+
+def is_compiled(job: Job) -> bool:
+    """True if an earlier run compiled this, and Inductor's cache has not been cleared since."""
+    return _marker(job).exists()
+
+
+def count_processes(device: torch.device, jobs: int) -> int:
+    """Return how many processes compile at the same time: one per core, as far as the GPU's memory goes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpu = open_gpu(device)
+    fitting = cores if gpu is None else max(1, gpu.free_bytes() // BYTES_OF_A_PROCESS)
+    return max(1, min(cores, fitting, jobs))
+
+
+def compile_ahead(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
+    """Compile; yield each job when it ends. One that fails costs itself: its rival compiles at its first call.
+
+    Args:
+        jobs: any order.
+        processes: that work at the same time.
+    """
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(processes, context, _start_worker, (torch.get_num_threads(),)) as pool:
+        running = {pool.submit(_first_call, job): job for job in jobs}
+        for future in as_completed(running):
+            job = running[future]
+            try:
+                future.result()
+            except BrokenProcessPool:
+                yield Outcome(job, "a process that compiled ended by itself")
+            except Exception as error:  # whatever a compiler comes up with
+                yield Outcome(job, f"{type(error).__name__}: {first_line(error)}")
+            else:
+                yield Outcome(job, None)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)  # Inductor's C++ depends on it
+    fix_precision()
+
+
+def _first_call(job: Job) -> None:
+    case = job.make()
+    gpu = open_gpu(case.device)
+    with torch.inference_mode():
+        case.rival(job.rival, {})(*case.inputs())
+    if gpu is not None:
+        gpu.wait()
+    torch._dynamo.reset()
+    marker = _marker(job)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
+def _marker(job: Job) -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    key = repr((job.title, job.rival, job.make.args, torch.__version__, ditfast.__version__, torch.get_num_threads()))
+    return Path(cache_dir()) / "ditfast-bench" / hashlib.sha256(key.encode()).hexdigest()[:32]

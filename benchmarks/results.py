@@ -1,0 +1,111 @@
+"""Results of benches as JSON: machine, versions, commit and rows, in one format for all of them.
+
+A file holds an object with ``bench`` (which one wrote it), ``date``, ``commit``, ``command``, ``machine`` (device, threads,
+clocks, precision settings, measured peaks), ``versions``, ``rows`` (the fields of that bench's row) and ``notes`` (text).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditfast.files import whole_file
+
+from . import environment
+
+
+@dataclass
+class Results:
+    """What a bench measured, and where."""
+
+    bench: str
+    date: str
+    commit: str | None
+    command: str | None
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    rows: list[Any] = field(default_factory=list)  # dataclasses of the bench that runs; dicts if read from a file
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON holds."""
+        return dataclasses.asdict(self)
+
+    def write(self, *paths: Path) -> None:
+        """Write the same JSON to each path; it appears whole or not at all.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        for path in paths:
+            with whole_file(path) as temporary:
+                temporary.write_text(text, "utf-8")
+
+
+def new_results(bench: str, device: torch.device, command: str | None = None) -> Results:
+    """Return results without rows, of today on this machine.
+
+    Args:
+        bench: name of the bench.
+        device: that runs it.
+        command: that started it.
+    """
+    date = datetime.now(timezone.utc).date().isoformat()
+    return Results(bench, date, environment.commit(), command, environment.machine(device), environment.versions())
+
+
+def read(path: Path) -> Results:
+    """Read what ``Results.write`` wrote; other keys are left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is something else.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        results = Results(**{one.name: found[one.name] for one in dataclasses.fields(Results)})
+        results.machine["device"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: got no results ({error!r}), expected what the benches of benchmarks/ write") from error
+    return results
+
+
+def results_path(device: str, date: str) -> Path:
+    """Return a free path for results to keep: ``benchmarks/results/DEVICE-DATE.json``, in the current folder outside a clone.
+
+    Args:
+        device: its name, of which the file has a slug such as nvidia-h200.
+        date: of the run.
+    """
+    source = Path(__file__).resolve().parent
+    folder = source / "results" if (source.parent / ".git").exists() else Path.cwd()
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "device"
+    return free_path(folder / f"{slug}-{date}.json")
+
+
+def free_path(path: Path) -> Path:
+    """Return the path, with a number behind its stem if there is something already."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
+
+
+def rows_as(kind: type, results: Results, path: Path) -> Sequence[Any]:
+    """Return the rows as dataclasses of this kind.
+
+    Raises:
+        ValueError: they have other fields.
+    """
+    try:
+        return [kind(**row) for row in results.rows]
+    except TypeError as error:
+        raise ValueError(f"{path}: got rows of another version ({error}), expected those of a {kind.__name__}") from error

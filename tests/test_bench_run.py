@@ -1,0 +1,152 @@
+"""What bench.py runs by default, its estimate, and that files keep what was measured."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditfast import DiTConfig
+from ditfast.benchmarks import bench, estimate, rivals
+from ditfast.flops import DEVICES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ------------------------------------------------------------------------------------------------ defaults
+def plans_of(tmp_path: Path, *arguments: str) -> tuple[list[bench.Plan], list[str]]:
+    return bench._plans(bench.parse_arguments(["--device", "cpu", "--out", str(tmp_path), *arguments]))
+
+
+@pytest.mark.parametrize("has_diffusers", [True, False])
+def test_defaults_on_cpu(has_diffusers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    diffusers = importlib.machinery.ModuleSpec("diffusers", None) if has_diffusers else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: diffusers if name == "diffusers" else find_spec(name))
+    args = bench.parse_arguments(["--device", "cpu", "--out", str(tmp_path)])
+    assert [wanted.model for wanted in args.models] == ["DiT-S/8", "DiT-S/4", "DiT-S/2", "DiT-B/4", "DiT-B/2"]
+    assert args.batch == [1]
+    (*models, digits), notes = plans_of(tmp_path)
+    expected = ["eager", "compile", *["diffusers"] * has_diffusers, "ditfast"]
+    assert all(plan.rivals == expected for plan in models)
+    assert digits.rivals == [name for name in expected if name != "compile"]
+    assert notes == ([] if has_diffusers else ["diffusers: skipped, it is not installed (pip install diffusers)"])
+
+
+@pytest.mark.parametrize(("slow", "dtype"), [({torch.bfloat16}, "fp32"), (set(), "bf16")])
+def test_bf16_is_no_default_where_it_is_slow(
+    slow: set[torch.dtype], dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SLOW_DTYPES", frozenset(slow))
+    args = bench.parse_arguments(["--device", "cpu", "--out", str(tmp_path)])
+    assert args.dtype == [dtype]
+    assert [note.partition(",")[0] for note in args.notes] == ["dtype: fp32"] * len(slow)
+    assert bench.parse_arguments(["--device", "cpu", "--out", str(tmp_path), "--dtype", "bf16"]).notes == []
+
+
+def test_all_models_in_full(tmp_path: Path) -> None:
+    plans, _ = plans_of(tmp_path, "--full")
+    assert {plan.case.model for plan in plans} == {*bench.MODEL_NAMES, "DiT-XL/2@512", "digits"}
+    assert all({"compile", "max-autotune", "ditfast-swapped"} <= set(plan.rivals) for plan in plans)
+
+
+def test_torch_compile_is_asked_at_two_batches(tmp_path: Path) -> None:
+    batches = ["--models", "DiT-S/8", "--batch", "1", "8", "32", "128"]
+    plans, _ = plans_of(tmp_path, *batches)
+    assert [plan.case.batch for plan in plans if "compile" in plan.rivals] == [1, 32]
+    plans, _ = plans_of(tmp_path, *batches, "--rivals", "compile")
+    assert [plan.case.batch for plan in plans] == [1, 8, 32, 128, rivals.DIGITS_BATCH]
+    assert all(plan.rivals == ["compile"] for plan in plans)
+
+
+def test_a_model_may_have_a_batch_of_its_own(tmp_path: Path) -> None:
+    models = ["DiT-S/8", "DiT-S/4:8", "DiT-B/2@512:2"]
+    plans, _ = plans_of(tmp_path, "--rivals", "eager", "--batch", "1", "3", "--models", *models)
+    assert [(case.model, case.batch, case.config.input_shape[1]) for case, *_ in plans[:-1]] == [
+        ("DiT-S/8", 1, 32),
+        ("DiT-S/8", 3, 32),
+        ("DiT-S/4", 8, 32),
+        ("DiT-B/2@512", 2, 64),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ files
+def test_a_killed_run_has_kept_its_finished_rows(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "ditfast.benchmarks.bench", "--device", "cpu", "--dtype", "fp32", "--out", str(out)]
+    command += ["--models", "DiT-S/8:1", "DiT-S/8:2", "--rivals", "eager", "ditfast", "--rounds", "1000"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        end = time.monotonic() + 300
+        while len(rows_in(out)) < 2 and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    rows = rows_in(out)
+    assert [(row["batch"], row["rival"]) for row in rows] == [(1, "eager"), (1, "ditfast")]
+    assert all(row["ms_median"] and row["speedup_over"] for row in rows)
+    assert "DiT-S/8 fp32 batch 1" in (out / "bench.txt").read_text()
+
+
+def rows_in(out: Path) -> list[dict[str, object]]:
+    path = out / "bench.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def test_an_older_result_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("bench-results", "bench-results-2"):
+        assert bench.parse_arguments(["--device", "cpu"]).out == Path(name)
+    (tmp_path / "bench-results/bench.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        bench.parse_arguments(["--device", "cpu", "--out", "bench-results"])
+    assert "argument --out: got 'bench-results', which has bench.json of an earlier run" in capsys.readouterr().err
+
+
+def test_a_saved_result_has_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "results_path", lambda device, date: tmp_path / "results/a-cpu-today.json")
+    arguments = ["--device", "cpu", "--dtype", "fp32", "--models", "DiT-S/8", "--rivals", "eager", "--rounds", "5"]
+    assert bench.main([*arguments, "--save", "--out", str(tmp_path / "out")]) == 0
+    saved = (tmp_path / "results/a-cpu-today.json").read_text()
+    assert saved == (tmp_path / "out/bench.json").read_text()
+    assert f"wrote {tmp_path / 'results/a-cpu-today.json'}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ the estimate
+def test_the_estimate_names_its_constants(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        bench.parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    for field in estimate.dataclasses.fields(estimate.Constants):
+        assert f"  {field.name} " in shown
+
+
+def test_the_default_on_a_gpu_ends_in_ten_minutes() -> None:
+    """By its own estimate, whose constants nothing has measured."""
+    device = torch.device("cuda", 0)
+    estimator = estimate.Estimator(device, DEVICES["H200"], 7)
+    seconds, jobs = estimator.constants.start_s, []
+    for model in bench.QUICK_MODELS["cuda"]:
+        config = DiTConfig.from_name(model)
+        for batch in bench.BATCHES["cuda"]:
+            names = [name for name in bench.QUICK_RIVALS if name != "compile" or batch in bench.COMPILED_BATCHES]
+            names += [f"{name}+graph" for name in names]
+            seconds += estimator.case(estimate.Work(config, batch, "bf16", names))
+            jobs += [(config.depth, False) for name in ("compile", "ditfast") if name in names]
+    seconds += estimator.compiling(jobs, 16)
+    assert 120 < seconds < 600
