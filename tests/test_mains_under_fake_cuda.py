@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gauges, "ENERGY_WINDOW_S", 0.01)
     monkeypatch.setattr(gauges, "MOST_COPIES", 2)
     monkeypatch.setattr("ditfast.benchmarks.timing.SHORTEST_ROUND_S", 0.001)
+
+
+@pytest.fixture
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every name of a model mean a tiny one."""
+    monkeypatch.setattr(DiTConfig, "from_name", classmethod(lambda cls, name, **settings: TINY))
 
 
 @pytest.fixture
@@ -171,11 +178,12 @@ def test_extract_latents(device: list[str], h200: FakeCuda, tmp_path: Path) -> N
     assert h200.launches > 0
 
 
+@pytest.mark.usefixtures("tiny_models")
 def test_tune(h200: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "MOST_COPIES", 1)
     monkeypatch.setattr(clock, "ROUNDS", 1)
-    monkeypatch.setattr(DiTConfig, "from_name", classmethod(lambda cls, name, **settings: TINY))
-    assert main(["tune", "--model", "DiT-S/8", "--batch", "1", "--budget", "10"]) == 0
+    monkeypatch.setattr(clock.GraphClock, "seconds", lambda self: time.process_time())  # on a busy machine the same tests
+    assert main(["tune", "--model", "DiT-S/8", "--batch", "1", "--budget", "3"]) == 0
     (path,) = (tmp_path / "cache" / "ditfast" / "tuning").iterdir()
     assert path.name == "nvidia-h200.json"
     assert any("triton" in entry["ms"] for entry in json.loads(path.read_text())["entries"])
@@ -190,7 +198,7 @@ def test_compile(capsys: pytest.CaptureFixture[str]) -> None:
 def test_convert(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     assert main(["convert", str(checkpoint), str(tmp_path / "dit"), "--to", "diffusers"]) == 0
-    converted, original = (load_checkpoint(path, device="cuda").state_dict() for path in (tmp_path / "dit", checkpoint))
+    converted, original = (load_checkpoint(path).state_dict() for path in (tmp_path / "dit", checkpoint))
     assert all(torch.equal(converted[name], value) for name, value in original.items())
 
 
@@ -208,9 +216,9 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("run", [bench.main, lambda arguments: main(["bench", *arguments])], ids=["bench.py", "ditfast bench"])
 def test_bench(run: Any, checkpoint: Path, h200: FakeCuda, tmp_path: Path) -> None:
     arguments = ["--checkpoint", str(checkpoint), "--batch", "2", "--dtype", "bf16", "--out", str(tmp_path / "out")]
-    assert run([*arguments, "--rivals", "eager", "compile", "ditfast", "--rounds", "5"]) == 0
+    assert run([*arguments, "--rivals", "eager", "ditfast", "--rounds", "5"]) == 0
     rows = rows_on_the_gpu(tmp_path / "out" / "bench.json")
-    assert len(rows) == 6  # graphs are rows of their own
+    assert [row["rival"] for row in rows] == ["eager", "ditfast", "eager+graph", "ditfast+graph"] * 2  # the model, the digits
     assert all(row["launches"] > 0 for row in rows)
     assert h200.captures > 0
 
@@ -232,9 +240,9 @@ def test_training(device: list[str], tmp_path: Path) -> None:
     assert all(row["peak_memory_gb"] > 0 for row in rows)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "tiny_models")
 def test_kernels(h200: FakeCuda, tmp_path: Path) -> None:
-    case = "gated_residual-forward-DiT-S/2-b8 and triton"
+    case = "gated_residual-forward-DiT-S/2-b8 and triton and not linear"
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--benchmark-json", str(tmp_path / "kernels.json")]
     assert pytest.main([*options, str(ROOT / "benchmarks" / "kernels.py"), "-k", case]) == 0
     assert [row["implementation"] for row in rows_on_the_gpu(tmp_path / "kernels.json")] == ["triton"]
