@@ -35,6 +35,7 @@ from ditfast import DiTConfig, cpu, reference
 from ditfast.benchmarks.plain_loop import Loop, plain_loop
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.results import new_results
+from ditfast.benchmarks.timing import describe_failure
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.devices import add_device_argument
 from ditfast.diffusion import GaussianDiffusion, steps
@@ -149,13 +150,21 @@ class Setting:
 
 
 @torch.inference_mode()
-def measure(setting: Setting, names: list[str], rounds: int, tick: Callable[[], None]) -> list[Row]:
-    """Rows of whole runs that took turns, step by step."""
-    rivals = setting.rivals()
-    times: dict[str, list[list[float]]] = {name: [] for name in names}
+def measure(setting: Setting, names: list[str], rounds: int, tick: Callable[[], None]) -> tuple[list[Row], list[str]]:
+    """Time whole runs that take turns, step by step; return their rows, and remarks on rivals that memory does not allow."""
+    rivals, remarks = setting.rivals(), []
+    times: dict[str, list[list[float]]] = {}
     latents: dict[str, Tensor] = {}
     for name in names:  # compiling, and first touches of memory
-        next(rivals[name]())
+        try:
+            next(rivals[name]())
+        except torch.OutOfMemoryError as error:
+            if name == "reference":
+                raise
+            remarks.append(describe_failure("sampling", name, error))
+        else:
+            times[name] = []
+    names = list(times)
     for _ in range(rounds):
         loops = {name: rivals[name]() for name in names}
         for name in names:
@@ -183,7 +192,7 @@ def measure(setting: Setting, names: list[str], rounds: int, tick: Callable[[], 
                 error=None if name in UNCOMPARED else error,
             )
         )
-    return rows
+    return rows, remarks
 
 
 def _on_torch(loop: Loop) -> Loop:
@@ -249,13 +258,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     hidden_size, num_heads = WIDTHS[args.width]
     fix_precision()
     config = DiTConfig(depth=args.depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch)
+    try:
+        return _run(parser, args, config)
+    except torch.OutOfMemoryError:
+        parser.exit(1, f"{parser.prog}: the reference's run does not fit into memory: take a smaller --batch or --width\n")
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, config: DiTConfig) -> int:
     setting = Setting(config, args.batch, args.steps, args.cfg, args.device)
     known = list(setting.rivals())
     names = args.rivals or known
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"argument --rivals: got {', '.join(unknown)}, expected some of {', '.join(known)}")
-    notes = []
+    notes: list[str] = []
     if INT8 in names:
         try:
             cpu.check(INT8, setting.model.parameters())
@@ -270,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("sampling", total=args.rounds * args.steps)
-        rows = measure(setting, names, args.rounds, lambda: progress.advance(task))
+        rows, remarks = measure(setting, names, args.rounds, lambda: progress.advance(task))
+    notes += remarks
     console.print(_table(rows, title))
     for note in notes:
         console.print(note, highlight=False)
@@ -282,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [r for r in rows if r.error is not None and not r.error <= LOOSELY_ALLOWED.get(r.rival, ALLOWED_ERROR)]
     for row in wrong:
         console.print(f"[red]{row.rival}: latents are off by {row.error:.1e}[/red]")
-    return 1 if wrong else 0
+    return 1 if wrong or remarks else 0
 
 
 if __name__ == "__main__":

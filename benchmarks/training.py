@@ -31,7 +31,7 @@ import ditfast
 from ditfast import DiTConfig, flops, reference
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.results import new_results
-from ditfast.benchmarks.timing import progress_bar
+from ditfast.benchmarks.timing import DeviceLost, describe_failure, progress_bar
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.config import MODEL_NAMES
 from ditfast.devices import add_device_argument, find_device
@@ -161,7 +161,7 @@ def measure(
             start = time.perf_counter()
             loss = training.step()
         except Exception as error:  # a rival that cannot run must not take the others with it
-            remarks.append(f"{model}: {rival} failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            remarks.append(describe_failure(model, str(rival), error))
             continue
         trainings[str(rival)] = training
         rows.append(Row(model, str(rival), batch, device.type, time.perf_counter() - start, loss, memory / 1e9))
@@ -211,7 +211,10 @@ def _fill(row: Row, times: dict[str, list[float]], config: DiTConfig, device: to
 def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.device) -> int:
     """Bytes, of a process that does nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_steps_of_their_own, (rival, config, batch, str(device), torch.get_num_threads()))
+        try:
+            return pool.apply(_steps_of_their_own, (rival, config, batch, str(device), torch.get_num_threads()))
+        except torch.AcceleratorError as error:  # ends that process's use of the GPU, not ours
+            raise RuntimeError(f"in a process of its own: {error}") from error
 
 
 def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str, threads: int) -> int:
@@ -268,7 +271,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = DiTConfig.from_name(model)
         if args.depth is not None:
             config = dataclasses.replace(config, depth=args.depth)
-        found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
+        try:
+            found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
+        except DeviceLost as error:
+            notes.append(str(error))
+            break
         rows += found
         notes += remarks
         if found:
