@@ -158,10 +158,10 @@ def measure(setting: Setting, names: list[str], rounds: int, tick: Callable[[], 
     for name in names:  # compiling, and first touches of memory
         try:
             next(rivals[name]())
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as failure:
             if name == "reference":
                 raise
-            remarks.append(describe_failure("sampling", name, error))
+            remarks.append(describe_failure("sampling", name, failure))
         else:
             times[name] = []
     names = list(times)

@@ -19,7 +19,7 @@ SMALL = 2**18  # bytes: less than any of the models
 
 COMMANDS = {
     "doctor": (["doctor"], "ditfast doctor: the device has too little memory: see what else uses it"),
-    "sample": (["sample", "--out", "run", "--batch", "2"], "ditfast sample: --batch: got 2, for which the device has too little"),
+    "sample": (["sample", "--out", "run", "--batch", "2"], "ditfast sample: --batch: got 2, for which the device has"),
     "train": (
         ["train", "--data", "digits", "--steps", "1", "--batch", "2", "--out", "run"],
         "ditfast train: --batch: got 2, for which the device has too little memory; --accumulate cuts it",
