@@ -28,9 +28,7 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16
 ORACLE_SAMPLES = (0, 1, -2, -1)  # of the batch: samples are independent, and float64 is slow on a GPU
 SHORTEST_ROUND_S = 0.05
 HOST_CALLS = 11  # of which the host's time is the median
-OUT_OF_MEMORY = (
-    "out of memory: take a smaller batch with --models NAME:BATCH, and look with nvidia-smi for others that use the GPU"
-)
+OUT_OF_MEMORY = "out of memory: take a smaller batch, and look with nvidia-smi for others that use the GPU"
 
 Call = Callable[[], object]
 

@@ -225,7 +225,10 @@ def _fill(row: Row, times: dict[str, list[float]], config: DiTConfig, device: to
 def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.device) -> int:
     """Bytes, of a process that does nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_steps_of_their_own, (rival, config, batch, str(device), torch.get_num_threads()))
+        try:
+            return pool.apply(_steps_of_their_own, (rival, config, batch, str(device), torch.get_num_threads()))
+        except torch.AcceleratorError as error:  # ends that process's use of the GPU, not ours
+            raise RuntimeError(f"in a process of its own: {error}") from error
 
 
 def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str, threads: int) -> int:

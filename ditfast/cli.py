@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from .commands import compile, convert, doctor, evaluate, extract_latents, sample, train, tune
 from .devices import DeviceError
 
@@ -49,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DeviceError as error:
         print(f"{args.prog}: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print(f"{args.prog}: the device has too little memory: see what else uses it (nvidia-smi lists it)", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

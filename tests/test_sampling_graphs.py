@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
+from fake_cuda import FakeCuda, fake_cuda
 from fake_cuda.fixtures import fake_gpu
 from support import error
 from test_sampling import DDIM, DDPM, LABELS, pair
@@ -50,6 +50,18 @@ def test_a_graphed_loop_computes_the_same(gpu: FakeCuda) -> None:
     found = sample(model, DDPM, LABELS, cfg_scale=4.0, cfg_interval=(150.0, 850.0))
     assert torch.equal(found, expected)
     assert (gpu.captures, gpu.replays) == (3, 6)  # unguided with noise, guided, and the last step has no noise
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_model_on_another_gpu_than_the_current_one(backend: str) -> None:
+    model = pair()[0]
+    with ditfast.backend("torch"):
+        expected = sample(model, DDPM, LABELS, cfg_scale=4.0)
+    with fake_cuda(count=2) as gpus, ditfast.backend(backend):
+        found = sample(model.to("cuda:1"), DDPM, LABELS, cfg_scale=4.0)
+        assert gpus.replays > 0
+        assert torch.cuda.current_device() == 0
+        assert error(found.cpu(), expected) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_list_beside_tensors(op: str, autocast: bool) -> None:
     for name in arguments(op, SIZES, torch.float32, torch.device("cpu"), backward=False):
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-            pytest.raises(TypeError, match=rf"^{name}: got \[1\.0\], expected"),
+            pytest.raises(TypeError, match=f"^{name}: got "),
         ):
             call_with(op, name, [1.0])()
 
