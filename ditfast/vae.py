@@ -29,11 +29,11 @@ def load_vae(source: str | Path) -> VAE:
     Raises:
         VAEError: diffusers is not installed; there is no such VAE, it cannot be downloaded, or its weights are incomplete.
     """
+    place, options = _place(str(source))
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise VAEError("vae: needs diffusers: pip install diffusers") from error
-    place, options = _place(str(source))
     try:
         config = AutoencoderKL.load_config(place, **options)
         if config.get("_class_name") != "AutoencoderKL":
