@@ -55,7 +55,7 @@ class Gpu:
 
     def trace(self, run: Callable[[], object], path: Path) -> None:
         """Write a Chrome trace of one run."""
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
             run()
             self.wait()
         profiler.export_chrome_trace(str(path))

@@ -33,11 +33,11 @@ def load_vae(source: str | Path) -> VAE:
         TypeError: the source is no path or name.
     """
     check_type("source", source, (str, Path), "a folder, or a name on the hub")
+    place, options = _place(str(source))
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise VAEError("vae: needs diffusers: pip install diffusers") from error
-    place, options = _place(str(source))
     try:
         config = AutoencoderKL.load_config(place, **options)
         if config.get("_class_name") != "AutoencoderKL":

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoint_files import small, weights_of
 from sampling_cli import checkpoint, content, draw, words
-from test_vae import saved as saved_vae
+from tiny_vae import saved as saved_vae
 
 from ditfast import cpu, load_checkpoint, load_digits, save_checkpoint
 from ditfast.commands.sample import _in_int8

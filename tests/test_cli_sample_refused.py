@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_files import small
 from sampling_cli import checkpoint, draw, words
-from test_vae import saved as saved_vae
+from tiny_vae import saved as saved_vae
 
 from ditfast.cli import main
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import small
+from foreign import diffusers
 from support import randomize
-from tiny_vae import diffusers, saved, tiny
+from tiny_vae import saved, tiny
 
 from ditfast import DiT
 from ditfast.diffusion import GaussianDiffusion, steps
@@ -139,7 +140,7 @@ def test_a_hub_that_is_not_there(name: str, options: dict[str, str], monkeypatch
         seen.append((place, given))
         raise OSError(f"{place} is out of reach\nand three more lines")
 
-    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", offline)
+    monkeypatch.setattr(diffusers().AutoencoderKL, "load_config", offline)
     with pytest.raises(VAEError) as caught:
         load_vae(name)
     assert seen == [("a/b", options)]
@@ -150,7 +151,7 @@ def test_a_hub_that_is_not_there(name: str, options: dict[str, str], monkeypatch
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(VAEError, match="needs diffusers: pip install diffusers"):
-        load_vae("anything")
+        load_vae("owner/name")
 
 
 def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
