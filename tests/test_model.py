@@ -360,26 +360,6 @@ def test_blocks_can_be_checkpointed(conditioning: str, either: Runner) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_checkpointing_saves_no_random_state_that_no_block_needs(conditioning: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = DiT(dataclasses.replace(SMALL, conditioning=conditioning))
-    model.checkpoint_activations = True
-    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("saved"))
-    model(*inputs(SMALL, torch.float32)).sum().backward()
-
-
-def test_checkpointing_draws_a_linear_s_dropout_again() -> None:
-    def gradient(checkpoint_activations: bool) -> Tensor:
-        torch.manual_seed(0)
-        model = randomize(DiT(SMALL))
-        model.checkpoint_activations = checkpoint_activations
-        model.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: torch.nn.functional.dropout(out, 0.5))
-        model(*inputs(SMALL, torch.float32)).square().sum().backward()
-        return model.blocks[0].attn.qkv.weight.grad
-
-    assert torch.equal(gradient(False), gradient(True))
-
-
 def test_guidance_needs_a_null_class() -> None:
     model = DiT(dataclasses.replace(SMALL, class_dropout_prob=0.0))
     assert "no null class" in raises_naming(
