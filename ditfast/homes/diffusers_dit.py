@@ -66,7 +66,7 @@ class DiffusersBlock(BlockHome):
         **unknown_too: Any,
     ) -> Any:
         others = (attention_mask, encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs or None, *unknown)
-        extra = unused(others, unknown_too)
+        extra = unused(swap, others, unknown_too)
         if extra:
             return Declined(extra)
         if timestep is None or class_labels is None or hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES:
@@ -138,7 +138,7 @@ class DiffusersModel(Home):
         model = swap.module
         if torch.is_grad_enabled():
             return Declined(WITH_GRADIENTS)
-        extra = unused((cross_attention_kwargs or None, *unknown), unknown_too)
+        extra = unused(swap, (cross_attention_kwargs or None, *unknown), unknown_too)
         if extra or model.training or timestep is None or class_labels is None:
             return Declined(extra or "in training mode, or without timesteps or labels")
         if _has_several(timestep, class_labels, len(hidden_states)):

@@ -52,7 +52,7 @@ class PixArtBlock(Home):
         *unknown: Any,
         **unknown_too: Any,
     ) -> Any:
-        extra = unused((cross_attention_kwargs or None, *unknown), unknown_too)
+        extra = unused(swap, (cross_attention_kwargs or None, *unknown), unknown_too)
         if extra or timestep is None or hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES:
             return Declined(extra or "its inputs are not [B, T, D] in fp32, fp16 or bf16, and timesteps")
         block = swap.module
@@ -115,7 +115,7 @@ class JointBlock(Home):
         *unknown: Any,
         **unknown_too: Any,
     ) -> Any:
-        extra = unused(unknown, unknown_too)
+        extra = unused(swap, unknown, unknown_too)
         if extra or encoder_hidden_states is None or temb is None or hidden_states.dtype not in DTYPES:
             return Declined(extra or "its inputs are not two streams in fp32, fp16 or bf16, and a condition")
         if len(temb) not in (1, len(hidden_states)):

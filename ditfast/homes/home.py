@@ -138,6 +138,7 @@ class Swap:
         self.on = True  # off, it is the module's own forward: somebody may have wrapped it and keep it
         self.caches = Caches()
         self.replaced = list(_descendants(module, home.called(module)))
+        self.parameters = frozenset(inspect.signature(type(module).forward).parameters)
         self.dropouts = [part for _, _, part in self.replaced if isinstance(part, nn.Dropout)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -327,9 +328,11 @@ def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return 1
 
 
-def unused(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Return why a fast forward leaves a call that has arguments beyond its own, or nothing if all of them are None."""
-    names = [name for name, value in kwargs.items() if value is not None]
+def unused(swap: Swap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return why a fast forward leaves a call that has arguments beyond its own; nothing if all are None that may be given."""
+    if not args and not kwargs:
+        return ""
+    names = [name for name, value in kwargs.items() if value is not None or name not in swap.parameters]
     if any(value is not None for value in args):
         names = ["one more argument", *names]
     return f"called with {', '.join(names)}, which the fast forward does not use" if names else ""

@@ -57,7 +57,7 @@ class OfficialBlock(BlockHome):
         return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.adaLN_modulation[1]
 
     def forward(self, swap: Swap, x: Tensor | None = None, c: Tensor | None = None, *unknown: Any, **unknown_too: Any) -> Any:
-        extra = unused(unknown, unknown_too)
+        extra = unused(swap, unknown, unknown_too)
         if extra:
             return Declined(extra)
         if x is None or c is None or x.dim() != 3 or c.dim() != 2 or x.dtype not in DTYPES:
@@ -134,7 +134,7 @@ class OfficialModel(Home):
         # With gradients the model's own forward runs, over swapped blocks: it may checkpoint them, or keep what they return.
         if torch.is_grad_enabled():
             return Declined(WITH_GRADIENTS)
-        extra = unused(unknown, unknown_too)
+        extra = unused(swap, unknown, unknown_too)
         if extra or x is None or t is None or y is None:
             return Declined(extra or "its arguments are not x, t and y")
         model = swap.module
