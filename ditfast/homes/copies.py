@@ -37,7 +37,9 @@ def random_values(parameters: Collection[nn.Parameter], generator: torch.Generat
             if parameter.dim() > 3
             else parameter.shape[-1] ** -0.5
         )
-        value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)
+        value = torch.empty_like(parameter, dtype=torch.float32, device="cpu", requires_grad=False).normal_(
+            0, std, generator=generator
+        )
         values[id(parameter)] = nn.Parameter(value, requires_grad=False)
     return values
 

@@ -165,7 +165,8 @@ class OfficialModel(Home):
     def _embed(self, swap: Swap, x: Tensor, patch_size: int) -> Tensor:
         proj, positions = swap.module.x_embedder.proj, swap.stored(swap.module.pos_embed)
         if is_plain(proj):
-            return ops.patch_embed(x, swap.stored(proj.weight), swap.stored(proj.bias), positions, patch_size)  # [B, T, D]
+            weight = swap.stored(proj.weight).contiguous()  # they may be channels-last
+            return ops.patch_embed(x.contiguous(), weight, swap.stored(proj.bias), positions, patch_size)  # [B, T, D]
         return swap.call(proj, x).flatten(2).transpose(1, 2).contiguous() + positions  # [B, T, D]
 
     def _modulations(self, swap: Swap, fused: Sequence[Swap | None], c: Tensor) -> Modulations:

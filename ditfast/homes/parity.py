@@ -313,9 +313,11 @@ def _projection(tensor: Tensor, B: int) -> Tensor | float:
     rows = tensor.detach().float() if not tensor.is_complex() else torch.view_as_real(tensor).float()
     if rows.dim() and len(rows) == B:
         rows = rows.reshape(B, -1)
-        return torch.sin(rows @ torch.arange(rows.shape[1]).cos() / max(rows.shape[1], 1) ** 0.5)[:, None, None]
+        return torch.sin(rows @ torch.arange(rows.shape[1], dtype=torch.float32).cos() / max(rows.shape[1], 1) ** 0.5)[
+            :, None, None
+        ]
     rows = rows.flatten()
-    return torch.sin(rows @ torch.arange(len(rows)).cos() / max(len(rows), 1) ** 0.5)
+    return torch.sin(rows @ torch.arange(len(rows), dtype=torch.float32).cos() / max(len(rows), 1) ** 0.5)
 
 
 def _kind(value: Any) -> Any:
