@@ -54,7 +54,7 @@ def test_the_check_leaves_only_what_a_fork_changes(change: str) -> None:
     every = ["", "blocks.0", "blocks.1", "blocks.2"]
     expected = {
         **dict.fromkeys(("none", "None as argument"), every),
-        **dict.fromkeys(("positions as argument",), []),
+        "positions as argument": [],
         **dict.fromkeys(("registers", "routing", "label probability"), every[1:]),
     }
     assert names == expected.get(change, ["", "blocks.0", "blocks.2"])
