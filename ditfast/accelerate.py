@@ -30,8 +30,8 @@ class ReportRow(NamedTuple):
     module: str
     swapped: bool
     family: str
-    engine: str  # what its ops take on the device it is on now, and the calls so far; empty if it is not swapped
-    reason: str  # why it is not swapped, or why its fast forward has not run yet; empty if it is
+    engine: str  # what its ops take on the device it is on now; empty if it is not swapped
+    reason: str  # why it is not swapped, or of a swapped one why calls were left to its own forward
     fast_calls: int = 0  # so far; compiled graphs do not count theirs
     original_calls: int = 0
 
@@ -44,7 +44,7 @@ class AccelerationReport(NamedTuple):
     def __str__(self) -> str:
         lines = [("module", "", "family", "engine, or why not")]
         for names, row in _runs(self.rows):
-            lines.append((names, "swapped" if row.swapped else "left", row.family, row.engine or row.reason))
+            lines.append((names, "swapped" if row.swapped else "left", row.family, _in_words(row)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -174,14 +174,11 @@ def acceleration_report(model_or_pipeline: object) -> AccelerationReport:
             note = vars(module).get(NOTE, "not accelerated")
             looks = [home.name for home in (*BLOCKS, *MODELS) if home.looks_like(module)]
             if isinstance(note, Swap):
-                engine, idle = (
-                    note.engine() if is_unwrapped(module) else "its forward was wrapped or replaced since",
-                    note.is_idle(),
-                )
-                engine = "" if idle else "; ".join(filter(None, (engine, note.counts())))
+                idle = note.is_idle()
+                engine = note.engine() if is_unwrapped(module) else "its forward was wrapped or replaced since"
+                reason = note.idle_reason() if idle else "; ".join(note.original_calls)
                 calls = note.fast_calls, sum(note.original_calls.values())
-                reason = note.idle_reason() if idle else ""
-                rows.append(ReportRow(name or "(model)", not idle, note.home.name, engine, reason, *calls))
+                rows.append(ReportRow(name or "(model)", not idle, note.home.name, "" if idle else engine, reason, *calls))
             elif looks:
                 rows.append(ReportRow(name or "(model)", False, looks[0], "", note))
     return AccelerationReport(tuple(rows))
@@ -229,6 +226,18 @@ def _why_nothing(model_or_pipeline: object, reasons: Collection[str]) -> str:
     if not reasons:
         return f"got {got}, with nothing inside that looks like a DiT's block or model"
     return f"got {got}, of which nothing could be swapped: {'; '.join(dict.fromkeys(reasons))}"
+
+
+def _in_words(row: ReportRow) -> str:
+    """Return the engine and the calls so far, or why the module is left."""
+    if not row.swapped or not (row.fast_calls or row.original_calls):
+        return row.engine or row.reason
+    calls = f"{row.fast_calls} fast calls"
+    return (
+        f"{row.engine}; {calls}, {row.original_calls} original ({row.reason})"
+        if row.original_calls
+        else f"{row.engine}; {calls}"
+    )
 
 
 def _runs(rows: tuple[ReportRow, ...]) -> Iterator[tuple[str, ReportRow]]:

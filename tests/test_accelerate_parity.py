@@ -108,7 +108,7 @@ def test_an_extra_argument_keeps_the_original_unless_it_is_none() -> None:
         found = model(x, c, positions=positions)
         row = rows_of(model)["blocks.0"]
         assert (row.fast_calls, row.original_calls) == (1, 1)
-        assert "positions" in row.engine
+        assert "positions" in row.reason
         assert torch.equal(found, ditfast.restore(model)(x, c, positions=positions))
 
 

@@ -157,6 +157,10 @@ class Swap:
             self.original_calls[reason] += 1
         return type(self.module).forward(self.module, *args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles count from zero."""
+        return {**vars(self), "fast_calls": 0, "original_calls": Counter()}
+
     def _unsupported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return why a call is left to the module's own forward before the fast one sees it, or nothing."""
         if not self.is_as_found():
@@ -283,14 +287,6 @@ class Swap:
     def idle_reason(self) -> str:
         """Return why the fast forward never ran."""
         return self.refuted or (UNCHECKED if not self.original_calls else self.original_calls.most_common(1)[0][0])
-
-    def counts(self) -> str:
-        """Return the calls so far in words; compiled graphs do not count theirs."""
-        originals = sum(self.original_calls.values())
-        if not originals:
-            return f"{self.fast_calls} fast calls" if self.fast_calls else ""
-        reasons = "; ".join(self.original_calls)
-        return f"{self.fast_calls} fast calls, {originals} original ({reasons})"
 
     def engine(self) -> str:
         """What the ops of the module take, in words."""

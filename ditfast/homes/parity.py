@@ -88,7 +88,7 @@ class ModelRun:
         return _reason(partial(self._run, inputs))
 
     def _run(self, inputs: ModelInputs) -> None:
-        _check_weights(self.model)
+        check_weights(self.model)
         self.example = inputs.example(self.model, torch.Generator().manual_seed(0))
         first = next(iter(self.blocks))
         others = {id(p) for name in self.blocks if name != first for p in self.model.get_submodule(name).parameters()}
@@ -237,7 +237,8 @@ def _reason(check: Callable[[], None]) -> str:
     return ""
 
 
-def _check_weights(module: nn.Module) -> None:
+def check_weights(module: nn.Module) -> None:
+    """Raise ``Mismatch`` if a module's weights are not there, or not of a dtype that the ops have."""
     weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
     if weight is None or weight.is_meta or weight.dtype not in DTYPES:
         got = "not there" if weight is None else "on the meta device" if weight.is_meta else weight.dtype
@@ -245,7 +246,7 @@ def _check_weights(module: nn.Module) -> None:
 
 
 def _compare_block(block: nn.Module, home: Home, calls: Sequence[Call]) -> None:
-    _check_weights(block)
+    check_weights(block)
     generator = torch.Generator().manual_seed(0)
     values = random_values(list(block.parameters()), generator)
     original: Foreign = copy_of(block, values)
