@@ -139,8 +139,10 @@ class DiffusersModel(Home):
         if torch.is_grad_enabled():
             return Declined(WITH_GRADIENTS)
         extra = unused(swap, (cross_attention_kwargs or None, *unknown), unknown_too)
-        if extra or model.training or timestep is None or class_labels is None:
-            return Declined(extra or "in training mode, or without timesteps or labels")
+        if model.training:
+            return Declined("in training mode its blocks run one by one: each drops labels of its own")
+        if extra or timestep is None or class_labels is None:
+            return Declined(extra or "it was called without timesteps or labels")
         if _has_several(timestep, class_labels, len(hidden_states)):
             return Declined(SEVERAL_CONDITIONS)
         grid = hidden_states.shape[2] // model.patch_size, hidden_states.shape[3] // model.patch_size
