@@ -13,7 +13,7 @@ from .home import NOTE, Swap
 
 SIMPLE = (bool, int, float, str, bytes, type(None), type, torch.dtype, torch.device, FunctionType)
 DEPTH = 3  # of objects inside objects that are looked into
-OWN = ("_parameters", "_buffers", "_modules", "training", NOTE)
+OWN = ("_parameters", "_buffers", "_modules", "training", "forward", NOTE)
 
 
 def build_of(module: nn.Module) -> str:

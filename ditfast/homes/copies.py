@@ -1,4 +1,4 @@
-"""Copies of modules for the parity check: fp32 on the CPU, random weights, no hooks; the live module is only read."""
+"""Copies of modules for the parity check: fp32, random weights, no hooks; the live module is only read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import random
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,29 +19,41 @@ from ..ops.dispatch import backend
 from .home import NOTE, Foreign, Swap
 
 HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+ROUNDED = ("tf32", "bf16")
 BIAS_STD = 0.3  # as strong as a trained model's shifts and gates
 
 T = TypeVar("T")
 
 
-def random_values(parameters: Collection[nn.Parameter], generator: torch.Generator) -> dict[int, Tensor]:
-    """Return new fp32 parameters by the id of the old: products keep unit variance, so that attention and gates matter."""
+def random_values(parameters: Iterable[nn.Parameter]) -> dict[int, Tensor]:
+    """Return new fp32 parameters by the id of the old: products keep unit variance, so that attention and gates matter.
+
+    The same parameters get the same values each time.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
     values: dict[int, Tensor] = {}
     for parameter in parameters:
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             continue
-        std = (
-            BIAS_STD
-            if parameter.dim() < 2
-            else parameter[0].numel() ** -0.5
-            if parameter.dim() > 3
-            else parameter.shape[-1] ** -0.5
-        )
-        value = torch.empty_like(parameter, dtype=torch.float32, device="cpu", requires_grad=False).normal_(
-            0, std, generator=generator
-        )
+        device = check_device(parameter)
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(0)
+        value = torch.empty_like(parameter, dtype=torch.float32, device=device, requires_grad=False)
+        value.normal_(0, _std(parameter), generator=generators[device])
         values[id(parameter)] = nn.Parameter(value, requires_grad=False)
     return values
+
+
+def _std(parameter: Tensor) -> float:
+    if parameter.dim() < 2:
+        return BIAS_STD
+    inputs = parameter[0].numel() if parameter.dim() > 3 else parameter.shape[-1]
+    return float(inputs**-0.5)
+
+
+def check_device(tensor: Tensor) -> torch.device:
+    """Return where the check computes: where the tensor is, or on the CPU for what is neither there nor on a GPU."""
+    return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
@@ -50,9 +62,9 @@ def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[
     Args:
         module: the module.
         values: its copy's parameters, by the id of the module's; the others are shared.
-        convert: makes the copy's buffers, and tensors among its attributes; on the CPU and in fp32 unless given.
+        convert: makes the copy's buffers, and tensors among its attributes; in fp32 unless given.
     """
-    convert = convert or on_cpu
+    convert = convert or in_fp32
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     memo.update(values)
     for part in module.modules():
@@ -77,13 +89,19 @@ def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[
     return twin
 
 
-def on_cpu(value: T) -> T:
-    """Return a copy of a tensor, or of the tensors in a tree of arguments, on the CPU, in fp32 if it has fractions."""
+def release(module: nn.Module) -> None:
+    """Free a copy's memory as soon as nobody holds it: the forwards set on its parts hold it in cycles."""
+    for part in module.modules():
+        vars(part).pop("forward", None)
+
+
+def in_fp32(value: T) -> T:
+    """Return a copy of a tensor, or of the tensors in a tree of arguments, in fp32 if it has fractions."""
 
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().to("cpu", torch.float32 if leaf.is_floating_point() else leaf.dtype, copy=True)
+        return leaf.detach().to(check_device(leaf), torch.float32 if leaf.is_floating_point() else leaf.dtype, copy=True)
 
     return tree_map(convert, value)
 
@@ -91,14 +109,16 @@ def on_cpu(value: T) -> T:
 def run_isolated(function: Callable[[], T]) -> T:
     """Call a function on a thread of its own, on the torch backend, and leave the random number generators as they were.
 
-    Grad mode, autocast, hooks on saved tensors, function transforms and default devices are the thread's: new ones.
+    Grad mode, autocast, hooks on saved tensors, function transforms and default devices are the thread's: new ones. The CUDA
+    stream is the caller's. fp32 products are not rounded to TF32 or bf16 meanwhile.
     """
     results: list[T] = []
     errors: list[BaseException] = []
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def work() -> None:
         try:
-            with backend("torch"), _kept_rng():
+            with torch.cuda.stream(stream), backend("torch"), _kept_rng(), _unrounded_products():
                 results.append(function())
         except BaseException as error:
             errors.append(error)
@@ -112,21 +132,58 @@ def run_isolated(function: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
+def _unrounded_products() -> Iterator[None]:
+    """Set and reset torch's precision of fp32 products, by the older API too where that has been used: torch checks both."""
+    backends: Any = torch.backends  # whose attributes mypy does not know
+    settings = backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the newer API has been used
+        older = "highest"
+    try:
+        if older != "highest":
+            torch.set_float32_matmul_precision("highest")
+        _set_precisions(settings, ["ieee" if precision in ROUNDED else precision for precision in before])
+        yield
+    finally:
+        if older != "highest":
+            torch.set_float32_matmul_precision(older)
+        _set_precisions(settings, before)
+
+
+def _set_precisions(settings: Sequence[Any], precisions: Sequence[str]) -> None:
+    for setting, precision in zip(settings, precisions, strict=True):
+        if setting.fp32_precision != precision:
+            setting.fp32_precision = precision
+
+
+@contextlib.contextmanager
 def _kept_rng() -> Iterator[None]:
-    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
-    states = [generator.get_state() for generator in generators]
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (which foreign code draws from)
+    states = [generator.get_state() for generator in _generators()]
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 (which foreign code draws from)
     try:
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
+        for generator, state in zip(_generators(), states, strict=True):
             generator.set_state(state)
         random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def rng_states() -> list[Any]:
+    """Return the states of what a forward draws from, to be compared."""
+    torch_states = [generator.get_state().tolist() for generator in _generators()]
+    return [*torch_states, random.getstate(), repr(np.random.get_state(legacy=False))]  # noqa: NPY002
 
 
 def seed_all() -> None:
-    """Seed what a forward on the CPU draws from; ``torch.manual_seed`` would seed every GPU too."""
-    torch.default_generator.manual_seed(0)
+    """Seed what a forward draws from."""
+    for generator in _generators():
+        generator.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
+
+
+def _generators() -> Sequence[torch.Generator]:
+    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]

@@ -10,18 +10,10 @@ from torch import nn
 
 from . import BLOCKS, INPUTS, MODELS
 from .build import build_of
+from .comparison import example_call, in_one_line, weight_of, why_not_block
 from .home import UNLIMITED, Home, Mismatch, Swap
 from .int8 import why_not_int8
-from .parity import (
-    ModelRun,
-    Verdicts,
-    check_first_call,
-    check_weights,
-    example_call,
-    in_one_line,
-    representatives,
-    why_not_block,
-)
+from .parity import ModelRun, Verdicts, check_first_call, representatives
 
 
 class Planned(NamedTuple):
@@ -133,7 +125,7 @@ def why_not_built(module: nn.Module, home: Home) -> str:
         return "its forward was replaced before"
     try:
         home.check(module)
-        check_weights(module)
+        weight_of(module)
     except Mismatch as mismatch:
         return str(mismatch)
     except Exception as error:  # it may lack anything that its family has
