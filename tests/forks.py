@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 CHANGES = (
     *("none", "positions as argument", "None as argument", "routing", "window", "attention dropout", "stochastic depth"),
-    *("scale", "registers", "eps", "activation", "label probability", "rotary"),
+    *("scale", "registers", "eps", "activation", "label probability", "rotary", "exact GELU", "soft cap", "first image"),
+    *("rare stochastic depth", "kept attention", "no label", "argument's default"),
 )
 
 
 class Attention(timm_style.Attention):
-    """``Attention`` with a window, dropout and a scale that no module or attribute shows to ``check``."""
+    """``Attention`` with what no module or attribute shows to ``check``: a window, dropout, another scale."""
 
     change = "none"
 
@@ -33,7 +34,12 @@ class Attention(timm_style.Attention):
         mask = (places[:, None] - places).abs() <= 3 if self.change == "window" else None
         p = 0.3 if self.change == "attention dropout" and self.training else 0.0
         scale = self.scale * (2 if self.change == "scale" else 1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
+        if self.change == "soft cap":
+            x = (50 * torch.tanh(scale / 50 * q @ k.mT)).softmax(-1) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
+        if self.change == "kept attention":
+            self.attention = x.detach()
         return self.proj(x.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
@@ -49,19 +55,25 @@ class Block(timm_style.Block):
         super().__init__(D, num_heads)
         self.attn = Attention(D, num_heads)
 
-    def forward(self, x: Tensor, c: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, positions: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        if self.change == "first image":
+            c = c[:1].expand(len(x), -1)  # [B, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x [B, D]
         eps = 1e-3 if self.change == "eps" else 1e-6
         u = timm_style.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift1, scale1)
         x = x + gate1[:, None] * self.kept(self.attn(u, positions))  # [B, T, D]
         u = timm_style.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift2, scale2)
-        h = self.mlp.fc2(F.relu(self.mlp.fc1(u))) if self.change == "activation" else self.mlp(u)
-        return x + gate2[:, None] * self.kept(h)  # [B, T, D]
+        h = self.mlp.fc1(u)
+        h = F.relu(h) if self.change == "activation" else F.gelu(h, approximate=self.approximate)
+        return x + strength * gate2[:, None] * self.kept(self.mlp.fc2(h))  # [B, T, D]
+
+    @property
+    def approximate(self) -> str:
+        return "none" if self.change == "exact GELU" else "tanh"
 
     def kept(self, h: Tensor) -> Tensor:
-        if self.change != "stochastic depth" or not self.training:
-            return h
-        return h * (torch.rand(len(h), 1, 1) >= 0.3) / 0.7
+        p = {"stochastic depth": 0.3, "rare stochastic depth": 1e-3}.get(self.change, 0.0) * self.training
+        return h * (torch.rand(len(h), 1, 1) >= p) / (1 - p) if p else h
 
 
 class Labels(timm_style.LabelEmbedder):
@@ -87,7 +99,10 @@ class Fork(timm_style.DiT):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         x = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         probability = 0.1 * self.training if self.change == "label probability" else self.training
-        c = self.t_embedder(t) + self.y_embedder(y, probability)  # [B, D]
+        label = self.y_embedder(y, probability)  # [B, D]
+        if self.change == "no label":
+            label = label * (y < 10)[:, None]
+        c = self.t_embedder(t) + label  # [B, D]
         if self.change == "registers":
             x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # [B, T + 2, D]
         extra: dict[str, Any] = {}
@@ -95,6 +110,8 @@ class Fork(timm_style.DiT):
             extra["positions"] = torch.arange(x.shape[1])[:, None] * 0.5 ** torch.arange(8)  # [T, d/2]
         if self.change == "None as argument":
             extra["positions"] = None
+        if self.change == "argument's default":
+            extra["strength"] = 1.0
         for index, block in enumerate(self.blocks):
             if self.change == "routing" and self.training and index == 1:
                 x = torch.cat([block(x[:, ::2], c), x[:, 1::2]], dim=1)  # [B, T, D]
@@ -112,4 +129,4 @@ def random_fork(seed: int) -> tuple[Fork, dict[str, Tensor]]:
     torch.manual_seed(seed)
     model = randomize(Fork(CHANGES[seed % len(CHANGES)], changed, grid, depth).eval())
     x = torch.randn(2, 4, 2 * grid[0], 2 * grid[1])
-    return model, {"x": x, "t": torch.rand(2) * 999, "y": torch.randint(10, (2,))}
+    return model, {"x": x, "t": torch.rand(2) * 999, "y": torch.randint(11, (2,))}

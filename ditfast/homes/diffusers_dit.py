@@ -150,8 +150,10 @@ class DiffusersModel(Home):
             return Declined(SEVERAL_CONDITIONS)
         grid = hidden_states.shape[2] // model.patch_size, hidden_states.shape[3] // model.patch_size
         fused = [swap.fusible(block, grid[0] * grid[1]) for block in model.transformer_blocks]
-        if grid[0] != grid[1] or fused[0] is None or hidden_states.dtype not in DTYPES:  # the first block embeds for the model
-            return Declined("its image is not square, or its first block is not swapped")
+        if grid[0] != grid[1] or hidden_states.dtype not in DTYPES:
+            return Declined("its image is not square, or not in fp32, fp16 or bf16")
+        if fused[0] is None:  # it embeds for the model
+            return Declined("its first block is hooked (as by FSDP) or left: the blocks run one by one")
         x = model.pos_embed(hidden_states)  # [B, T, D]
         per_block, final = self._modulations(swap, fused, x, timestep, class_labels)
         given: dict[str, Any] = {

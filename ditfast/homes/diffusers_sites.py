@@ -52,7 +52,7 @@ class PixArtBlock(Home):
         *unknown: Any,
         **unknown_too: Any,
     ) -> Any:
-        extra = unused(swap, (cross_attention_kwargs or None, *unknown), unknown_too)
+        extra = unused(swap, (cross_attention_kwargs or None, class_labels, added_cond_kwargs, *unknown), unknown_too)
         if extra or timestep is None or hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES:
             return Declined(extra or "its inputs are not [B, T, D] in fp32, fp16 or bf16, and timesteps")
         block = swap.module

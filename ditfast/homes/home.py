@@ -138,7 +138,8 @@ class Swap:
         self.on = True  # off, it is the module's own forward: somebody may have wrapped it and keep it
         self.caches = Caches()
         self.replaced = list(_descendants(module, home.called(module)))
-        self.parameters = frozenset(inspect.signature(type(module).forward).parameters)
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.optional = frozenset(parameter.name for parameter in parameters if parameter.default is None)
         self.dropouts = [part for _, _, part in self.replaced if isinstance(part, nn.Dropout)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -317,18 +318,19 @@ def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Return the second size of a call's first tensor: T of [B, T, D]."""
+    """Return the longest T of a call's tensors [B, T, D]."""
+    tokens = 1
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value.shape[1] if value.dim() > 1 else 1
-    return 1
+        if isinstance(value, Tensor) and value.dim() == 3:
+            tokens = max(tokens, value.shape[1])
+    return tokens
 
 
 def unused(swap: Swap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Return why a fast forward leaves a call that has arguments beyond its own; nothing if all are None that may be given."""
+    """Return why a fast forward leaves a call that has arguments beyond its own; nothing if all are None by default too."""
     if not args and not kwargs:
         return ""
-    names = [name for name, value in kwargs.items() if value is not None or name not in swap.parameters]
+    names = [name for name, value in kwargs.items() if value is not None or name not in swap.optional]
     if any(value is not None for value in args):
         names = ["one more argument", *names]
     return f"called with {', '.join(names)}, which the fast forward does not use" if names else ""

@@ -186,7 +186,9 @@ class OfficialModel(Home):
         proj, (h, w) = _convolution(model), _grid(model)
         patch_size = proj.kernel_size[0]
         x = torch.randn(2, proj.in_channels, h * patch_size, w * patch_size, generator=generator)
-        return x, torch.tensor([10, 900]), torch.tensor([0, 0])  # there may be one class
+        table = getattr(model.y_embedder, "embedding_table", None)
+        last = table.num_embeddings - 1 if isinstance(table, nn.Embedding) else 0  # where labels are dropped: no label
+        return x, torch.tensor([10, 900]), torch.tensor([0, last])
 
 
 def _convolution(model: Foreign) -> Foreign:

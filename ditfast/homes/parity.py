@@ -85,18 +85,17 @@ class ModelRun:
     def judge(self, reasons: dict[nn.Module, str]) -> None:
         """Compare the blocks on what they received, each that stands for others and each that is called otherwise.
 
-        A call like one that was compared on a block built alike is compared on one sample.
+        What was refuted is refuted for all built and called alike; what held is compared again on one sample.
         """
         verdicts: dict[tuple[str, Any], str] = {}
         for name, home in self.blocks.items():
             block, build = self.model.get_submodule(name), self.builds[name]
-            if self.calls[name]:
-                calls = [call.first_samples(1) if (build, call.key()) in verdicts else call for call in self.calls.pop(name)]
+            verdict = next(filter(None, (verdicts.get((build, key)) for key in self.keys[name])), "")
+            calls = self.calls.pop(name)
+            if calls and not verdict:
+                calls = [call.first_samples(1) if (build, call.key()) in verdicts else call for call in calls]
                 verdict = why_not_block(block, home, calls)
-                for key in self.keys[name]:
-                    verdicts.setdefault((build, key), verdict)
-            else:
-                verdict = next(filter(None, (verdicts[build, key] for key in self.keys[name])), "")
+                verdicts.update(((build, key), verdict) for key in self.keys[name])
             if verdict:
                 reasons[block] = verdict
 
