@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import random
 import threading
 from collections import OrderedDict
@@ -171,10 +172,10 @@ def _kept_rng() -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def rng_states() -> list[Any]:
+def rng_states() -> list[bytes]:
     """Return the states of what a forward draws from, to be compared."""
-    torch_states = [generator.get_state().tolist() for generator in _generators()]
-    return [*torch_states, random.getstate(), repr(np.random.get_state(legacy=False))]  # noqa: NPY002
+    states = [generator.get_state().numpy().tobytes() for generator in _generators()]
+    return [*states, pickle.dumps((random.getstate(), np.random.get_state(legacy=False)))]  # noqa: NPY002
 
 
 def seed_all() -> None:

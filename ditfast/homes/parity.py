@@ -64,7 +64,7 @@ class ModelRun:
         self.builds = {name: build_of(model.get_submodule(name)) for name in blocks}
         self.representatives = set(representatives(self.builds))
         self.outputs: list[Any] = []
-        self.states: list[Any] = []  # of random number generators, after each
+        self.states: list[list[bytes]] = []  # of random number generators, after each
 
     def run(self, inputs: ModelInputs) -> str:
         """Run the model's own forward in both modes; return why that cannot be done, or nothing."""
