@@ -62,7 +62,7 @@ class OfficialBlock(BlockHome):
             return Declined(extra)
         if x is None or c is None or x.dim() != 3 or c.dim() != 2 or x.dtype not in DTYPES:
             return Declined("its inputs are not [B, T, D] and [B, D] in fp32, fp16 or bf16")
-        if len(c) not in (1, len(x)):
+        if c.shape[0] not in (1, x.shape[0]):
             return Declined(SEVERAL_CONDITIONS)
         modulation = self.modulation(swap, F.silu(swap.cast(c).expand(len(x), -1)))
         return blocks.run_alone(swap.cast(x), self.chain(swap, modulation)).to(x.dtype)
