@@ -7,9 +7,7 @@ wrappers stay what and where they are. There is no global state: two models in o
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from types import FunctionType
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,14 +16,13 @@ from torch import nn
 from . import cpu
 from .argument_checks import as_bool, check_choice, check_type
 from .dtypes import INT8
-from .homes import BLOCKS, MODELS, Home, Mismatch, Options, Swap, cost_of_int8, in_one_line, probe, why_not_int8
+from .homes import BLOCKS, MODELS, NOTE, Home, Options, Swap, cost_of_int8
+from .homes.planning import Plan, is_unwrapped
 from .model import DiT
 from .ops.attention import ENGINES
 
 ATTENTION = {"auto": None, "native": "sdpa", **{name: name for name in ENGINES}}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
-SIMPLE = (bool, int, float, str, tuple, torch.dtype, FunctionType)
 
 T = TypeVar("T")
 
@@ -34,8 +31,10 @@ class ReportRow(NamedTuple):
     module: str
     swapped: bool
     family: str
-    engine: str  # what its ops take on the device it is on now; empty if it was not swapped
-    reason: str  # why it was not swapped; empty if it was
+    engine: str  # what its ops take on the device it is on now; empty if it is not swapped
+    reason: str  # why it is not swapped, or of a swapped one why calls were left to its own forward
+    fast_calls: int = 0  # so far; compiled graphs do not count theirs
+    original_calls: int = 0
 
 
 class AccelerationReport(NamedTuple):
@@ -46,7 +45,7 @@ class AccelerationReport(NamedTuple):
     def __str__(self) -> str:
         lines = [("module", "", "family", "engine, or why not")]
         for names, row in _runs(self.rows):
-            lines.append((names, "swapped" if row.swapped else "left", row.family, row.engine or row.reason))
+            lines.append((names, "swapped" if row.swapped else "left", row.family, _in_words(row)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -64,10 +63,12 @@ def accelerate(
     """Runs a live DiT on the fused ops: official, SiT and forks, timm-style blocks, diffusers' DiT and its pipeline.
 
     Blocks with adaLN-Zero are swapped one by one; without gradients the model's forward fuses across them as well. Blocks of
-    PixArt and Stable Diffusion 3 (diffusers) have their norms and gated residuals swapped. A module is recognised by its
-    parts, then probed: one random input through its own forward and through the fast one; where they differ it is left
-    alone. Call it before wrapping blocks in FSDP (and for several GPUs take DDP: the replicas of nn.DataParallel would
-    call the original's weights). Calling it again replaces the options.
+    PixArt and Stable Diffusion 3 (diffusers) have their norms and gated residuals swapped. A module is recognized by its
+    parts, then held to a parity check: the model runs once on a random input of its own size, in evaluation and in training
+    mode, and on copies with random weights each block's fast forward is compared with its own on what it receives. What
+    differs is left alone. Blocks of a model whose arguments are not known are checked at their first call. Call it before
+    wrapping blocks in FSDP (and for several GPUs take DDP: the replicas of nn.DataParallel would call the original's
+    weights). Calling it again replaces the options.
 
     Args:
         model_or_pipeline: a module, with the models anywhere inside, or a diffusers pipeline.
@@ -105,15 +106,16 @@ def accelerate(
         cpu.check("dtype", ())
     before = _take_off(model_or_pipeline)
     try:
-        swaps, reasons = _plan(roots.values(), int8)
-        if not swaps and strict:
-            raise ValueError(f"model_or_pipeline: {_why_nothing(model_or_pipeline, reasons.values())}")
+        plan = Plan(roots.values(), int8)
+        if not plan.swaps and strict:
+            raise ValueError(f"model_or_pipeline: {_why_nothing(model_or_pipeline, plan.reasons.values())}")
         if int8:
-            _print_costs(roots, swaps)
+            _print_costs(roots, {module: how.home for module, how in plan.swaps.items()})
     except BaseException:
         _put_back(before)
         raise
-    _put_back({**{module: Swap(module, home, options) for module, home in swaps.items()}, **reasons})
+    swaps = {module: Swap(module, how.home, options, how.tokens, how.check) for module, how in plan.swaps.items()}
+    _put_back({**swaps, **plan.reasons})
     return model_or_pipeline
 
 
@@ -160,25 +162,27 @@ def _put_back(notes: Mapping[nn.Module, Swap | str]) -> None:
         vars(module)[NOTE] = note
         if isinstance(note, Swap):
             note.on = True
-            if _is_unwrapped(module):
+            if is_unwrapped(module):
                 module.forward = note
 
 
-def _is_unwrapped(module: nn.Module) -> bool:
-    """Whether its forward is its own or a swap; a swap that is off is somebody's memory of one."""
-    return isinstance(vars(module).get("forward"), (Swap, type(None)))
-
-
 def acceleration_report(model_or_pipeline: object) -> AccelerationReport:
-    """For each block and model inside: swapped, and on which engine, or not, and why."""
+    """Report for each block and model inside: swapped, on which engine and with how many calls so far, or not, and why.
+
+    A module whose fast forward never ran is not swapped: it is not called yet and will be checked at its first call, or
+    every call so far was left to its own forward.
+    """
     rows = []
     for prefix, root in _roots(model_or_pipeline).items():
         for name, module in root.named_modules(prefix=prefix):
             note = vars(module).get(NOTE, "not accelerated")
             looks = [home.name for home in (*BLOCKS, *MODELS) if home.looks_like(module)]
             if isinstance(note, Swap):
-                engine = note.engine() if _is_unwrapped(module) else "its forward was wrapped or replaced since"
-                rows.append(ReportRow(name or "(model)", True, note.home.name, engine, ""))
+                idle = note.is_idle()
+                engine = note.engine() if is_unwrapped(module) else "its forward was wrapped or replaced since"
+                reason = note.idle_reason() if idle else "; ".join(note.original_calls)
+                calls = note.fast_calls, sum(note.original_calls.values())
+                rows.append(ReportRow(name or "(model)", not idle, note.home.name, "" if idle else engine, reason, *calls))
             elif looks:
                 rows.append(ReportRow(name or "(model)", False, looks[0], "", note))
     return AccelerationReport(tuple(rows))
@@ -207,30 +211,6 @@ def _attention_engine(name: str) -> str | None:
     return ATTENTION[name]
 
 
-def _plan(roots: Iterable[nn.Module], int8: bool) -> tuple[dict[nn.Module, Home], dict[nn.Module, str]]:
-    """Which modules to swap, and why not the others that look like it; changes nothing."""
-    swaps: dict[nn.Module, Home] = {}
-    reasons: dict[nn.Module, str] = {}
-    probed: dict[str, str] = {}
-    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-    for homes in (BLOCKS, MODELS):  # a model is probed with its blocks swapped
-        for module, home in itertools.product(modules, homes):
-            if module in swaps or not home.looks_like(module):
-                continue
-            inner = _inner(module, swaps)
-            if homes is MODELS and not inner:
-                reason = "none of its blocks could be swapped"
-            else:
-                reason = _why_not(module, home, inner, probed)
-            if int8 and homes is BLOCKS and not reason:
-                reason = why_not_int8(module, home)
-            if reason:
-                reasons.setdefault(module, reason)
-            else:
-                swaps[module] = home
-    return swaps, {module: reason for module, reason in reasons.items() if module not in swaps}
-
-
 def _inner(module: nn.Module, swaps: Mapping[nn.Module, Home]) -> dict[str, Home]:
     return {name: swaps[part] for name, part in module.named_modules() if part in swaps and part is not module}
 
@@ -244,37 +224,23 @@ def _print_costs(roots: Mapping[str, nn.Module], swaps: Mapping[nn.Module, Home]
         print(f"{names[module]}: {cost}" if names[module] else cost)
 
 
-def _why_not(module: nn.Module, home: Home, inner: Mapping[str, Home], probed: dict[str, str]) -> str:
-    """Empty if the module can be swapped. Modules built alike are probed once."""
-    if not _is_unwrapped(module):
-        return "its forward was replaced before"
-    try:
-        home.check(module)
-    except Mismatch as mismatch:
-        return str(mismatch)
-    except Exception as error:  # it may lack anything that its family has
-        return f"it is built otherwise: {in_one_line(error)}"
-    key = f"{home.name} {_build(module)}"
-    if key not in probed:
-        probed[key] = probe(module, home, inner)
-    return probed[key]
-
-
-def _build(module: nn.Module) -> str:
-    """What a module is built of, without its numbers."""
-    parts = []
-    for name, part in module.named_modules():
-        settings = {key: value if isinstance(value, SIMPLE) else type(value) for key, value in vars(part).items()}
-        shapes = {key: (p.shape, p.dtype, p.device) for key, p in part.named_parameters(recurse=False)}
-        parts.append((name, type(part), settings, shapes))
-    return repr(parts)
-
-
 def _why_nothing(model_or_pipeline: object, reasons: Collection[str]) -> str:
     got = type(model_or_pipeline).__name__
     if not reasons:
         return f"got {got}, with nothing inside that looks like a DiT's block or model"
     return f"got {got}, of which nothing could be swapped: {'; '.join(dict.fromkeys(reasons))}"
+
+
+def _in_words(row: ReportRow) -> str:
+    """Return the engine and the calls so far, or why the module is left."""
+    if not row.swapped or not (row.fast_calls or row.original_calls):
+        return row.engine or row.reason
+    calls = f"{row.fast_calls} fast calls"
+    return (
+        f"{row.engine}; {calls}, {row.original_calls} original ({row.reason})"
+        if row.original_calls
+        else f"{row.engine}; {calls}"
+    )
 
 
 def _runs(rows: tuple[ReportRow, ...]) -> Iterator[tuple[str, ReportRow]]:

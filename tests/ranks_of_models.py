@@ -59,7 +59,9 @@ def fsdp2(kind: str, rank: int) -> None:
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
         case.check(model)
-        assert all(row.swapped for row in ditfast.acceleration_report(model).rows)
+        rows = {row.module: row for row in ditfast.acceleration_report(model).rows}
+        assert all(row.swapped for name, row in rows.items() if name != "(model)")
+        assert rows["(model)"].swapped == (kind == "official")  # diffusers' fused forward has no use for hooked blocks
 
 
 def work(rank: int, port: int, kind: str) -> None:

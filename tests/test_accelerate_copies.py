@@ -51,7 +51,8 @@ def test_copies_are_accelerated_and_independent(kind: str, twin_of: str, options
     with torch.no_grad():
         before = run(model, inputs)[0]
         twin = TWINS[twin_of](model)
-        assert ditfast.acceleration_report(twin).rows == ditfast.acceleration_report(model).rows
+        rows = ditfast.acceleration_report(model).rows
+        assert ditfast.acceleration_report(twin).rows == tuple(row._replace(fast_calls=0) for row in rows)
         ours, theirs = ({id(m) for m in one.modules()} for one in (model, twin))
         swaps = [vars(module)["forward"] for module in twin.modules() if "forward" in vars(module)]
         assert all(id(swap.module) in theirs - ours for swap in swaps)

@@ -54,7 +54,7 @@ def test_a_pipeline_is_accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, num_layers=2, sample_size=8, out_channels=8
-    )
+    ).eval()  # as from_pretrained does
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     pipeline = diffusers.DiTPipeline(model, vae, diffusers.DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)

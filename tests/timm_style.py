@@ -18,6 +18,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, grid: tuple[int, int], patch_size: int, in_channels: int, D: int):
         super().__init__()
         self.grid_size = grid
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, D, patch_size, patch_size)
         self.norm = nn.Identity()
 
@@ -154,7 +155,7 @@ class DiT(nn.Module):
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, self.training)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        (h, w), p = self.x_embedder.grid_size, self.x_embedder.proj.kernel_size[0]
+        (h, w), p = self.x_embedder.grid_size, self.x_embedder.patch_size
         x = x.reshape(-1, h, w, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)  # [B, C', h, p, w, p]
         return x.reshape(-1, self.out_channels, h * p, w * p)  # [B, C', H, W]
 

@@ -4,11 +4,10 @@ A new one is a ``Home`` in a file of its own, and a name in one of these lists. 
 """
 
 from .diffusers_dit import DiffusersBlock, DiffusersModel
-from .diffusers_sites import JointBlock, PixArtBlock
-from .home import Home, Mismatch, Options, Swap
+from .diffusers_sites import JointBlock, PixArtBlock, PixArtInputs, SD3Inputs
+from .home import NOTE, UNLIMITED, Home, Mismatch, ModelInputs, Options, Swap
 from .int8 import cost_of_int8, why_not_int8
 from .official import OfficialBlock, OfficialModel
-from .probe import in_one_line, probe
 
 BLOCKS: tuple[Home, ...] = (OfficialBlock(), DiffusersBlock(), PixArtBlock(), JointBlock())
 MODELS: tuple[Home, ...] = (
@@ -16,5 +15,18 @@ MODELS: tuple[Home, ...] = (
     OfficialModel("SiT", returns_variance=False),
     DiffusersModel(),
 )
+INPUTS: tuple[ModelInputs, ...] = (*MODELS, PixArtInputs(), SD3Inputs())
 
-__all__ = ["BLOCKS", "MODELS", "Home", "Mismatch", "Options", "Swap", "cost_of_int8", "in_one_line", "probe", "why_not_int8"]
+__all__ = [
+    "BLOCKS",
+    "INPUTS",
+    "MODELS",
+    "NOTE",
+    "UNLIMITED",
+    "Home",
+    "Mismatch",
+    "Options",
+    "Swap",
+    "cost_of_int8",
+    "why_not_int8",
+]

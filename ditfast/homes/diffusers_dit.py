@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .. import blocks, ops
 from ..ops.checks import DTYPES
 from .caches import Modulations
-from .home import BlockHome, Foreign, Home, Swap, require
+from .home import SEVERAL_CONDITIONS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require, unused
 from .structure import check_children, check_features, check_idle, check_layer_norm, has_children
 
 VECTORS = 6
@@ -65,12 +65,17 @@ class DiffusersBlock(BlockHome):
         timestep: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         class_labels: Tensor | None = None,
-        added_cond_kwargs: dict[str, Any] | None = None,
+        *unknown: Any,
+        **unknown_too: Any,
     ) -> Any:
-        if attention_mask is not None or cross_attention_kwargs or timestep is None or class_labels is None:
-            return NotImplemented
-        if hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES:
-            return NotImplemented
+        others = (attention_mask, encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs or None, *unknown)
+        extra = unused(swap, others, unknown_too)
+        if extra:
+            return Declined(extra)
+        if timestep is None or class_labels is None or hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES:
+            return Declined("its inputs are not [B, T, D] in fp32, fp16 or bf16, timesteps and labels")
+        if _has_several(timestep, class_labels, len(hidden_states)):
+            return Declined(SEVERAL_CONDITIONS)
         c = swap.module.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)  # [B, D]
         x = swap.cast(hidden_states)
         modulation = self.modulation(swap, F.silu(swap.cast(c).expand(x.shape[0], -1)))
@@ -98,9 +103,6 @@ class DiffusersBlock(BlockHome):
     def example(self, block: Foreign, generator: torch.Generator) -> tuple[Any, ...]:
         x = torch.randn(2, 16, block.norm1.norm.normalized_shape[0], generator=generator)
         return x, None, None, None, torch.tensor([10, 900]), None, torch.tensor([0, 1])
-
-    def zero_at_first(self, block: Foreign) -> Sequence[nn.Linear]:
-        return [block.norm1.linear]
 
     def heads(self, block: Foreign) -> tuple[int, int]:
         return block.attn1.heads, block.norm1.norm.normalized_shape[0] // block.attn1.heads
@@ -131,16 +133,27 @@ class DiffusersModel(Home):
         class_labels: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        *unknown: Any,
+        **unknown_too: Any,
     ) -> Any:
         # With gradients the model's own forward runs, over swapped blocks: it may checkpoint them. In training each copy of
         # the label embedder drops labels of its own.
         model = swap.module
-        if torch.is_grad_enabled() or model.training or timestep is None or class_labels is None or cross_attention_kwargs:
-            return NotImplemented
+        if torch.is_grad_enabled():
+            return Declined(WITH_GRADIENTS)
+        extra = unused(swap, (cross_attention_kwargs or None, *unknown), unknown_too)
+        if model.training:
+            return Declined("in training mode its blocks run one by one: each drops labels of its own")
+        if extra or timestep is None or class_labels is None:
+            return Declined(extra or "it was called without timesteps or labels")
+        if _has_several(timestep, class_labels, len(hidden_states)):
+            return Declined(SEVERAL_CONDITIONS)
         grid = hidden_states.shape[2] // model.patch_size, hidden_states.shape[3] // model.patch_size
-        fused = [swap.fusible(block) for block in model.transformer_blocks]
-        if grid[0] != grid[1] or fused[0] is None or hidden_states.dtype not in DTYPES:  # the first block embeds for the model
-            return NotImplemented
+        fused = [swap.fusible(block, grid[0] * grid[1]) for block in model.transformer_blocks]
+        if grid[0] != grid[1] or hidden_states.dtype not in DTYPES:
+            return Declined("its image is not square, or not in fp32, fp16 or bf16")
+        if fused[0] is None:  # it embeds for the model
+            return Declined("its first block is hooked (as by FSDP) or left: the blocks run one by one")
         x = model.pos_embed(hidden_states)  # [B, T, D]
         per_block, final = self._modulations(swap, fused, x, timestep, class_labels)
         given: dict[str, Any] = {
@@ -195,8 +208,9 @@ class DiffusersModel(Home):
         x = torch.randn(2, proj.in_channels, model.height, model.width, generator=generator)
         return x, torch.tensor([10, 900]), torch.tensor([0, 1])
 
-    def zero_at_first(self, model: Foreign) -> Sequence[nn.Linear]:
-        return [model.proj_out_1, model.proj_out_2, *(block.norm1.linear for block in model.transformer_blocks)]
+
+def _has_several(timestep: Tensor, labels: Tensor, B: int) -> bool:
+    return any(condition.dim() and len(condition) not in (1, B) for condition in (timestep, labels))
 
 
 def check_attention(attn: Foreign, name: str) -> None:

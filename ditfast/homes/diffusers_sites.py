@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import blocks, ops
 from ..ops.checks import DTYPES
-from .home import Foreign, Home, Swap, require
+from .home import SEVERAL_CONDITIONS, Declined, Foreign, Home, ModelInputs, Swap, require, unused
 from .structure import check_features, check_layer_norm, has_children
 
 
@@ -49,9 +49,12 @@ class PixArtBlock(Home):
         cross_attention_kwargs: dict[str, Any] | None = None,
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Any] | None = None,
+        *unknown: Any,
+        **unknown_too: Any,
     ) -> Any:
-        if timestep is None or hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES or cross_attention_kwargs:
-            return NotImplemented
+        extra = unused(swap, (cross_attention_kwargs or None, class_labels, added_cond_kwargs, *unknown), unknown_too)
+        if extra or timestep is None or hidden_states.dim() != 3 or hidden_states.dtype not in DTYPES:
+            return Declined(extra or "its inputs are not [B, T, D] in fp32, fp16 or bf16, and timesteps")
         block = swap.module
         vectors = block.scale_shift_table[None] + timestep.reshape(hidden_states.shape[0], 6, -1)  # [B, 6, D]
         # Under autocast the vectors are fp32, and make the stream fp32. PixArt's first one has another layout.
@@ -72,9 +75,6 @@ class PixArtBlock(Home):
         x, timestep = torch.randn(2, 16, width, generator=generator), torch.randn(2, 6 * width, generator=generator)
         context = torch.randn(2, 8, block.cross_attention_dim or width, generator=generator)
         return x, None, context, None, timestep
-
-    def zero_at_first(self, block: Foreign) -> Sequence[nn.Linear]:
-        return []
 
 
 class JointBlock(Home):
@@ -112,9 +112,14 @@ class JointBlock(Home):
         encoder_hidden_states: Tensor | None = None,
         temb: Tensor | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        *unknown: Any,
+        **unknown_too: Any,
     ) -> Any:
-        if encoder_hidden_states is None or temb is None or hidden_states.dtype not in DTYPES:
-            return NotImplemented
+        extra = unused(swap, unknown, unknown_too)
+        if extra or encoder_hidden_states is None or temb is None or hidden_states.dtype not in DTYPES:
+            return Declined(extra or "its inputs are not two streams in fp32, fp16 or bf16, and a condition")
+        if len(temb) not in (1, len(hidden_states)):
+            return Declined(SEVERAL_CONDITIONS)
         block, x, context = swap.module, hidden_states.contiguous(), encoder_hidden_states.contiguous()
         activated = F.silu(temb)  # [B, D]
         of_x = _six(block.norm1.linear, activated, x.shape[0])
@@ -136,8 +141,37 @@ class JointBlock(Home):
         width = block.norm2.normalized_shape[0]
         return tuple(torch.randn(*shape, generator=generator) for shape in ((2, 16, width), (2, 8, width), (2, width)))
 
-    def zero_at_first(self, block: Foreign) -> Sequence[nn.Linear]:
-        return [block.norm1.linear, block.norm1_context.linear]
+    def stand_in(self, block: Foreign, streams: list[Tensor]) -> Any:
+        return None if block.context_pre_only else streams[1], streams[0]
+
+
+class PixArtInputs(ModelInputs):
+    """``PixArtTransformer2DModel``"""
+
+    def looks_like(self, module: Foreign) -> bool:
+        return type(module).__name__ == "PixArtTransformer2DModel"
+
+    def example(self, model: Foreign, generator: torch.Generator) -> tuple[Any, ...]:
+        config = model.config
+        x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+        context = torch.randn(2, 8, config.caption_channels, generator=generator)
+        conditions: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if model.use_additional_conditions:
+            conditions = {"resolution": torch.full((2, 2), 512.0), "aspect_ratio": torch.ones(2, 1)}
+        return x, context, torch.tensor([10, 900]), conditions
+
+
+class SD3Inputs(ModelInputs):
+    """``SD3Transformer2DModel``"""
+
+    def looks_like(self, module: Foreign) -> bool:
+        return type(module).__name__ == "SD3Transformer2DModel"
+
+    def example(self, model: Foreign, generator: torch.Generator) -> tuple[Any, ...]:
+        config = model.config
+        x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+        context = torch.randn(2, 8, config.joint_attention_dim, generator=generator)
+        return x, context, torch.randn(2, config.pooled_projection_dim, generator=generator), torch.tensor([10, 900])
 
 
 def _six(linear: Foreign, activated: Tensor, B: int) -> blocks.Modulation:

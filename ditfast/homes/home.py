@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import CodeType, MethodType
 from typing import Any, NamedTuple, TypeAlias
@@ -23,6 +25,11 @@ from .caches import Caches, Modulations
 
 Foreign: TypeAlias = Any  # an nn.Module of somebody else's, whose parts the type checker cannot know
 REPORTED_TOKENS = 256  # of the one image that the report speaks of
+NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
+UNLIMITED = sys.maxsize  # tokens
+SEVERAL_CONDITIONS = "one image has several timesteps or labels"
+UNCHECKED = "checked at the first call"
+WITH_GRADIENTS = "with gradients its own forward runs, over swapped blocks"
 
 
 class Options(NamedTuple):
@@ -30,6 +37,12 @@ class Options(NamedTuple):
     engine: str | None = None  # of attention; None: the one expected to win
     cache_modulation: bool = False
     int8: bool = False  # on the CPU engine, without gradients
+
+
+class Declined(NamedTuple):
+    """The answer of a fast forward to a call that it leaves to the module's own forward."""
+
+    reason: str
 
 
 class Mismatch(Exception):
@@ -41,14 +54,22 @@ def require(condition: bool, reason: str) -> None:
         raise Mismatch(reason)
 
 
-class Home(ABC):
-    """A family of modules that a fast forward can stand in for. One object a family, without state."""
-
-    name: str
+class ModelInputs(ABC):
+    """A family of modules whose arguments are known."""
 
     @abstractmethod
     def looks_like(self, module: Foreign) -> bool:
-        """Whether a module deserves a line in the report."""
+        """Return True if a module is of this family by its looks."""
+
+    @abstractmethod
+    def example(self, module: Foreign, generator: torch.Generator) -> tuple[Any, ...]:
+        """Return arguments for the parity check, on the CPU, in fp32 or integer."""
+
+
+class Home(ModelInputs):
+    """A family of modules that a fast forward can stand in for. One object a family, without state."""
+
+    name: str
 
     @abstractmethod
     def check(self, module: Foreign) -> None:
@@ -60,15 +81,11 @@ class Home(ABC):
 
     @abstractmethod
     def forward(self, swap: Swap, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own forward returns, or NotImplemented to leave this call to it."""
+        """Return what the module's own forward returns, or ``Declined`` to leave this call to it."""
 
-    @abstractmethod
-    def example(self, module: Foreign, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Arguments for the probe, on the CPU, in fp32 or integer."""
-
-    @abstractmethod
-    def zero_at_first(self, module: Foreign) -> Sequence[nn.Linear]:
-        """Linears that start at zero in the paper; the probe gives them other values, to see what they hide."""
+    def stand_in(self, module: Foreign, streams: list[Tensor]) -> Any:
+        """Return what the module's own forward returns, of streams [B, T, D] in place of those that it computes."""
+        return streams[0]
 
     def as_found(self, module: Foreign) -> bool:
         """What else, apart from modules, has to be as it was."""
@@ -92,23 +109,84 @@ class BlockHome(Home):
 
 
 class Swap:
-    """Lies in a module's ``forward``. Copies and pickles with it; nothing else of the module has changed."""
+    """Lies in a module's ``forward``. Copies and pickles with it; nothing else of the module has changed.
 
-    def __init__(self, module: Foreign, home: Home, options: Options):
+    Args:
+        module: the module.
+        home: its family.
+        options: how its ops compute.
+        tokens: length of the longest sequence that its parity check covers; 0: it is checked at its first call.
+        check: parity check of a call with more tokens, returns why it must not be fast.
+    """
+
+    def __init__(
+        self,
+        module: Foreign,
+        home: Home,
+        options: Options,
+        tokens: int = UNLIMITED,
+        check: Callable[[Swap, Sequence[Any], Mapping[str, Any]], str | None] | None = None,
+    ):
         self.module = module
         self.home = home
         self.options = options
+        self.tokens = tokens
+        self.check = check
+        self.refuted = ""  # why calls with more tokens are left to the original, once that was checked
+        self.fast_calls = 0
+        self.original_calls: Counter[str] = Counter()  # by reason
         self.on = True  # off, it is the module's own forward: somebody may have wrapped it and keep it
         self.caches = Caches()
         self.replaced = list(_descendants(module, home.called(module)))
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.optional = frozenset(parameter.name for parameter in parameters if parameter.default is None)
         self.dropouts = [part for _, _, part in self.replaced if isinstance(part, nn.Dropout)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
             self.caches.clear()  # for whoever trains, and then writes through .data, as some EMAs do
-        fast = self.is_as_found() and not (self.is_rounded and _recomputed_later(args, kwargs))
-        result = self.home.forward(self, *args, **kwargs) if fast else NotImplemented
-        return type(self.module).forward(self.module, *args, **kwargs) if result is NotImplemented else result
+        reason = self._unsupported(args, kwargs)
+        if not reason:
+            result = self.home.forward(self, *args, **kwargs)
+            if not isinstance(result, Declined):
+                if not compiling:  # a compiled graph would be compiled again for each count
+                    self.fast_calls += 1
+                return result
+            reason = result.reason
+        if not compiling:
+            self.original_calls[reason] += 1
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles count from zero."""
+        return {**vars(self), "fast_calls": 0, "original_calls": Counter()}
+
+    def _unsupported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Return why a call is left to the module's own forward before the fast one sees it, or nothing."""
+        if not self.is_as_found():
+            return "changed since, or hooked inside"
+        if self.is_rounded and _recomputed_later(args, kwargs):
+            return "recomputed in the backward, where it is not rounded"
+        if self.tokens == UNLIMITED or tokens_of(args, kwargs) <= self.tokens:
+            return ""
+        if self.refuted or self.check is None:
+            return self.refuted
+        return self._checked_now(args, kwargs)
+
+    def _checked_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Check a longer call than any before, ahead of it: its recomputation in a backward then takes the same forward."""
+        assert self.check is not None
+        if torch.compiler.is_compiling():
+            return UNCHECKED
+        reason = self.check(self, args, kwargs)
+        if reason is None:
+            return UNCHECKED
+        if reason:
+            self.refuted = reason
+        else:
+            self.tokens = max(self.tokens, tokens_of(args, kwargs))
+        return reason
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -182,23 +260,34 @@ class Swap:
         weights = [parameter for linear in linears for parameter in linear.parameters()]
         return self.caches.modulations(conditions, weights, compute)
 
-    def fusible(self, block: nn.Module) -> Swap | None:
-        """The swap of a block that may be fused with its neighbours: nobody expects the block to be called."""
+    def fusible(self, block: nn.Module, tokens: int) -> Swap | None:
+        """Return the swap of a block that may be fused with its neighbors: nobody expects the block to be called."""
         swap = vars(block).get("forward")
         if not isinstance(swap, Swap) or not isinstance(swap.home, BlockHome):
             return None
         if swap.dtype != self.dtype or swap.options.int8 != self.options.int8:
             return None
-        return swap if is_unhooked(block) and swap.is_as_found() else None
+        return swap if tokens <= swap.tokens and is_unhooked(block) and swap.is_as_found() else None
 
     def modulation(self, activated: Tensor) -> blocks.Modulation:
         assert isinstance(self.home, BlockHome)
         return self.home.modulation(self, activated)
 
     def chain(self, modulation: blocks.Modulation | None) -> list[blocks.Sublayer]:
+        """Return the block's sublayers for a model's forward, which counts as a fast call."""
         assert isinstance(self.home, BlockHome)
         assert modulation is not None
+        if not torch.compiler.is_compiling():
+            self.fast_calls += 1
         return self.home.chain(self, modulation)
+
+    def is_idle(self) -> bool:
+        """Return True if the fast forward never ran although it could have: not checked yet, or left to the original."""
+        return self.tokens == 0 or (not self.fast_calls and bool(self.original_calls))
+
+    def idle_reason(self) -> str:
+        """Return why the fast forward never ran."""
+        return self.refuted or (UNCHECKED if not self.original_calls else self.original_calls.most_common(1)[0][0])
 
     def engine(self) -> str:
         """What the ops of the module take, in words."""
@@ -217,7 +306,8 @@ class Swap:
         except RuntimeError as error:
             return str(error)
         known = f"{backend}, attention {engine}"
-        if not cpu.runs_on(weight.device, dtype) or not blocks.are_read(self.chain(blocks.Modulation())):
+        chain = self.home.chain(self, blocks.Modulation()) if isinstance(self.home, BlockHome) else []
+        if not chain or not cpu.runs_on(weight.device, dtype) or not blocks.are_read(chain):
             return known
         return f"{known}; without gradients the CPU engine{' in int8' if self.options.int8 else ''}"
 
@@ -225,6 +315,25 @@ class Swap:
 def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Reentrant checkpointing runs its forward without gradients, on inputs that need them; both runs have to be alike."""
     return any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+
+
+def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return the longest T of a call's tensors [B, T, D]."""
+    tokens = 1
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() == 3:
+            tokens = max(tokens, value.shape[1])
+    return tokens
+
+
+def unused(swap: Swap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return why a fast forward leaves a call that has arguments beyond its own; nothing if all are None by default too."""
+    if not args and not kwargs:
+        return ""
+    names = [name for name, value in kwargs.items() if value is not None or name not in swap.optional]
+    if any(value is not None for value in args):
+        names = ["one more argument", *names]
+    return f"called with {', '.join(names)}, which the fast forward does not use" if names else ""
 
 
 def _descendants(module: Foreign, but: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:

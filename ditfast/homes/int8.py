@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import blocks, cpu
-from .home import BlockHome, Home, Options, Swap
-from .probe import example_of, swapped_copy, without_autocast
+from .copies import copy_of
+from .home import BlockHome, Foreign, Home, Options, Swap
 
 
 def why_not_int8(block: nn.Module, home: Home) -> str:
@@ -23,15 +23,31 @@ def why_not_int8(block: nn.Module, home: Home) -> str:
 
 
 def cost_of_int8(module: nn.Module, home: Home, inner: Mapping[str, Home]) -> cpu.Cost:
-    """Of a module swapped like that, by a few random inputs of one sample each; its arguments are ``probe``'s."""
-    twin, swaps = swapped_copy(module, {**inner, "": home})
+    """Measure a module swapped like that on a few random inputs of one sample each.
+
+    Args:
+        module: it is left as it is, and none of its hooks are called.
+        home: its family.
+        inner: the names of submodules that are swapped as well, and their families.
+    """
+    twin = copy_of(module, {}, convert=lambda tensor: tensor).eval()
+    swaps = []
+    for name, family in {**inner, "": home}.items():
+        part: Foreign = twin.get_submodule(name)
+        part.forward = Swap(part, family, Options())
+        swaps.append(part.forward)
 
     def switch(on: bool) -> None:
         for swap in swaps:
             swap.options = Options(int8=on)
 
-    example = example_of(module, home, torch.Generator().manual_seed(0))
+    dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    with torch.device("cpu"):
+        example = [
+            value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for value in home.example(module, torch.Generator().manual_seed(0))
+        ]
     samples = len(next(value for value in example if isinstance(value, Tensor)))
     inputs = [tuple(value[i : i + 1] if isinstance(value, Tensor) else value for value in example) for i in range(samples)]
-    with without_autocast("cpu"), torch.no_grad():
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
         return cpu.measure(twin, inputs, list(module.parameters()), switch)

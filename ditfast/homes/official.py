@@ -18,7 +18,7 @@ from .. import blocks, ops
 from ..ops.checks import DTYPES
 from ..plain import is_plain
 from .caches import Modulations
-from .home import BlockHome, Foreign, Home, Swap, require
+from .home import SEVERAL_CONDITIONS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require, unused
 from .structure import check_adaptive, check_children, check_features, check_gelu, check_idle, check_layer_norm, has_children
 
 VECTORS = 6
@@ -57,8 +57,13 @@ class OfficialBlock(BlockHome):
         return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, block.adaLN_modulation[1]
 
     def forward(self, swap: Swap, x: Tensor | None = None, c: Tensor | None = None, *unknown: Any, **unknown_too: Any) -> Any:
-        if x is None or c is None or x.dim() != 3 or c.dim() != 2 or x.dtype not in DTYPES or unknown or unknown_too:
-            return NotImplemented
+        extra = unused(swap, unknown, unknown_too)
+        if extra:
+            return Declined(extra)
+        if x is None or c is None or x.dim() != 3 or c.dim() != 2 or x.dtype not in DTYPES:
+            return Declined("its inputs are not [B, T, D] and [B, D] in fp32, fp16 or bf16")
+        if c.shape[0] not in (1, x.shape[0]):
+            return Declined(SEVERAL_CONDITIONS)
         modulation = self.modulation(swap, F.silu(swap.cast(c).expand(x.shape[0], -1)))
         return blocks.run_alone(swap.cast(x), self.chain(swap, modulation)).to(x.dtype)
 
@@ -86,9 +91,6 @@ class OfficialBlock(BlockHome):
         hidden_size = block.norm1.normalized_shape[0]
         return torch.randn(2, 16, hidden_size, generator=generator), torch.randn(2, hidden_size, generator=generator)
 
-    def zero_at_first(self, block: Foreign) -> Sequence[nn.Linear]:
-        return [block.adaLN_modulation[1]]
-
     def heads(self, block: Foreign) -> tuple[int, int]:
         return block.attn.num_heads, block.norm1.normalized_shape[0] // block.attn.num_heads
 
@@ -107,7 +109,7 @@ class OfficialModel(Home):
         final = model.final_layer
         positions: Foreign = getattr(model, "pos_embed", None)
         require(isinstance(positions, Tensor) and positions.dim() == 3, "pos_embed is no [1, T, D] tensor")
-        require(isinstance(getattr(model.x_embedder, "proj", None), nn.Conv2d), "x_embedder.proj is no convolution")
+        require(_convolution(model) is not None, "x_embedder.proj is no convolution")
         check_children(model.x_embedder, {"proj", "norm"}, "x_embedder")
         check_idle(model.x_embedder, "norm")
         require(has_children(final, "norm_final", "linear", "adaLN_modulation"), "final_layer is built otherwise")
@@ -130,17 +132,22 @@ class OfficialModel(Home):
         **unknown_too: Any,
     ) -> Any:
         # With gradients the model's own forward runs, over swapped blocks: it may checkpoint them, or keep what they return.
-        if torch.is_grad_enabled() or x is None or t is None or y is None or unknown or unknown_too:
-            return NotImplemented
+        if torch.is_grad_enabled():
+            return Declined(WITH_GRADIENTS)
+        extra = unused(swap, unknown, unknown_too)
+        if extra or x is None or t is None or y is None:
+            return Declined(extra or "its arguments are not x, t and y")
         model = swap.module
-        patch_size = model.x_embedder.proj.kernel_size[0]
+        patch_size = _convolution(model).kernel_size[0]
         grid = x.shape[2] // patch_size, x.shape[3] // patch_size
         # Forks may have a use for other inputs.
         if grid != _grid(model) or t.dim() != 1 or y.dim() != 1 or x.dtype not in DTYPES:
-            return NotImplemented
+            return Declined("its inputs are not [B, C, H, W], [B] and [B] of the model's size")
+        if t.shape[0] not in (1, x.shape[0]) or y.shape[0] not in (1, x.shape[0]):
+            return Declined(SEVERAL_CONDITIONS)
         stream = self._embed(swap, swap.cast(x), patch_size)  # [B, T, D]
         c = (model.t_embedder(t) + model.y_embedder(y, model.training)).to(stream.dtype)  # [B, D]
-        fused = [swap.fusible(block) for block in model.blocks]
+        fused = [swap.fusible(block, stream.shape[1]) for block in model.blocks]
         per_block, final = self._modulations(swap, fused, c.expand(x.shape[0], -1))
         stops: list[blocks.Stop] = [
             partial(_call, swap, block, c) if inner is None else inner.chain(modulation)
@@ -158,7 +165,8 @@ class OfficialModel(Home):
     def _embed(self, swap: Swap, x: Tensor, patch_size: int) -> Tensor:
         proj, positions = swap.module.x_embedder.proj, swap.stored(swap.module.pos_embed)
         if is_plain(proj):
-            return ops.patch_embed(x, swap.stored(proj.weight), swap.stored(proj.bias), positions, patch_size)  # [B, T, D]
+            weight = swap.stored(proj.weight).contiguous()  # they may be channels-last
+            return ops.patch_embed(x.contiguous(), weight, swap.stored(proj.bias), positions, patch_size)  # [B, T, D]
         return swap.call(proj, x).flatten(2).transpose(1, 2).contiguous() + positions  # [B, T, D]
 
     def _modulations(self, swap: Swap, fused: Sequence[Swap | None], c: Tensor) -> Modulations:
@@ -175,15 +183,19 @@ class OfficialModel(Home):
         return swap.cached_modulations([c], linears, compute)
 
     def example(self, model: Foreign, generator: torch.Generator) -> tuple[Tensor, ...]:
-        proj, (h, w) = model.x_embedder.proj, _grid(model)
+        proj, (h, w) = _convolution(model), _grid(model)
         patch_size = proj.kernel_size[0]
         x = torch.randn(2, proj.in_channels, h * patch_size, w * patch_size, generator=generator)
-        return x, torch.tensor([10, 900]), torch.tensor([0, 0])  # there may be one class
+        table = getattr(model.y_embedder, "embedding_table", None)
+        last = table.num_embeddings - 1 if isinstance(table, nn.Embedding) else 0  # where labels are dropped: no label
+        return x, torch.tensor([10, 900]), torch.tensor([0, last])
 
-    def zero_at_first(self, model: Foreign) -> Sequence[nn.Linear]:
-        final = model.final_layer
-        adaptive = [module.adaLN_modulation for module in model.blocks if has_children(module, "adaLN_modulation")]
-        return [final.linear, final.adaLN_modulation[1], *(modulation[1] for modulation in adaptive)]
+
+def _convolution(model: Foreign) -> Foreign:
+    """Return the convolution that makes the patches, or the one inside the adapter that replaced it."""
+    proj = getattr(model.x_embedder, "proj", None)
+    parts = proj.modules() if isinstance(proj, nn.Module) else ()
+    return next((part for part in parts if isinstance(part, nn.Conv2d)), None)
 
 
 def _grid(model: Foreign) -> tuple[int, int]:

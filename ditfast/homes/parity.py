@@ -1,0 +1,206 @@
+"""Parity check: a module and its fast form on copies, in fp32, in evaluation and in training mode.
+
+A model's own forward runs once in each mode at its own input size. Its first block is real, the others are stand-ins that
+depend on all their inputs: the run is cheap, records what every block receives, and shows what happens between blocks. Blocks
+are then compared on what they received, forward and backward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .build import build_of
+from .comparison import RANDOM, REPLACED, STATE, Call, compare_outputs, reason_of, to_device, weight_of, why_not_block
+from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all
+from .home import Foreign, Home, Mismatch, ModelInputs, Options, Swap
+
+SAMPLES = 2  # of a first call
+
+T = TypeVar("T")
+
+_lock = threading.Lock()
+Verdicts: TypeAlias = dict[Any, str]
+
+
+class StandIn:
+    """Forward of a block's copy that records its calls and, unless the block is real, mixes its inputs cheaply.
+
+    The result depends on every tensor, on their tokens' order, on the number of other arguments and on the block's index.
+    """
+
+    def __init__(self, block: nn.Module, home: Home, index: int, record: Callable[[Call], None], real: bool):
+        self.block, self.home, self.index, self.record, self.real = block, home, index, record, real
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.record(Call(args, kwargs))
+        if self.real:
+            return type(self.block).forward(self.block, *args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        streams = [tensor for tensor in tensors if tensor.dim() == 3 and tensor.is_floating_point()]
+        x = streams[0]  # [B, T, D]
+        factor: Any = 1 + 0.1 * sum(leaf is not None and not isinstance(leaf, Tensor) for leaf in leaves) + 0.01 * self.index
+        for tensor in tensors:
+            if tensor is not x:
+                factor = factor + 0.1 * _projection(tensor, len(x))
+        return self.home.stand_in(self.block, [factor * stream + 0.5 * stream.roll(1, 1) for stream in streams])
+
+
+class ModelRun:
+    """A model's own forward, run on a copy; what its blocks received, and whether a fast forward agrees."""
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, Home]):
+        self.model, self.blocks = model, blocks
+        self.calls: dict[str, list[Call]] = {name: [] for name in blocks}
+        self.keys: dict[str, set[Any]] = {name: set() for name in blocks}
+        self.tokens = dict.fromkeys(blocks, 0)  # of the longest sequence that a block received
+        self.builds = {name: build_of(model.get_submodule(name)) for name in blocks}
+        self.representatives = set(representatives(self.builds))
+        self.outputs: list[Any] = []
+        self.states: list[list[bytes]] = []  # of random number generators, after each
+
+    def run(self, inputs: ModelInputs) -> str:
+        """Run the model's own forward in both modes; return why that cannot be done, or nothing."""
+        return reason_of(partial(self._run, inputs))
+
+    def _run(self, inputs: ModelInputs) -> None:
+        device = check_device(weight_of(self.model))
+        self.example = to_device(inputs.example(self.model, torch.Generator().manual_seed(0)), device)
+        twin = self._twin(self._record)
+        try:
+            for training in (False, True):
+                self.outputs.append(self._forward(twin, training))
+                self.states.append(rng_states())
+        finally:
+            release(twin)
+        self.build = build_of(twin)
+
+    def judge(self, reasons: dict[nn.Module, str]) -> None:
+        """Compare the blocks on what they received, each that stands for others and each that is called otherwise.
+
+        What was refuted is refuted for all built and called alike; what held is compared again on one sample.
+        """
+        verdicts: dict[tuple[str, Any], str] = {}
+        for name, home in self.blocks.items():
+            block, build = self.model.get_submodule(name), self.builds[name]
+            verdict = next(filter(None, (verdicts.get((build, key)) for key in self.keys[name])), "")
+            calls = self.calls.pop(name)
+            if calls and not verdict:
+                calls = [call.first_samples(1) if (build, call.key()) in verdicts else call for call in calls]
+                verdict = why_not_block(block, home, calls)
+                verdicts.update(((build, key), verdict) for key in self.keys[name])
+            if verdict:
+                reasons[block] = verdict
+
+    def why_not(self, home: Home, swapped: Sequence[str]) -> str:
+        """Return why the model's forward must not be replaced by a family's fast one, or nothing.
+
+        Args:
+            home: the family.
+            swapped: names of the blocks that are.
+        """
+        return reason_of(partial(self._compare, home, swapped))
+
+    def _compare(self, home: Home, swapped: Sequence[str]) -> None:
+        twin: Foreign = self._twin(lambda name, call: None)
+        first, inner = next(iter(self.blocks.items()))
+        if first in swapped:
+            block: Foreign = twin.get_submodule(first)
+            block.forward = Swap(block, inner, Options())
+        swap = twin.forward = Swap(twin, home, Options())
+        try:
+            if not swap.is_as_found():
+                raise Mismatch(REPLACED)
+            for training, expected, states in zip((False, True), self.outputs, self.states, strict=True):
+                compare_outputs(expected, self._forward(twin, training))
+                if rng_states() != states:
+                    raise Mismatch(RANDOM)
+            if not swap.fast_calls:
+                raise Mismatch(swap.idle_reason())
+        finally:
+            release(twin)
+        if build_of(twin) != self.build:
+            raise Mismatch(STATE)
+
+    def _twin(self, record: Callable[[str, Call], None]) -> nn.Module:
+        first = next(iter(self.blocks))
+        others = {id(p) for name in self.blocks if name != first for p in self.model.get_submodule(name).parameters()}
+        twin = copy_of(self.model, random_values(p for p in self.model.parameters() if id(p) not in others))
+        for index, (name, home) in enumerate(self.blocks.items()):
+            block: Foreign = twin.get_submodule(name)
+            block.forward = StandIn(block, home, index, partial(record, name), real=index == 0)
+        return twin
+
+    def _forward(self, twin: nn.Module, training: bool) -> Any:
+        seed_all()
+        with torch.no_grad():
+            return twin.train(training)(*in_fp32(self.example))
+
+    def _record(self, name: str, call: Call) -> None:
+        """Keep a call of each kind once, and those of the first, a middle and the last of blocks built alike."""
+        key = call.key()
+        self.tokens[name] = max(self.tokens[name], call.tokens())
+        if key in self.keys[name]:
+            return
+        alike = [other for other, build in self.builds.items() if build == self.builds[name]]
+        if name in self.representatives or not any(key in self.keys[other] for other in alike):
+            self.calls[name].append(in_fp32(call))
+        self.keys[name].add(key)
+
+
+def representatives(builds: Mapping[T, Any]) -> list[T]:
+    """Return the first, a middle and the last key of each build."""
+    groups: dict[Any, list[T]] = {}
+    for name, build in builds.items():
+        groups.setdefault(build, []).append(name)
+    return [group[index] for group in groups.values() for index in sorted({0, len(group) // 2, len(group) - 1})]
+
+
+def check_first_call(
+    verdicts: Verdicts, is_representative: bool, swap: Swap, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Check a block on what it receives; None where that cannot be told now: under a transform, or while it is captured.
+
+    Args:
+        verdicts: of blocks swapped together, by how they are built and called; written.
+        is_representative: False takes the verdict on a block built and called alike, where there is one.
+        swap: the block's.
+        args: positional arguments of the call.
+        kwargs: named arguments of the call.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    if any(map(_is_symbolic, [*tensors, *swap.module.parameters()])):
+        return None
+    if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
+        return None
+    call = Call(tuple(args), dict(kwargs))
+    with _lock:
+        key = build_of(swap.module), call.key()
+        if is_representative or key not in verdicts:
+            verdict = why_not_block(swap.module, swap.home, [call.first_samples(SAMPLES)])
+            verdicts.setdefault(key, verdict)
+            return verdict
+        return verdicts[key]
+
+
+def _is_symbolic(tensor: Tensor) -> bool:
+    """Return True for tensors whose numbers are not their own: fake ones, and those of function transforms."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return (not plain and hasattr(tensor, "fake_mode")) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _projection(tensor: Tensor, B: int) -> Tensor:
+    """Return a number for each sample [B, 1, 1], or for all, that depends on every element."""
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    is_per_sample = tensor.dim() > 0 and len(tensor) == B
+    rows = numbers.detach().float().reshape(B if is_per_sample else 1, -1)  # [B or 1, N]
+    N = rows.shape[1]
+    weights = torch.arange(N, dtype=torch.float32, device=rows.device).cos()
+    return torch.sin(rows @ weights / max(N, 1) ** 0.5)[:, None, None]  # [B or 1, 1, 1]
