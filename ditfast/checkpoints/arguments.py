@@ -8,6 +8,21 @@ from collections.abc import Mapping
 from .pickles import Inert
 
 _KEYS = ("args", "cfg", "config", "hparams", "hyper_parameters", "model_args", "model_config", "model_kwargs")
+# Of the parts of nested arguments that are the model's; others may be a VAE's or an encoder's, with heads of its own.
+_PARTS = (
+    *_KEYS,
+    "arch",
+    "backbone",
+    "denoiser",
+    "dit",
+    "init_args",
+    "kwargs",
+    "model",
+    "net",
+    "network",
+    "params",
+    "transformer",
+)
 _HEADS = ("heads", "n_heads", "num_attention_heads", "num_heads")
 _DEEPEST = 6
 
@@ -21,10 +36,10 @@ def heads_in_arguments(content: object) -> list[int]:
     level = [content[key] for key in _KEYS if key in content] if isinstance(content, Mapping) else []
     for _ in range(_DEEPEST):
         dicts = [values for values in map(_as_dict, level) if isinstance(values, Mapping)]
-        heads = {_as_dict(values.get(name)) for values in dicts for name in _HEADS}
-        if found := sorted(number for number in heads if type(number) is int):
+        heads = [_as_dict(values.get(name)) for values in dicts for name in _HEADS]
+        if found := sorted({number for number in heads if type(number) is int}):
             return found
-        level = [value for values in dicts for value in values.values()]
+        level = [values[key] for values in dicts for key in _PARTS if key in values]
     return []
 
 

@@ -223,7 +223,7 @@ def test_heads_without_arguments_are_the_papers_or_the_callers() -> None:
     [
         ({"num_heads": 7}, "num_heads: the saved arguments say 7, which does not divide the width 384; give config="),
         (
-            {"encoder": {"num_heads": 6}, "model": {"num_heads": 12}},
+            {"model": {"num_heads": 6, "n_heads": 12}},
             "num_heads: the saved arguments say 6 and 12; give config=",
         ),
     ],
@@ -233,6 +233,23 @@ def test_arguments_that_tell_no_heads(arguments: dict[str, object], fault: str) 
     content = {"ema": weights_of(small(hidden_size=384, num_heads=6)), "args": arguments}
     with pytest.raises(CheckpointError, match=fault):
         load_checkpoint(content)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"vae": {"num_heads": 1}},
+        {"encoder": {"model": {"num_heads": 12}}},
+        {"num_heads": True},
+        {"num_heads": [3, 6]},
+        {},
+        None,
+    ],
+    ids=["vae", "encoder", "bool", "list", "empty", "none"],
+)
+def test_heads_of_other_models_are_passed_over(arguments: dict[str, object]) -> None:
+    state = weights_of(small(hidden_size=384, num_heads=6))
+    assert load_checkpoint({"ema": state, "args": arguments}).config.num_heads == 6
 
 
 def test_nearer_arguments_win() -> None:
