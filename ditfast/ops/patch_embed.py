@@ -17,8 +17,8 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
     """``conv2d(latents, weight, bias, stride=patch_size)`` as tokens, plus positions (Dosovitskiy et al. 2020), rounded once.
 
     Args:
-        latents: [B, C, H, W] fp32, fp16 or bf16, unit inner stride; H and W multiples of p.
-        weight: [D, C, p, p], of the dtype of latents.
+        latents: [B, C, H, W] fp32, fp16 or bf16, of any strides; H and W multiples of p.
+        weight: [D, C, p, p], of the dtype of latents and of any strides.
         bias: [D], of the dtype of latents.
         pos_embed: [1, T, D] or [T, D] for T = (H/p) * (W/p) tokens, row by row; any of the dtypes.
         patch_size: p.
@@ -32,7 +32,7 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
     """
     check_tensor("weight", weight, "[D, C, p, p]")
     dtype = weight.dtype
-    latents, weight, bias = under_autocast(latents, weight, bias)
+    latents, weight, bias = under_autocast(latents, weight.contiguous(), bias)
     pos_embed = _check(latents, weight, bias, pos_embed, patch_size)
     rows, sizes = latents.shape[0] * len(pos_embed), (len(weight), weight.shape[1:].numel())
     if route(latents, "patch_embed", rows, sizes, needs_gradient(latents, weight, bias, pos_embed)) == "torch":

@@ -151,6 +151,19 @@ def test_autocast(either: Runner) -> None:
         assert_as_good_as(found, expected, bar)
 
 
+def test_channels_last(either: Runner) -> None:
+    """As ``model.to(memory_format=torch.channels_last)`` lays out the weight."""
+    latents, weight = torch.randn(2, 4, 8, 8, device=either.device), torch.randn(32, 4, 2, 2, device=either.device)
+    bias, positions = torch.randn(32, device=either.device), torch.randn(16, 32, device=either.device)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        inputs = leaves(latents.to(memory_format=layout), weight.to(memory_format=layout))
+        out = ops.patch_embed(*inputs, bias, positions, 2)
+        results.append([out, *gradients([out], inputs, [torch.ones_like(out)])])
+    assert results[1][0].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_errors_name_the_argument() -> None:
     x, weight, bias, pos_embed = torch.zeros(2, 4, 6, 8), torch.zeros(16, 4, 2, 2), torch.zeros(16), torch.zeros(1, 12, 16)
     assert "multiples of 2" in raises_naming("latents", lambda: ops.patch_embed(x[:, :, 1:], weight, bias, pos_embed, 2))
