@@ -24,6 +24,8 @@ def describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"a NumPy array {list(value.shape)} of {value.dtype}"
     kind = f"a {type(value).__name__}"
+    if isinstance(value, int) and value.bit_length() > 4 * _LONGEST:  # Python refuses to write very large ones
+        return f"{kind} of {value.bit_length()} bits"
     if not isinstance(value, (Real, str, bytes, list, tuple, type(None))):
         return kind
     written = repr(value) if isinstance(value, (Real, type(None))) or len(value) <= _LONGEST else ""

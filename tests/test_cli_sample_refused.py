@@ -28,7 +28,10 @@ from ditfast.cli import main
             ["--out", "a.png", "--seed", str(2**64)],
             "argument --seed: got '18446744073709551616', expected an integer 0..2^64-1",
         ),
-        (["--out", "a.png", "--per-class", "9" * 5000], "argument --per-class: got a str of length 5000, expected a positive integer"),
+        (
+            ["--out", "a.png", "--per-class", "9" * 5000],
+            "argument --per-class: got a str of length 5000, expected a positive integer",
+        ),
         (
             ["--out", "a.png", "--batch", str(10**12)],
             "argument --batch: got '1000000000000', expected a positive integer up to",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -140,7 +142,7 @@ REFUSED: list[tuple[str, Callable[[Any], object], list[Any]]] = [
             "weight_decay": [-1, math.inf],
             "max_norm": [0, -1, math.nan, math.inf, True],
             "ema": [(1.0,), (-0.1,), (math.nan,), (True,), ()],
-            "warm_up": [-1, 0.5, 10**400],
+            "warm_up": [-1, 0.5, 10**5000],
             "max_skipped": [-1, math.nan],
         }.items()
     ),
@@ -167,6 +169,13 @@ def test_settings_of_numpy_are_settings() -> None:
     assert settings == TrainSettings(steps=4, batch=8, rate=0.5, ema=(0.5,))
     assert {type(settings.steps), type(settings.rate), type(settings.flip)} == {int, float, bool}
     assert RunOptions(keep=np.int64(3)) == RunOptions(keep=3)  # type: ignore[arg-type]
+
+
+def test_a_config_of_numpy_is_a_config() -> None:
+    given: dict[str, Any] = {"depth": np.int64(2), "input_size": (np.int32(4), 8), "mlp_ratio": np.float32(2.5)}
+    config = DiTConfig(**given, learn_sigma=np.bool_(True), class_dropout_prob=np.float64(0))  # type: ignore[arg-type]
+    assert config == DiTConfig(depth=2, input_size=(4, 8), mlp_ratio=2.5, learn_sigma=True, class_dropout_prob=0)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["mlp_ratio"] == 2.5
 
 
 @pytest.mark.parametrize("dtype", INTEGERS[:4])
