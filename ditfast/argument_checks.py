@@ -23,8 +23,15 @@ def describe(value: object) -> str:
         return f"a tensor {list(value.shape)} of {value.dtype}"
     if isinstance(value, np.ndarray):
         return f"a NumPy array {list(value.shape)} of {value.dtype}"
-    written = repr(value) if isinstance(value, (Real, str, bytes, list, tuple, type(None))) else ""
-    return written if 0 < len(written) <= _LONGEST and written.isprintable() else f"a {type(value).__name__}"
+    kind = f"a {type(value).__name__}"
+    if isinstance(value, int) and value.bit_length() > 4 * _LONGEST:  # Python refuses to write very large ones
+        return f"{kind} of {value.bit_length()} bits"
+    if not isinstance(value, (Real, str, bytes, list, tuple, type(None))):
+        return kind
+    written = repr(value) if isinstance(value, (Real, type(None))) or len(value) <= _LONGEST else ""
+    if 0 < len(written) <= _LONGEST and written.isprintable():
+        return written
+    return f"{kind} of length {len(value)}" if isinstance(value, (str, bytes, list, tuple)) else kind
 
 
 def check_type(name: str, value: object, types: type | tuple[type, ...], expected: str) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
 
+import numpy as np
+
 CONDITIONINGS = ("in_context", "cross_attention", "adaln", "adaln_zero")
 TIMESTEP_FEATURES = 256
 FIRST_NORM_EPS = 1e-6
@@ -103,6 +105,8 @@ class DiTConfig:
         return cls(input_size=input_size, **(named | fields))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
+        for name, given in vars(self).copy().items():
+            object.__setattr__(self, name, _pythons(given))
         for field in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):
             _positive_int(field, getattr(self, field))
         if not isinstance(self.learn_sigma, bool):
@@ -182,6 +186,13 @@ class DiTConfig:
         """How many of the first channels classifier-free guidance acts on by default."""
         channels = self.arithmetic.guidance_channels
         return self.in_channels if channels is None else min(channels, self.in_channels)
+
+
+def _pythons(value: object) -> object:
+    """Return numbers of NumPy, also in a pair, as Python's, which JSON can hold."""
+    if type(value) in (tuple, list):
+        return type(value)(_pythons(item) for item in value)  # type: ignore[call-overload, attr-defined]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _positive_int(field: str, value: object) -> None:

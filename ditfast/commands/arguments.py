@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..argument_checks import LARGEST_FP32
+from ..argument_checks import LARGEST_FP32, LARGEST_SEED, describe
 from ..sampling.ranks import Ranks
+
+LARGEST_INT = 2**63 - 1  # that a tensor holds
+MOST_IN_BATCH = 2**20
+MOST_PIXELS = 2**14  # along a side: more tokens than any model takes
 
 
 class BadArgument(ValueError):
@@ -29,20 +34,29 @@ def finite(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**64:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer 0..2^64-1")
-    return int(text)
+    return integer(text, 0, LARGEST_SEED, "an integer 0..2^64-1")
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
-    return int(text)
+    return integer(text, 1, LARGEST_INT, "a positive integer")
 
 
 def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer, 0 or more")
+    return integer(text, 0, LARGEST_INT, "an integer, 0 or more")
+
+
+def batch_size(text: str) -> int:
+    return integer(text, 1, MOST_IN_BATCH, f"a positive integer up to {MOST_IN_BATCH}")
+
+
+def image_size(text: str) -> int:
+    return integer(text, 1, MOST_PIXELS, f"a positive integer up to {MOST_PIXELS}")
+
+
+def integer(text: str, least: int, most: int, expected: str) -> int:
+    """Return the number that digits stand for, within a range."""
+    if not re.fullmatch("[0-9]{1,20}", text) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"got {describe(text)}, expected {expected}")
     return int(text)
 
 

@@ -17,7 +17,7 @@ from ..ahead import launches
 from ..config import CONDITIONINGS, MODEL_NAMES, DiTConfig
 from ..digits import DIGITS_CONFIG
 from ..dtypes import DTYPES
-from .arguments import positive
+from .arguments import batch_size, image_size, positive
 
 if TYPE_CHECKING:
     from ditfast.kernels.ahead import Build, Outcome
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", choices=[*MODEL_NAMES, DIGITS], required=True, metavar="NAME", help="as DiT-XL/2; or digits")
     parser.add_argument("--conditioning", choices=CONDITIONINGS, default="adaln_zero", help="default %(default)s")
-    parser.add_argument("--image-size", type=positive, default=256, metavar="N", help="pixels; default %(default)s")
+    parser.add_argument("--image-size", type=image_size, default=256, metavar="N", help="pixels; default %(default)s")
     parser.add_argument(
-        "--batch", type=positive, nargs="+", default=[1], metavar="N", help="images in a forward; guided, each is two samples"
+        "--batch", type=batch_size, nargs="+", default=[1], metavar="N", help="images in a forward; guided, each is two samples"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default %(default)s")
     parser.add_argument("--training", action="store_true", help="training steps too: forward and backward of such a batch")

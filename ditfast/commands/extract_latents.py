@@ -14,7 +14,7 @@ from ..sampling.folder import FolderError, RunStopped
 from ..sampling.ranks import Ranks, RanksError
 from ..training.data import DataError, ImageFolder, Latents
 from ..training.extract import Extraction
-from .arguments import BadArgument, ended, positive, ranks_from_environment, warnings_on_one_line
+from .arguments import BadArgument, batch_size, ended, image_size, positive, ranks_from_environment, warnings_on_one_line
 from .progress import image_progress
 
 NAME = "extract-latents"
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder of images, or of folders of them, one a class")
     parser.add_argument("out", type=Path, metavar="DIR", help="the folder of latents")
     parser.add_argument("--vae", default=autoencoder.OFFICIAL, metavar="NAME|DIR", help="default: %(default)s")
-    parser.add_argument("--image-size", type=positive, default=256, metavar="N", help="pixels; default %(default)s")
-    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images encoded at once; default %(default)s")
+    parser.add_argument("--image-size", type=image_size, default=256, metavar="N", help="pixels; default %(default)s")
+    parser.add_argument("--batch", type=batch_size, default=32, metavar="N", help="images encoded at once; default %(default)s")
     parser.add_argument("--shard", type=positive, default=1024, metavar="N", help="images in a file; default %(default)s")
     parser.add_argument("--readers", type=positive, metavar="N", help="threads that read images; default: one a core, up to 16")
     add_device_argument(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -14,11 +15,13 @@ import torch
 
 from .. import cpu
 from .. import vae as autoencoder
+from ..argument_checks import describe
 from ..checkpoints import WEIGHTS, CheckpointError, load_checkpoint
 from ..class_names import ClassNameError, find_class, read_names
 from ..config import DiTConfig
 from ..devices import add_device_argument
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, Step, steps
+from ..diffusion.flow import MOST_STEPS
 from ..digits import load_digits
 from ..dtypes import DTYPES, INT8
 from ..model import DiT
@@ -27,7 +30,7 @@ from ..sampling.folder import FolderError, RunStopped
 from ..sampling.painter import Painter, label_of
 from ..sampling.ranks import Ranks, RanksError
 from ..sampling.settings import device_kind, digest, versions
-from .arguments import BadArgument, ended, finite, positive, ranks_from_environment, seed, warnings_on_one_line
+from .arguments import BadArgument, batch_size, ended, finite, positive, ranks_from_environment, seed, warnings_on_one_line
 from .sample_out import draw_grid, fill_folder
 
 HELP = "images from a checkpoint, or from the digits model that ships with ditfast"
@@ -44,6 +47,7 @@ EXAMPLES = """examples:
 FLOW_SOLVERS = ("euler", "heun", "sde")
 PIXEL_CHANNELS = (1, 3)
 NO_VAE = "none"
+MOST_IMAGES = 10**7
 GRID_SUFFIX = ".png"
 OTHER_FILES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npz"}
 
@@ -73,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--vae", metavar="NAME|DIR|none", help=f"decodes latents; default: the checkpoint's, or {autoencoder.OFFICIAL}"
     )
-    how.add_argument("--batch", type=positive, metavar="N", help="images computed together; default: 16, digits 100")
+    how.add_argument("--batch", type=batch_size, metavar="N", help="images computed together; default: 16, digits 100")
     how.add_argument(
         "--dtype",
         choices=[*DTYPES, INT8],
@@ -113,6 +117,9 @@ def _sample(args: argparse.Namespace, ranks: Ranks) -> None:
     schedule = _steps(args, model.config)
     vae = _vae(args.vae, model.config)
     num = args.num or len(classes) * args.per_class
+    if num > MOST_IMAGES:
+        name = "--num" if args.num else "--per-class"
+        raise BadArgument(f"{name}: got {num} images in all, expected at most {MOST_IMAGES}: other seeds make more")
     label = partial(label_of, classes=classes, per_class=args.per_class, seed=args.seed)
     options: dict[str, Any] = {"cfg_interval": tuple(args.cfg_interval)} if args.cfg_interval else {}
     model = _in_int8(model.float(), ranks) if args.dtype == INT8 else model.to(args.device, DTYPES[args.dtype])
@@ -223,8 +230,9 @@ def _classes(args: argparse.Namespace, config: DiTConfig) -> list[int]:
 
 def _steps(args: argparse.Namespace, config: DiTConfig) -> list[Step]:
     if args.solver in FLOW_SOLVERS:
-        if not args.steps.isdecimal() or int(args.steps) < 1:
-            raise BadArgument(f"--steps: got {args.steps!r}, expected a positive integer with {args.solver}")
+        if not re.fullmatch("[0-9]{1,9}", args.steps) or not 1 <= int(args.steps) <= MOST_STEPS:
+            got = f"--steps: got {describe(args.steps)}"
+            raise BadArgument(f"{got}, expected a positive integer with {args.solver}, up to {MOST_STEPS}")
         return steps(FlowMatching(num_steps=int(args.steps)), args.solver)
     try:
         return steps(GaussianDiffusion(args.steps, learn_sigma=config.learn_sigma), args.solver)

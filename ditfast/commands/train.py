@@ -24,8 +24,10 @@ from ..training.parallel import KINDS, joined
 from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
 from .arguments import (
     BadArgument,
+    batch_size,
     ended,
     finite,
+    image_size,
     natural,
     positive,
     ranks_from_environment,
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--init", metavar="PATH", help="begin with a checkpoint's weights, not with the paper's random ones")
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--image-size", type=positive, default=256, metavar="N", help="of a folder of images; default %(default)s"
+        "--image-size", type=image_size, default=256, metavar="N", help="of a folder of images; default %(default)s"
     )
     data.add_argument(
         "--vae", metavar="NAME|DIR", help="encodes images, and decodes samples; images without one are trained as pixels"
@@ -80,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe", "the defaults are the paper's, of digits those of the model that ships")
     recipe.add_argument("--steps", type=positive, required=True, metavar="N")
     recipe.add_argument(
-        "--batch", type=positive, metavar="N", help="images in a step, over all ranks; default: 256, digits 128"
+        "--batch", type=batch_size, metavar="N", help="images in a step, over all ranks; default: 256, digits 128"
     )
     recipe.add_argument(
         "--accumulate", type=positive, default=1, metavar="N", help="parts a rank cuts its share of a batch into"

@@ -22,7 +22,7 @@ from ..tuning.clock import Clock, GraphClock
 from ..tuning.collect import problems
 from ..tuning.measure import Measured
 from ..tuning.tune import one_a_bucket, tune
-from .arguments import ended, positive
+from .arguments import batch_size, ended, image_size, positive
 
 NAME = "tune"
 HELP = "measure every implementation of a model's ops on this GPU, and remember the fastest"
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", nargs="+", choices=MODEL_NAMES, default=["DiT-XL/2"], metavar="NAME", help="default: DiT-XL/2"
     )
     parser.add_argument("--conditioning", choices=CONDITIONINGS, default="adaln_zero", help="default: %(default)s")
-    parser.add_argument("--image-size", type=positive, default=256, metavar="PIXELS", help="default: 256")
-    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8, 32], metavar="N", help="default: 1 8 32")
+    parser.add_argument("--image-size", type=image_size, default=256, metavar="PIXELS", help="default: 256")
+    parser.add_argument("--batch", nargs="+", type=batch_size, default=[1, 8, 32], metavar="N", help="default: 1 8 32")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     parser.add_argument("--training", action="store_true", help="steps of training instead of forwards")
     parser.add_argument("--budget", type=positive, default=300, metavar="SECONDS", help="default: 300")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..argument_checks import as_int, as_list, check_choice
+from ..argument_checks import as_int, as_list, check_choice, describe
 
 NUM_TRAIN_STEPS = 1000
 BETA_SCHEDULES = ("linear", "cosine")
@@ -76,5 +76,5 @@ def _sections(respacing: str) -> list[int]:
 def _counts(respacing: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,3}\s*", part) for part in parts):
-        raise ValueError(f"respacing: got {respacing!r}, expected like '250', '10,15,20', 'ddim50' or a list of steps")
+        raise ValueError(f"respacing: got {describe(respacing)}, expected like '250', '10,15,20', 'ddim50' or a list of steps")
     return [int(part) for part in parts]
