@@ -77,7 +77,7 @@ class Block(timm_style.Block):
 
 
 class Labels(timm_style.LabelEmbedder):
-    """Takes the probability itself where others take a flag."""
+    """Label embedder that takes the probability itself where others take a flag."""
 
     def forward(self, labels: Tensor, probability: float) -> Tensor:
         if probability > 0:

@@ -89,7 +89,7 @@ def test_products_are_not_rounded_in_the_check_and_as_before_after_it(set_precis
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators return."""
+    """Count of the bytes of the tensors that operators return."""
 
     def __init__(self) -> None:
         super().__init__()
