@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .home import NOTE, Swap
 
-SIMPLE = (bool, int, float, str, bytes, type(None), type, torch.dtype, torch.device, FunctionType)
+SIMPLE = (bool, int, float, str, bytes, type(None), type, torch.dtype, torch.device)
 DEPTH = 3  # of objects inside objects that are looked into
 OWN = ("_parameters", "_buffers", "_modules", "training", "forward", NOTE)
 
@@ -32,6 +32,8 @@ def _describe(value: Any, depth: int = DEPTH) -> Any:
         return value
     if isinstance(value, Swap):
         return None
+    if isinstance(value, FunctionType):  # copies of a module may hold new functions of the same code
+        return value.__code__, [_describe(item, depth - 1) for item in _captured(value)] if depth else []
     if isinstance(value, Tensor):
         return value.shape, value.dtype, _checksum(value)
     if depth and isinstance(value, Mapping):
@@ -41,6 +43,12 @@ def _describe(value: Any, depth: int = DEPTH) -> Any:
     if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
         return type(value), {key: _describe(item, depth - 1) for key, item in vars(value).items()}
     return type(value)
+
+
+def _captured(function: FunctionType) -> list[Any]:
+    """Return the values that a function's code finds in its defaults and closure."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return [*(function.__defaults__ or ()), *cells]
 
 
 def _checksum(tensor: Tensor) -> Any:
