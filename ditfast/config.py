@@ -190,8 +190,10 @@ class DiTConfig:
 
 def _pythons(value: object) -> object:
     """Return numbers of NumPy, also in a pair, as Python's, which JSON can hold."""
-    if type(value) in (tuple, list):
-        return type(value)(_pythons(item) for item in value)  # type: ignore[call-overload, attr-defined]
+    if type(value) is tuple:
+        return tuple(map(_pythons, value))
+    if type(value) is list:
+        return list(map(_pythons, value))
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from .home import NOTE, Swap
 
 SIMPLE = (bool, int, float, str, bytes, type(None), type, torch.dtype, torch.device)
 DEPTH = 3  # of objects inside objects that are looked into
-OWN = ("_parameters", "_buffers", "_modules", "training", "forward", NOTE)
+OWN = ("_parameters", "_buffers", "_modules", "training", NOTE)
 
 
 def build_of(module: nn.Module) -> str:
     """Return the types, attributes, buffers, and parameters' shapes of a module, without its parameters' numbers."""
     parts = []
     for name, part in module.named_modules():
-        settings = {key: _describe(value) for key, value in vars(part).items() if key not in OWN}
+        own = {key: value for key, value in vars(part).items() if key not in OWN and not isinstance(value, Swap)}
+        settings = {key: _describe(value) for key, value in own.items()}
         buffers = {key: _describe(buffer) for key, buffer in part._buffers.items()}
         shapes = {key: None if p is None else (p.shape, p.dtype, p.device) for key, p in part._parameters.items()}
         parts.append((name, type(part), settings, buffers, shapes))
@@ -32,6 +33,8 @@ def _describe(value: Any, depth: int = DEPTH) -> Any:
         return value
     if isinstance(value, Swap):
         return None
+    if isinstance(value, MethodType):
+        return _describe(value.__func__, depth)
     if isinstance(value, FunctionType):  # copies of a module may hold new functions of the same code
         return value.__code__, [_describe(item, depth - 1) for item in _captured(value)] if depth else []
     if isinstance(value, Tensor):
