@@ -271,13 +271,21 @@ def _print(console: Console, rows: Sequence[Row]) -> None:
         console.print(line, highlight=False)
 
 
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 2")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", help="default: DiT-XL/2; on a CPU DiT-B/4")
     parser.add_argument("--depth", type=int, metavar="N", help="blocks, instead of the model's own")
     parser.add_argument("--batch", type=int, metavar="N", help="images; default: 32; on a CPU 8")
     parser.add_argument("--rivals", nargs="+", type=Rival.parse, metavar="KIND:DTYPE[:checkpoint]", help="default: all of them")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps that count; default %(default)s")
+    parser.add_argument(
+        "--rounds", type=_rounds, default=7, metavar="N", help="steps that count, at least 2; default %(default)s"
+    )
     add_device_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes training.json there")
     args = parser.parse_args(argv)

@@ -202,6 +202,11 @@ def case_id(names: Iterable[str], case: Sequence[Any]) -> str:
     return "-".join(f"{name}{value}" if isinstance(value, int) else str(value) for name, value in zip(names, case, strict=True))
 
 
+def outside_pytest() -> dict[str, str]:
+    """Return the environment for a pytest that a test starts: without what its own run, or that run's workers, were told."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_ADDOPTS", "PYTEST_XDIST"))}
+
+
 # ------------------------------------------------------------------------------------------------ models
 def randomize(model: nn.Module) -> nn.Module:
     """Gives every trained parameter values that matter: the paper's zeros would hide whole branches."""

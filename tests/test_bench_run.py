@@ -201,14 +201,13 @@ def test_what_another_process_compiled_is_found_in_the_cache(tmp_path: Path, mon
     assert not ahead.is_compiled(job)
     assert list(ahead.compile_ahead([job], 1)) == [(job, None)]
     assert ahead.is_compiled(job)
-    counters = torch._dynamo.utils.counters
-    counters.clear()
+    compiled = set(tmp_path.rglob("*.so"))
+    assert compiled
     fix_precision()
     rows, remarks = bench_case(make(), ["compile"], 5, lambda phase: None)
     assert remarks == []
     assert rows[0].ms_median
-    assert counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"] >= 1
-    assert counters["aot_autograd"]["autograd_cache_miss"] == counters["inductor"]["fxgraph_cache_miss"] == 0
+    assert set(tmp_path.rglob("*.so")) == compiled
 
 
 def test_a_job_that_fails_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

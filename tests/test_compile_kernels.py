@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_cuda import environment
-from support import WHERE
+from support import WHERE, outside_pytest
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(WHERE != "simulator", reason="needs g++ for a fake GPU")]
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def test_tests_find_their_kernels_in_the_cache(tmp_path: Path) -> None:
     (tmp_path / "count_misses.py").write_text(COUNT)
-    variables = {**os.environ, **environment(), "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTEST_ADDOPTS": ""}
+    variables = {**outside_pytest(), **environment(), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     variables["PYTHONPATH"] += os.pathsep + str(tmp_path)
     chosen = ["-m", "gpu", "tests/ops/test_layer_norm_modulate.py", "-k", "test_kernel_gradients and D384"]
     command = [sys.executable, "-m", "pytest", "-p", "count_misses", "-p", "no:cacheprovider", *chosen]

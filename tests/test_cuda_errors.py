@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import outside_pytest
 
 pytestmark = pytest.mark.full
 TESTS = Path(__file__).parent
@@ -42,7 +43,7 @@ def run(folder: Path, faults: set[int], *options: str) -> str:
         *options,
         str(file),
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent))), "PYTEST_ADDOPTS": ""}
+    environment = {**outside_pytest(), "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 

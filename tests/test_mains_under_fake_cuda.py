@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from fake_cuda.fixtures import fake_gpu
-from support import randomize
+from support import outside_pytest, randomize
 
 from ditfast import DiT, DiTConfig, load_checkpoint, save_checkpoint
 from ditfast.benchmarks import bench, digits_quality, gauges, predictions, sampling, training
@@ -155,7 +156,7 @@ def test_train_resumes_samples_and_evaluates(h200: FakeCuda, tmp_path: Path, mon
     pytest.importorskip("sklearn")
     for name, value in (("STEPS", 2), ("DIGITS", 20), ("RECORDS", 20), ("PER_CLASS", 1)):
         monkeypatch.setattr(evaluation, name, value)
-    often = [f"--{name}-every=2" for name in ("save", "sample", "evaluate")]
+    often = [*(f"--{name}-every=2" for name in ("save", "sample", "evaluate")), "--schedule", "constant"]
     train_digits(tmp_path / "run", *often)
     arguments = ["--data", "digits", "--batch", "4", "--steps", "3", "--resume", "auto", *often]
     assert main(["train", "--out", str(tmp_path / "run"), *arguments]) == 0
@@ -233,7 +234,7 @@ def test_sampling(device: list[str], h200: FakeCuda, tmp_path: Path) -> None:
 
 @DEVICES
 def test_training(device: list[str], tmp_path: Path) -> None:
-    arguments = ["--models", "DiT-S/8", "--depth", "1", "--batch", "2", "--rounds", "1", "--out", str(tmp_path), *device]
+    arguments = ["--models", "DiT-S/8", "--depth", "1", "--batch", "2", "--rounds", "2", "--out", str(tmp_path), *device]
     assert training.main([*arguments, "--rivals", "eager:fp32", "ditfast:bf16", "ditfast:fp32:checkpoint"]) == 0
     rows = rows_on_the_gpu(tmp_path / "training.json")
     assert len(rows) == 3
@@ -241,7 +242,9 @@ def test_training(device: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small", "tiny_models")
-def test_kernels(h200: FakeCuda, tmp_path: Path) -> None:
+def test_kernels(h200: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ.keys() - outside_pytest().keys():
+        monkeypatch.delenv(name)
     case = "gated_residual-forward-DiT-S/2-b8 and triton and not linear"
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--benchmark-json", str(tmp_path / "kernels.json")]
     assert pytest.main([*options, str(ROOT / "benchmarks" / "kernels.py"), "-k", case]) == 0

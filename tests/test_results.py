@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import environment
-from support import randomize
+from support import outside_pytest, randomize
 
 import ditfast
 from ditfast.benchmarks import bench, digits_quality, results, sampling, training
@@ -150,7 +149,9 @@ def test_kernels_have_the_same_precision_and_format(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "ditfast.benchmarks.gpu_first", "benchmarks/kernels.py", "-k", names]
     command += ["--benchmark-json", str(tmp_path / "kernels.json")]
     settings = {"DRY": "1", "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment(), **settings}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**outside_pytest(), **environment(), **settings}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(tmp_path / "kernels.json")
     assert [row["implementation"] for row in found.rows] == ["eager", "triton"]
