@@ -91,7 +91,7 @@ def test_a_line_for_each_dtype_and_one_for_int8(tmp_path: Path, capsys: pytest.C
     ]
     assert [line["rival"] for line in times] == [cpu_tables.LABELS.get(row.rival, row.rival) for row in rows]
     assert times[-1]["p20 to p80"] == "4 to 6"
-    assert "a CPU, avx2 fma, threads: 2." in text
+    assert "a CPU, avx2 fma, threads: 2, " in text
     assert "torch 2.13.0 (torch.compile); openvino 2026.4.1 (OpenVINO, OpenVINO int8); nncf of unknown version" in text
 
 

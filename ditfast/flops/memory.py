@@ -136,7 +136,7 @@ class _Sizes:
         self.final = batch * config.num_tokens * config.hidden_size
         self.stream = rows * config.hidden_size
         self.hidden = rows * config.mlp_hidden_size
-        self.statistics = rows * 2 * FP32  # bytes: mean and deviation of each row
+        self.statistics = rows * 3 * FP32  # bytes: each row's mean, in two parts, and deviation
         self.log_sums = rows * config.num_heads * FP32  # bytes: of each row of an attention
 
     def products(self) -> int:

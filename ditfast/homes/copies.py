@@ -115,7 +115,7 @@ def run_isolated(function: Callable[[], T]) -> T:
     """
     results: list[T] = []
     errors: list[BaseException] = []
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
     def work() -> None:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checks import check_tokens, token_rows
@@ -40,7 +39,9 @@ def torch_unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     B, C = x.shape[0], x.shape[-1] // (p * p)
     x = x.reshape(B, h, w, p, p, C)  # [B, h, w, p, p, C]
     image = x.permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
-    return image.clone(memory_format=torch.contiguous_format).reshape(B, C, h * p, w * p)  # never a view of x
+    if image.is_contiguous():  # reshape would return a view of x
+        return image.reshape(B, C, h * p, w * p).clone()
+    return image.reshape(B, C, h * p, w * p).contiguous()  # [B, C, H, W]
 
 
 def empty_image(x: Tensor, grid: Sequence[int], patch_size: int, features: int) -> Tensor:

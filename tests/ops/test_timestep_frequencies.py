@@ -62,12 +62,12 @@ def test_a_device_whose_exp_is_off_by_one_ulp_has_the_cpu_s_bits(divisor: int, f
 def test_positions_of_a_model_built_on_a_device_are_the_cpu_s(fake_gpu: FakeCuda) -> None:
     expected = model.sincos_positions(TINY)
     with torch.device("cuda"):
-        for found in (model.sincos_positions(TINY), reference.sincos_positions(TINY)):
+        for found in (DiT(TINY).pos_embed, reference.DiT(TINY).pos_embed):
             assert found.is_cuda
             assert torch.equal(found.cpu(), expected)
     with torch.device("meta"):
-        assert model.sincos_positions(TINY).is_meta
-        assert reference.sincos_positions(TINY).is_meta
+        assert DiT(TINY).pos_embed.is_meta
+        assert reference.DiT(TINY).pos_embed.is_meta
 
 
 def test_first_used_in_a_capture_they_are_the_graph_s_own(features: Callable[[Tensor], Tensor], fake_gpu: FakeCuda) -> None:
