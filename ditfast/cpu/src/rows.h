@@ -45,7 +45,8 @@ static void norm_modulate(
         left = add(left, centred);
         squares = fma(centred, centred, squares);
       }
-      const float rest = sum(left) / float(width), variance = sum(squares) / float(width) - rest * rest;
+      const float rest = sum(left) / float(width);
+      const float variance = std::fma(-rest, rest, sum(squares) / float(width));  // in every inlined copy, for equal bits
       const Lanes inverse = all(1.f / std::sqrt(variance + eps)), offset = mul(all(-rest), inverse);
       for (i64 i = 0; i < width; i += LANES) {
         const i64 count = width - i;
