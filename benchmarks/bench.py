@@ -1,4 +1,4 @@
-"""How fast ditfast is: DiT forwards against eager PyTorch, torch.compile and diffusers, checked against float64 first.
+"""Speed of DiT forwards: ditfast against eager PyTorch, torch.compile and diffusers, checked against float64 first.
 
     python benchmarks/bench.py                      ten minutes on a GPU, four on two CPU cores
     python benchmarks/bench.py --full               all models, 512 pixels, max-autotune

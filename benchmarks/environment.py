@@ -1,4 +1,4 @@
-"""Where numbers come from: the machine, the versions of packages, the commit."""
+"""Origin of a bench's figures: the machine, the versions of packages, the commit."""
 
 from __future__ import annotations
 

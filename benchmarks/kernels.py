@@ -248,7 +248,7 @@ class _Json:
 
 @pytest.fixture(scope="session")
 def found(request: pytest.FixtureRequest) -> Iterator[list[Found]]:
-    """What was measured; a table of it is printed at the end, and --benchmark-json also has it as ``results.read`` takes it."""
+    """Collect the rows; print a table of them at the end, and add them to --benchmark-json as ``results.read`` takes them."""
     everything: list[Found] = []
     request.config.pluginmanager.register(_Json(everything))
     yield everything

@@ -25,7 +25,7 @@ from . import environment
 
 @dataclass
 class Results:
-    """What a bench measured, and where."""
+    """Rows of a bench, and the machine, versions and commit that they are of."""
 
     bench: str
     date: str

@@ -103,7 +103,7 @@ def describe_failure(title: str, rival: str, error: Exception) -> str:
 
 
 class _CaseBench:
-    """What is known of a case while it runs."""
+    """State of a case while it runs."""
 
     def __init__(self, case: Case, show: Callable[[str], None], gauges: Gauges | None):
         self.case, self.show, self.gauges = case, show, gauges

@@ -171,16 +171,20 @@ def test_a_capture_that_fails_costs_its_row(checkpoint: Path, monkeypatch: pytes
     assert any(note.startswith(failed) for note in report["notes"])
 
 
-@pytest.mark.usefixtures("small", "fake_gpu")
-def test_out_of_memory_leaves_the_other_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_at_batch_3(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = DiT.forward
 
     def forward(self: DiT, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         if len(x) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+            raise error
         return plain(self, x, *rest)
 
     monkeypatch.setattr(DiT, "forward", forward)
+
+
+@pytest.mark.usefixtures("small", "fake_gpu")
+def test_out_of_memory_leaves_the_other_rows(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at_batch_3(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), monkeypatch)
     report = run_bench(checkpoint, "--rivals", "eager", "ditfast", "--batch", "3", "2")
     assert [(row["batch"], row["rival"]) for row in report["rows"] if row["rival"] == "ditfast"] == [(2, "ditfast")]
     assert {row["batch"] for row in report["rows"] if row["rival"] == "eager"} == {2, 3}
@@ -189,14 +193,7 @@ def test_out_of_memory_leaves_the_other_rows(checkpoint: Path, monkeypatch: pyte
 
 @pytest.mark.usefixtures("small")
 def test_a_lost_gpu_keeps_the_rows_before(checkpoint: Path, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = DiT.forward
-
-    def forward(self: DiT, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        if len(x) == 3:
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        return plain(self, x, *rest)
-
-    monkeypatch.setattr(DiT, "forward", forward)
+    fail_at_batch_3(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), monkeypatch)
     report = run_bench(checkpoint, "--rivals", "eager", "ditfast", "--batch", "2", "3", "1", status=1)
     assert {row["batch"] for row in report["rows"]} == {2}
     assert any("ditfast lost the GPU: CUDA error: an illegal memory access" in note for note in report["notes"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Refused(pickle.UnpicklingError):
-    """What a pickle holds that it must not."""
+    """Content of a pickle that is not allowed."""
 
 
 class Inert:

@@ -17,7 +17,7 @@ from .parity import ModelRun, Verdicts, check_first_call, representatives
 
 
 class Planned(NamedTuple):
-    """How a module is to be swapped; ``tokens`` and ``check`` are ``Swap``'s."""
+    """Way to swap a module; ``tokens`` and ``check`` are ``Swap``'s."""
 
     home: Home
     tokens: int

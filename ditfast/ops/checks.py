@@ -31,11 +31,6 @@ def check_number(name: str, value: object) -> None:
         raise wrong_type(name, value, "a number")
 
 
-def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise wrong_type(name, value, "True or False")
-
-
 def check_tokens(name: str, x: Tensor) -> None:
     """[B, T, D] activations with unit inner stride."""
     check_tensor(name, x, "[B, T, D]")

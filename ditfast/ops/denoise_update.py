@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_dtype, check_flag, check_integer, check_tensor
+from ..argument_checks import check_type
+from .checks import check_dtype, check_integer, check_tensor
 from .dispatch import define_op, route
 
 
@@ -40,7 +41,7 @@ def denoise_update(
         ValueError: an argument's shape, dtype or device; the message names it.
     """
     _check(x, output, noise, update, scale, guided_channels)
-    check_flag("clip", clip)
+    check_type("clip", clip, bool, "True or False")
     if route(x, "denoise_update", x.shape[0], (x.shape[1:].numel(),)) == "torch":
         return torch_denoise_update(x, output, noise, update, scale, guided_channels, clip)
     return _op(x, output, noise, update, scale, guided_channels, clip)

@@ -78,7 +78,7 @@ def _cpu_version(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: flo
 
 
 def _weighted_layer_norm(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
-    """Of one sample [1, T, D]: torch's layer norm is the whole op.
+    """Compute the op for one sample [1, T, D] by torch's layer norm alone.
 
     On the CPU it takes fp32 weights beside bf16 activations too, but scales them before it centres them: rows without variance
     would be off by their rounding, a thousand times.
