@@ -17,7 +17,7 @@ from ditfast.flops import DEVICES, DeviceSpec
 from .ahead import needs_compiling
 from .gauges import ENERGY_WINDOW_S
 from .rivals import COMPILED, GRAPH, IN_DIFFUSERS, kind_of
-from .timing import HOST_CALLS, ORACLE_SAMPLES, SHORTEST_ROUND_S
+from .timing import HOST_CALLS, SHORTEST_ROUND_S, compared_samples
 
 UNKNOWN_GPU = "H100"  # whose data sheet stands for one that is not known
 AHEAD = 3  # calls of a rival before its rounds: the first one, a warm-up, one that is timed
@@ -119,7 +119,7 @@ class Estimator:
         host = flops.parameters(work.config) / c.weights_per_s  # seconds that depend on the host's speed, not on forwards
         device = 0.0
         kinds = {kind_of(rival) in IN_DIFFUSERS for rival in work.rivals}
-        samples = min(work.batch, len(ORACLE_SAMPLES))
+        samples = len(compared_samples(work.config, work.batch))
         device += len(kinds) * (1 + c.double) * self.forward(work._replace(batch=samples), "eager", graph=True)
         host += len(kinds) * 2 * c.make_s
         for rival in work.rivals:

@@ -6,7 +6,7 @@
     python -m ditfast.benchmarks.gpu_first summary         prints the figures of all files
     python -m pytest -p ditfast.benchmarks.gpu_first       writes a line per test into tests.jsonl
 
-In a dry run (DRY is set) models are small, and the GPU's peaks are measured on matrices that a CPU multiplies in no time.
+In a dry run (DRY is set) models have one block, and peaks are measured on matrices that a CPU multiplies in no time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditfast import DiT, DiTConfig, ops, reference
-from ditfast.benchmarks import gauges, timing
+from ditfast.benchmarks import gauges, rivals, timing
 from ditfast.benchmarks.environment import describe
 
 DRY = bool(os.environ.get("DRY"))
@@ -38,6 +38,7 @@ OUT = Path(os.environ.get("OUT", "."))
 DEVICE = torch.device("cuda", 0)
 DTYPE = torch.bfloat16
 CALLS, WARMUP_CALLS = (3, 1) if DRY else (33, 3)
+DRY_DIGITS = 32  # images
 HEADS = 16
 ATTENTION_BACKENDS = ("sdpa", "cudnn", "flash", "efficient", "triton")
 FAILURES_SHOWN = 25
@@ -49,12 +50,18 @@ def main(command: str, arguments: list[str]) -> int:
     if command == "bench":
         from ditfast.benchmarks import bench
 
+        if DRY:
+            bench.config_of, rivals.DIGITS_BATCH = one_block, DRY_DIGITS
         return bench.main(arguments)
     if command == "training":
         from ditfast.benchmarks import training
 
         return training.main(arguments)
     return {"micro": micro, "summary": summary}[command]()
+
+
+def one_block(model: str) -> DiTConfig:
+    return dataclasses.replace(DiTConfig.from_name(model), depth=1)
 
 
 def measure_small_ceilings() -> None:
@@ -95,9 +102,7 @@ def micro() -> int:
 
 def host_time(model_class: type[torch.nn.Module], batch: int) -> dict[str, float]:
     """Return microseconds until a forward returns, and until the device is done with it."""
-    config = DiTConfig.from_name("DiT-S/8") if DRY else DiTConfig.from_name("DiT-XL/2")
-    if DRY:
-        config = dataclasses.replace(config, depth=1)
+    config = one_block("DiT-S/8") if DRY else DiTConfig.from_name("DiT-XL/2")
     with DEVICE:
         model = model_class(config).to(DTYPE).eval()
         x = torch.randn(batch, *config.input_shape, dtype=DTYPE)

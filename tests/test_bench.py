@@ -124,6 +124,24 @@ def test_a_red_parity_prints_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ditfast is off by 1.0e-02" in remarks[0]
 
 
+def test_every_sample_of_a_small_model_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = DiT.forward
+
+    def forward(self: DiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out = right(self, x, t, y).clone()
+        out[len(out) // 2] *= 2
+        return out
+
+    monkeypatch.setattr(DiT, "forward", forward)
+    (_, fast), _ = digits_rows()
+    assert not fast.parity
+
+
+def test_four_samples_of_a_large_model_are_compared() -> None:
+    assert timing.compared_samples(DiTConfig.from_name("DiT-XL/2"), 32) == [0, 1, 30, 31]
+    assert timing.compared_samples(DiTConfig.from_name("DiT-XL/2"), 1) == [0]
+
+
 def test_compile_is_skipped_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     names, notes = rivals.available_rivals(["eager", "compile", "max-autotune", "ditfast"], on_gpu=False)
