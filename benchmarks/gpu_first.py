@@ -38,7 +38,7 @@ OUT = Path(os.environ.get("OUT", "."))
 DEVICE = torch.device("cuda", 0)
 DTYPE = torch.bfloat16
 CALLS, WARMUP_CALLS = (3, 1) if DRY else (33, 3)
-DRY_DIGITS = 32  # images
+DRY_DIGITS = 16  # images
 HEADS = 16
 ATTENTION_BACKENDS = ("sdpa", "cudnn", "flash", "efficient", "triton")
 FAILURES_SHOWN = 25
@@ -51,7 +51,7 @@ def main(command: str, arguments: list[str]) -> int:
         from ditfast.benchmarks import bench
 
         if DRY:
-            bench.config_of, rivals.DIGITS_BATCH = one_block, DRY_DIGITS
+            bench.config_of, bench.FEWEST_ROUNDS, rivals.DIGITS_BATCH = one_block, 1, DRY_DIGITS
         return bench.main(arguments)
     if command == "training":
         from ditfast.benchmarks import training

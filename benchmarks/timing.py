@@ -78,6 +78,8 @@ def bench_case(
     """
     if any(kind_of(name) in COMPILED for name in names):
         torch._dynamo.reset()  # else the cases before this one count against torch.compile's recompilation limit
+    if gauges is not None:
+        gauges.gpu.release_cache()  # else what those cases left is freed within a rival's figure
     bench = _CaseBench(case, show, gauges)
     with torch.inference_mode():
         for name in names:

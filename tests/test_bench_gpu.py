@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,22 @@ def test_a_capture_that_fails_costs_its_row(checkpoint: Path, monkeypatch: pytes
     assert [row["rival"] for row in report["rows"]] == ["ditfast"]
     failed = "tiny.safetensors fp32 batch 2: ditfast+graph failed: RuntimeError: operation not permitted"
     assert any(note.startswith(failed) for note in report["notes"])
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_what_holds_itself_by_a_cycle_is_released() -> None:
+    gpu = Gpu(CUDA)
+    before = gpu.allocated_bytes()
+    gc.disable()
+    try:
+        cycle: list[object] = [torch.zeros(1000, device=CUDA)]
+        cycle.append(cycle)
+        del cycle
+        assert gpu.allocated_bytes() > before
+        gpu.release_cache()
+        assert gpu.allocated_bytes() == before
+    finally:
+        gc.enable()
 
 
 def fail_at_batch_3(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
