@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,9 @@ def test_on_a_gpu_with_every_default_rival(tmp_path: Path) -> None:
     names, _ = rivals.available_rivals(bench.QUICK_RIVALS, on_gpu=True)
     assert [row["rival"] for row in rows if row["model"] == "DiT-S/8"] == names
     assert {row["rival"] for row in rows if row["model"] == "digits"} == {name for name in names if "compile" not in name}
-    assert all(row["parity"] and row["launches"] and row["joules_per_image"] for row in rows)
+    assert all(row["parity"] and row["launches"] for row in rows)
+    if "pynvml" in sys.modules:  # else nobody tells
+        assert all(row["joules_per_image"] for row in rows)
 
 
 @pytest.mark.gpu

@@ -48,28 +48,29 @@ def tune(
     Args:
         problems: and how often each comes in the model.
         clock: of the device.
-        budget: seconds; what is being measured when they are over is measured to its end.
+        budget: seconds, half of which go to compiling at most, before the first measurement; what is being measured when they
+            are over is measured to its end.
         remember: is given each problem's entry as soon as there is one, and again if its tiles got better.
         show: is told what is being measured, how many of how many steps are done.
 
     Returns:
         What was found, one for each problem; those there was no time for have no ``ms``.
     """
-    end = clock.seconds() + budget
+    start = clock.seconds()
     found = [Measured(problem, times) for problem, times in problems.items()]
     steps = 2 * len(found)
 
-    def in_time() -> bool:
-        return clock.seconds() < end
+    def in_time(share: float = 1.0) -> bool:
+        return clock.seconds() < start + share * budget
 
-    def compile_them(problems: Iterable[Problem], step: int, every_config: bool) -> None:
+    def compile_them(problems: Iterable[Problem], step: int, every_config: bool, share: float = 1.0) -> None:
         def told(done: int, kernels: int) -> None:
             show(f"compiling kernels, {done} of {kernels}", step, steps)
 
-        compile_kernels(problems, clock.device, every_config, in_time, told)
+        compile_kernels(problems, clock.device, every_config, lambda: in_time(share), told)
 
     with _undisturbed(clock):
-        compile_them(problems, 0, every_config=False)
+        compile_them(problems, 0, every_config=False, share=0.5)
         for i, one in enumerate(found):
             if not in_time():
                 one.notes.append("skipped: the budget is spent")

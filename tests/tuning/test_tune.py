@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,19 @@ def test_a_short_budget_measures_what_comes_first() -> None:
     assert clock.measured == [("linear", "torch")]
     assert found[1].notes == ["skipped: the budget is spent"]
     assert set(entries) == {LINEAR.bucket()}
+
+
+def test_compiling_leaves_half_of_a_short_budget_to_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = StubClock(lambda op, route: 1.0)
+
+    def compile_for_long(problems: object, device: object, every: bool, in_time: Callable[[], bool], told: object) -> None:
+        while in_time():
+            clock.now += 1
+
+    monkeypatch.setattr("ditfast.tuning.tune.compile_kernels", compile_for_long)
+    found, _ = tuned({LINEAR: 1}, clock, budget=8.0)
+    assert found[0].ms
+    assert clock.measured
 
 
 @pytest.mark.skipif(WHERE != "simulator", reason="compiles tiles")
