@@ -136,6 +136,7 @@ for batch in "${COMPILED[@]}"; do
 done
 step tests "${PYTEST[@]}" -m gpu -n "$WORKERS" --dist worksteal --max-worker-restart 40 --maxfail 300 "$TESTS"
 for i in "${!COMPILED[@]}"; do finish "compiler${COMPILED[i]}" "${compilers[i]}" "$ahead"; done
+compilers=() # whose numbers other processes may have by now
 
 step micro "${FIRST[@]}" micro
 bench compile --models "${COMPILED[@]/#/$MODEL:}" --rivals compile ditfast
