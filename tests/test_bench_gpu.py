@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import FakeCuda, fake_cuda
-from fake_cuda.fixtures import fake_gpu
+from fake_cuda.fixtures import cut_ceilings, fake_gpu
 from fake_cuda.nvml import CLOCK_MHZ, WATTS
 from rich.console import Console
 from support import HAS_GPU, randomize
@@ -19,7 +19,6 @@ from support import HAS_GPU, randomize
 import ditfast
 from ditfast import DiT, DiTConfig
 from ditfast.benchmarks import bench, gauges, rivals
-from ditfast.benchmarks.ceilings import measure_ceilings
 from ditfast.benchmarks.gpu import Gpu
 from ditfast.benchmarks.report import print_tables
 from ditfast.benchmarks.rows import Row
@@ -39,9 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks of small matrices, short windows, and no process that compiles ahead, unless there is a real GPU."""
     if HAS_GPU:
         return
-    monkeypatch.setattr(
-        gauges, "measure_ceilings", lambda g, like: measure_ceilings(g, like, largest_copy=4096, largest_side=64)
-    )
+    cut_ceilings(monkeypatch)
     monkeypatch.setattr(gauges, "ENERGY_WINDOW_S", 0.05)
     monkeypatch.setattr(gauges, "MOST_COPIES", 2)
     monkeypatch.setattr(bench, "compile_ahead", lambda jobs, processes: iter(()))

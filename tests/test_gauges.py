@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda.fixtures import fake_gpu
+from fake_cuda.fixtures import cut_ceilings, fake_gpu
+from support import HAS_GPU
 
 from ditfast.benchmarks import ahead, gauges, gpu
 from ditfast.benchmarks.ceilings import measure_ceilings
@@ -128,7 +129,10 @@ def test_slowdowns_are_nvmls_bits() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_answers_everything() -> None:
+def test_a_gpu_answers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pynvml")
+    if not HAS_GPU:
+        cut_ceilings(monkeypatch)
     device = gpu.open_gpu(CUDA)
     gauges = Gauges(device, DEVICES["H100"])
     x = torch.randn(1024, 1024, device="cuda")

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from fake_cuda.fixtures import fake_gpu
+from fake_cuda.fixtures import cut_ceilings, fake_gpu
 from rich.console import Console
 
 from ditfast import DiTConfig, ops
-from ditfast.benchmarks import gauges as gauges_module
 from ditfast.benchmarks import kernels
-from ditfast.benchmarks.ceilings import measure_ceilings
 from ditfast.benchmarks.gauges import Gauges
 from ditfast.benchmarks.gpu import Gpu
 from ditfast.benchmarks.kernel_cases import OPS, Sizes, arguments, work
@@ -48,8 +46,7 @@ class Stats:
 
 def open_gauges(monkeypatch: pytest.MonkeyPatch) -> Gauges:
     """Return gauges whose peaks are those of small matrices, of a GPU with a small cache."""
-    small = {"largest_copy": 4096, "largest_side": 64}
-    monkeypatch.setattr(gauges_module, "measure_ceilings", lambda gpu, like: measure_ceilings(gpu, like, **small))
+    cut_ceilings(monkeypatch)
     monkeypatch.setattr(Gpu, "l2_bytes", lambda self: 10_000)
     return Gauges(Gpu(torch.device("cuda", 0)), DEVICES["H100"])
 

@@ -16,12 +16,11 @@ import fake_cuda
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from fake_cuda.fixtures import fake_gpu
+from fake_cuda.fixtures import cut_ceilings, fake_gpu
 from support import outside_pytest, randomize
 
 from ditfast import DiT, DiTConfig, load_checkpoint, save_checkpoint
 from ditfast.benchmarks import bench, digits_quality, gauges, predictions, sampling, training
-from ditfast.benchmarks.ceilings import measure_ceilings
 from ditfast.cli import main
 from ditfast.ops import decisions
 from ditfast.training import evaluation
@@ -55,9 +54,7 @@ def h200(fake_gpu: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure peaks on small matrices, in short rounds."""
-    monkeypatch.setattr(
-        gauges, "measure_ceilings", lambda gpu, like: measure_ceilings(gpu, like, largest_copy=4096, largest_side=64)
-    )
+    cut_ceilings(monkeypatch)
     monkeypatch.setattr(gauges, "ENERGY_WINDOW_S", 0.01)
     monkeypatch.setattr(gauges, "MOST_COPIES", 2)
     monkeypatch.setattr("ditfast.benchmarks.timing.SHORTEST_ROUND_S", 0.001)

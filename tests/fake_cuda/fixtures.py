@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -24,3 +25,11 @@ def fake_gpu() -> Iterator[FakeCuda]:
     finally:
         if outer is not None:
             outer.install()
+
+
+def cut_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let benches measure a GPU's peaks on matrices that a CPU multiplies in no time."""
+    from ditfast.benchmarks import gauges
+
+    small = functools.partial(gauges.measure_ceilings, largest_copy=4096, largest_side=64)
+    monkeypatch.setattr(gauges, "measure_ceilings", small)
