@@ -99,15 +99,15 @@ trap interrupt INT TERM
 MODEL=DiT-XL/2 BATCHES=(32 8 1 128) COMPILED=(32 1) TESTS=$ROOT/tests
 cores=$(env -u OMP_NUM_THREADS nproc) # which would be its answer
 WORKERS=$((cores < 6 ? 2 : cores < 16 ? cores - 4 : 12))
-ROUNDS=5 KERNELS="XL and b32 and not backward and not compile" TRAINING=(--models DiT-XL/2 --batch 32 --rounds 3)
+KERNELS="XL and b32 and not backward and not compile" TRAINING=(--models DiT-XL/2 --batch 32 --rounds 3)
 if [[ $DRY ]]; then
-  MODEL=DiT-S/8 BATCHES=(1) COMPILED=(1) ROUNDS=1 TESTS=$ROOT/tests/gpu/test_streams.py
+  MODEL=DiT-S/8 BATCHES=(1) COMPILED=(1) TESTS=$ROOT/tests/gpu/test_streams.py
   KERNELS="S/2 and b8 and classifier_free_guidance and not compile"
   TRAINING=(--models DiT-S/8 --depth 1 --batch 1 --rounds 2)
   say "A dry run under a fake GPU: no number below says how fast anything is."
 fi
 FIRST=("$PYTHON" -m ditfast.benchmarks.gpu_first)
-BENCH=("${FIRST[@]}" bench --device cuda:0 --rounds "$ROUNDS")
+BENCH=("${FIRST[@]}" bench --device cuda:0 --rounds 5)
 PYTEST=("$PYTHON" -m pytest -p ditfast.benchmarks.gpu_first -p no:cacheprovider -c "$ROOT/pyproject.toml"
   --rootdir "$ROOT" -q --tb=short)
 

@@ -51,7 +51,7 @@ def main(command: str, arguments: list[str]) -> int:
         from ditfast.benchmarks import bench
 
         if DRY:
-            bench.config_of, bench.FEWEST_ROUNDS, rivals.DIGITS_BATCH = one_block, 1, DRY_DIGITS
+            bench.config_of, rivals.DIGITS_BATCH = one_block, DRY_DIGITS
         return bench.main(arguments)
     if command == "training":
         from ditfast.benchmarks import training
