@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import multiprocessing
@@ -90,14 +91,25 @@ def _start_worker(threads: int) -> None:
 def _first_call(job: Job) -> None:
     case = job.make()
     gpu = open_gpu(case.device)
+    inputs = case.inputs()  # outside of inference mode, as where they are timed: Inductor's cache tells them apart
     with torch.inference_mode():
-        case.rival(job.rival, {})(*case.inputs())
+        case.rival(job.rival, {})(*inputs)
     if gpu is not None:
         gpu.wait()
     torch._dynamo.reset()
     marker = _marker(job)
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    found: torch.memory_format = getattr(torch, name)
+    return found
+
+
+# Inductor's cache keys are pickles. Pickle writes a memory format as an attribute of whichever module imported torch first,
+# which is another one in another process: nothing that was compiled ahead would be found. torch does the same for layouts.
+copyreg.pickle(torch.memory_format, lambda one: (_memory_format, (str(one).removeprefix("torch."),)))
 
 
 def _marker(job: Job) -> Path:
