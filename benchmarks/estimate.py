@@ -23,7 +23,7 @@ UNKNOWN_GPU = "H100"  # whose data sheet stands for one that is not known
 AHEAD = 3  # calls of a rival before its rounds: the first one, a warm-up, one that is timed
 PROBE = "".join(f"def f{i}(a, b):\n    return [a + b * {i} for _ in range({i})]\n" for i in range(100))
 PROBE_S = 6.3e-3  # seconds of Python's compiler for it, on the CPU where the constants were measured
-PROBE_WINDOW_S = 0.2
+PROBE_WINDOW_S = 0.5  # in shorter ones other tenants of the machine decide
 BLOCKS = 2  # of the models that are timed
 TIMES_EAGER = {"compile": 0.9, "max-autotune": 0.9, "openvino": 0.7, "openvino-int8": 0.8, "diffusers": 1.05, "ditfast": 0.75}
 
@@ -103,7 +103,7 @@ class Estimator:
         return self.constants.start_s * self.slowness
 
     def compiling(self, jobs: Sequence[tuple[int, bool]], processes: int) -> float:
-        """Return the time of compiling ahead: the longest job, or all of them shared by the processes.
+        """Return the time of compiling ahead: that of the process which has most to do.
 
         Args:
             jobs: of each the blocks of its model, and whether it is compiled by max-autotune.
@@ -111,7 +111,10 @@ class Estimator:
         """
         c = self.constants
         seconds = [(c.compile_s + c.compile_block_s * blocks) * (c.max_autotune if slow else 1) for blocks, slow in jobs]
-        return self.slowness * (c.worker_s + max(max(seconds), sum(seconds) / processes)) if seconds else 0.0
+        busy = [0.0] * processes
+        for one in sorted(seconds, reverse=True):
+            busy[busy.index(min(busy))] += one
+        return self.slowness * (c.worker_s + max(busy)) if seconds else 0.0
 
     def case(self, work: Work) -> float:
         """Return the time of parity, rounds and, on a GPU, what is read beside."""
