@@ -85,7 +85,7 @@ def check_modulation(name: str, vector: Tensor | None, x: Tensor) -> None:
     _check_inner_stride(name, vector)
 
 
-def _check_not_empty(name: str, tensor: Tensor, sizes: torch.Size) -> None:
+def _check_not_empty(name: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
     if 0 in sizes:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected features; only batches and sequences may be empty")
 
