@@ -1,4 +1,4 @@
-"""What every op asks of its arguments; each error names the argument, what came and what was expected."""
+"""Checks of an op's tensors: shapes, dtypes, devices and strides; each error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_tokens(name: str, x: Tensor) -> None:
-    """[B, T, D] activations with unit inner stride."""
+    """Raise unless x is [B, T, D] with unit inner stride."""
     check_tensor(name, x, "[B, T, D]")
     shape = x.shape
     if len(shape) != 3:
@@ -22,7 +22,7 @@ def check_tokens(name: str, x: Tensor) -> None:
 
 
 def token_rows(x: Tensor) -> int:
-    """Of [B, T, ...]"""
+    """Return B * T of [B, T, ...]."""
     return x.shape[0] * x.shape[1]
 
 
@@ -34,7 +34,7 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 
 def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], of: str = "x") -> None:
-    """Of a shape that follows from x, and of the dtype and device of x; ``of`` is what the op calls x."""
+    """Raise unless a tensor has a shape that follows from x, and its dtype and device; ``of`` is what the op calls x."""
     check_tensor(name, tensor, shape)
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for {of} {tuple(x.shape)}")
@@ -61,7 +61,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 
 def check_branch(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...] | None = None, of: str = "x") -> None:
-    """Of the shape (if none is given) and device of x, in any dtype: autocast brings bf16 branches beside an fp32 stream."""
+    """Raise unless h has the shape (if none is given) and device of x; autocast brings bf16 branches beside an fp32 stream."""
     expected = tuple(x.shape) if shape is None else shape
     check_tensor(name, h, expected)
     if h.shape != expected:
