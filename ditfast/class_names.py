@@ -8,6 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+_LONGEST_NUMBER = 20  # digits; Python refuses to read very many
+
 
 class ClassNameError(ValueError):
     """A file without names, or a name without a class; the message suggests close ones."""
@@ -48,7 +50,7 @@ def find_class(text: str, num_classes: int, names: Sequence[str] | None = None) 
     Raises:
         ClassNameError: there is no such class, or several.
     """
-    if text.isdecimal():
+    if text.isdecimal() and len(text) < _LONGEST_NUMBER:
         if int(text) >= num_classes:
             raise ClassNameError(f"got {text}, expected 0..{num_classes - 1}")
         return int(text)

@@ -11,6 +11,7 @@ from typing import Any
 from .files import visible_entries
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+NOT_READ = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".tif", ".tiff")
 _ORIENTATION = 0x0112  # EXIF's tag of how a camera stored a photograph
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -25,7 +26,13 @@ _ON_THEIR_SIDE = (5, 6, 7, 8)
 
 
 def find_images(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
-    """List the images in a folder and in the folders within it, by their names from there, in the order of names."""
+    """List the images in a folder and in the folders within it, by their names from there, in the order of names.
+
+    Those whose format is ``NOT_READ`` are listed too, for the caller to name.
+
+    Raises:
+        OSError: a folder cannot be read, or a link leads nowhere.
+    """
     return list(_find(folder, "", ()))
 
 
@@ -37,7 +44,9 @@ def _find(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
     for entry in visible_entries(folder):
         if entry.is_dir():
             yield from _find(Path(entry), f"{prefix}{entry.name}/", (*above, here))
-        elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+        elif not entry.is_file():
+            entry.stat()  # raises for a link that leads nowhere
+        elif entry.name.lower().endswith((*SUFFIXES, *NOT_READ)):
             yield prefix + entry.name, entry
 
 

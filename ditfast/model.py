@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from . import blocks, cpu, ops
 from .activation_checkpointing import checkpointed
+from .argument_checks import check_integer, check_number, check_tensor, wrong_type
 from .blocks import view
 from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
 from .config import DiTConfig
 from .dtypes import INT8
-from .ops.checks import check_dtype, check_integer, check_number, check_tensor, wrong_type
+from .ops.checks import check_dtype
 from .ops.dispatch import computes_now
 from .plain import is_plain, is_silent
 
@@ -287,9 +288,7 @@ class DiT(nn.Module):
         if x.shape[0] % 2:
             raise ValueError(f"x: got a batch of {x.shape[0]}, expected an even one: conditional, then unconditional")
         channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
-        check_integer("guidance_channels", channels)
-        if not 0 <= channels <= self.config.in_channels:
-            raise ValueError(f"guidance_channels: got {channels}, expected 0..{self.config.in_channels}")
+        check_integer("guidance_channels", channels, 0, self.config.in_channels)
         half = x[: x.shape[0] // 2]  # [B, C, H, W]
         out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
         return ops.classifier_free_guidance(out, cfg_scale, channels)  # [2B, C', H, W]

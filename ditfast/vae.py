@@ -98,7 +98,7 @@ def draw_latents(moments: Tensor, noise: Tensor, scaling_factor: float, shift_fa
         noise: [N, C, h, w] fp32, normal: which of the latents that the image may have.
         scaling_factor: of ``scaling``, as is ``shift_factor``.
     """
-    check_tensor("moments", moments, "a tensor [N, 2C, h, w]")
+    check_tensor("moments", moments, "[N, 2C, h, w]")
     if moments.dim() != 4 or moments.shape[1] % 2:
         raise ValueError(f"moments: got shape {tuple(moments.shape)}, expected [N, 2C, h, w]")
     scaling_factor, shift_factor = as_float("scaling_factor", scaling_factor), as_float("shift_factor", shift_factor)
@@ -146,7 +146,7 @@ def _check_vae(vae: VAE) -> None:
 
 def _check_batch(name: str, batch: Tensor, vae: VAE) -> None:
     _check_vae(vae)
-    check_tensor(name, batch, "a tensor [N, C, H, W]")
+    check_tensor(name, batch, "[N, C, H, W]")
     if batch.dim() != 4 or not batch.is_floating_point():
         raise ValueError(f"{name}: got {batch.dtype} {tuple(batch.shape)}, expected [N, C, H, W] of floats")
 

@@ -95,6 +95,7 @@ def test_classes_are_found(text: str, number: int) -> None:
         ("crane", "got 'crane', which is 1 (crane) and 4 (crane): give the number"),
         ("6", "got 6, expected 0..5"),
         ("-1", "got '-1', which no class is called"),
+        ("9" * 5000, f"got '{'9' * 5000}', which no class is called"),
     ],
 )
 def test_classes_that_are_not_there(text: str, message: str) -> None:

@@ -14,13 +14,15 @@ import torch
 from support import randomize
 from torch import Tensor
 
-from ditfast import DiT, DiTConfig
+import ditfast
+from ditfast import DiT, DiTConfig, reference
 from ditfast.diffusion import FlowMatching, GaussianDiffusion, respaced_timesteps, steps
 from ditfast.sampling import Sampler, image_noise, sample
 from ditfast.training import RunOptions, TrainSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CONFIG = DiTConfig(depth=1, hidden_size=32, num_heads=2, input_size=4, num_classes=5)
 DDIM = steps(GaussianDiffusion("2"), "ddim")
 FP32_MAX = torch.finfo(torch.float32).max
 
@@ -28,7 +30,7 @@ FP32_MAX = torch.finfo(torch.float32).max
 @pytest.fixture(scope="module")
 def model() -> DiT:
     torch.manual_seed(0)
-    made = randomize(DiT(DiTConfig(depth=1, hidden_size=32, num_heads=2, input_size=4, num_classes=5))).eval()
+    made = randomize(DiT(CONFIG)).eval()
     assert isinstance(made, DiT)
     return made
 
@@ -112,6 +114,19 @@ def test_the_ends_of_the_ranges_are_in_them(model: DiT) -> None:
     assert images(model, images=[0, 2**64 - 1], seed=2**64 - 1, cfg_interval=(-math.inf, math.inf)).isfinite().all()
     images(model, cfg_scale=FP32_MAX)
     assert images(model, cfg_scale=-2.0).isfinite().all()
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"device": "meta"}], ids=["fp64", "meta"])
+def test_weights_that_nothing_samples_from_are_named(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^model: got weights of .*, expected float32, float16 or bfloat16 on a device with"):
+        Sampler(DiT(CONFIG).eval().to(**change), DDIM)
+
+
+def test_another_model_is_told_how_to_become_one() -> None:
+    other = reference.DiT(CONFIG).eval()
+    with pytest.raises(TypeError, match=r"^model: got a ditfast\.reference\.DiT, .*; ditfast\.load_checkpoint"):
+        Sampler(other, DDIM)  # type: ignore[arg-type]
+    assert sample(ditfast.load_checkpoint(other.state_dict(), config=CONFIG), DDIM, [1]).isfinite().all()
 
 
 def test_an_error_leaves_a_sampler_as_it_was(model: DiT) -> None:

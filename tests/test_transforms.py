@@ -174,17 +174,25 @@ def test_second_derivatives() -> None:
     assert error(second(model), second(plain)) < TOLERANCE
 
 
-@pytest.mark.parametrize("gradients", [False, True], ids=["no-grad", "grad"])
+QUIET_TRACING = pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+GRADIENTS = pytest.mark.parametrize("gradients", [False, True], ids=["no-grad", "grad"])
+
+
+@GRADIENTS
 @pytest.mark.parametrize("tracer", ["make_fx", "jit.trace"])
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_tracing(tracer: str, gradients: bool) -> None:
-    (model, plain), arguments = pair(), inputs()
+@pytest.mark.parametrize("design", DESIGNS)
+@QUIET_TRACING
+def test_tracing(design: str, tracer: str, gradients: bool) -> None:
+    """jit.trace traces a second time, without gradients, and compares the graphs."""
+    (model, plain), arguments = pair(design), inputs()
 
     def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return model(x, t, y)
 
     with torch.set_grad_enabled(gradients):
-        traced = make_fx(call)(*arguments) if tracer == "make_fx" else torch.jit.trace(model, arguments, check_trace=False)
+        traced = make_fx(call)(*arguments) if tracer == "make_fx" else torch.jit.trace(model, arguments)
         other = torch.randn(2, 4, 8, 8), arguments[1] / 2, arguments[2] + 3
         assert error(traced(*other), plain(*other)) < TOLERANCE
 
@@ -256,3 +264,36 @@ def test_accelerated_models_keep_no_fake_tensors(name: str) -> None:
         out, exact = (foreign.tensors(m(**given))[0] for m in (model, plain))
         assert shape == exact.shape
         assert error(out, exact) < TOLERANCE
+
+
+@BOTH
+@GRADIENTS
+@QUIET_TRACING
+def test_accelerated_models_are_traced(name: str, gradients: bool) -> None:
+    """jit.trace makes tensors of the sizes of tensors."""
+    model, plain, given = accelerated(name)
+    names = [key for key, value in given.items() if isinstance(value, Tensor)]
+    rest = {key: value for key, value in given.items() if key not in names}
+
+    class Positional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *values: Tensor) -> Tensor:
+            return foreign.tensors(self.model(**dict(zip(names, values, strict=True)), **rest))[0]
+
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(Positional(), tuple(given[key] for key in names))
+        image = next(key for key in names if given[key].dim() == 4)
+        other = {**given, image: given[image] + 1}
+        assert error(traced(*(other[key] for key in names)), foreign.tensors(plain(**other))[0]) < TOLERANCE
+
+
+def test_a_kernel_launched_on_its_own_refuses_dual_tensors() -> None:
+    """As that of a backward is in forward mode, whose forward ran before."""
+    gradient = torch.randn(2, 4, 4, 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(gradient, torch.ones_like(gradient))
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivative; run it under ditfast\.backend\('torch'\)"):
+            torch.ops.ditfast.unpatchify_backward(dual, 2)

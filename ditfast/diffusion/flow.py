@@ -143,7 +143,7 @@ class FlowMatching:
         path = self._path_at(t, x0, "x0")
         noise = torch.randn_like(x0) if noise is None else noise
         output = model(self.add_noise(x0, t, noise), t, y)
-        check_tensor("model", output, "a tensor of velocities from it")
+        check_tensor("model", output, "of velocities from it")
         single, double = tuple(x0.shape), (x0.shape[0], 2 * x0.shape[1], *x0.shape[2:])
         if output.shape not in (single, double):
             raise ValueError(f"model: got shape {tuple(output.shape)} from it, expected {single} or {double}")
@@ -172,7 +172,7 @@ class FlowMatching:
 
     def _path_at(self, t: Tensor, x: Tensor, name: str = "x") -> Path:
         check_samples(name, x)
-        check_tensor("t", t, f"a tensor of floats, one for each sample of {name}")
+        check_tensor("t", t, f"of floats, one for each sample of {name}")
         if t.shape != x.shape[:1] or not t.is_floating_point():
             raise ValueError(f"t: got {t.dtype} {tuple(t.shape)}, expected {x.shape[0]} floats, one for each sample of x")
         if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():

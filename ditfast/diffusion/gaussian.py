@@ -156,7 +156,7 @@ class GaussianDiffusion:
 
     def _check_output(self, model_output: Tensor, x: Tensor, name: str = "model_output") -> None:
         check_samples("x", x)
-        check_tensor(name, model_output, "a tensor of predictions")
+        check_tensor(name, model_output, "of predictions")
         expected = (x.shape[0], x.shape[1] * (2 if self.learn_sigma else 1), *x.shape[2:])
         if model_output.shape != expected:
             raise ValueError(

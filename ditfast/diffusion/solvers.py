@@ -90,7 +90,7 @@ def apply_update(x: Tensor, output: Tensor, noise: Tensor | None, update: Update
         ValueError: output or noise does not fit x and the update.
     """
     check_samples("x", x)
-    check_tensor("output", output, "a tensor [B, C, H, W] or [B, 2C, H, W]")
+    check_tensor("output", output, "[B, C, H, W] or [B, 2C, H, W]")
     check_type("update", update, Update, "an Update of numbers")
     clip = as_bool("clip", clip)
     for value in update:
@@ -125,7 +125,7 @@ def step_gaussian(x: Tensor, output: Tensor, update: Update, clip: bool) -> tupl
 
 def check_samples(name: str, x: Tensor) -> None:
     """Raise unless x is floating, [B, C, H, W] or of another rank."""
-    check_tensor(name, x, "a tensor [B, C, H, W]")
+    check_tensor(name, x, "[B, C, H, W]")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"{name}: got {x.dtype} {tuple(x.shape)}, expected [B, C, H, W] of floats")
 

@@ -38,7 +38,7 @@ class StepTable:
         Raises:
             ValueError: t's shape or dtype, or (on the CPU) a step that is not kept.
         """
-        check_tensor("t", t, "a tensor of integers, one for each sample of x")
+        check_tensor("t", t, "of integers, one for each sample of x")
         if t.shape != x.shape[:1] or t.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
             raise ValueError(f"t: got {t.dtype} {tuple(t.shape)}, expected {x.shape[0]} integers, one for each sample of x")
         if t.device.type == "cpu" and not set(t.tolist()) <= set(self._timesteps):

@@ -65,7 +65,7 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
         try:
             return _open_folder(path)
         except OSError as error:
-            raise EvaluationError(f"{path}: cannot be read: {error.strerror}") from error
+            raise EvaluationError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
     if path.is_file() and path.suffix == ".npz":
         return _open_npz(path)
     came = "a file" if path.is_file() else "nothing there"

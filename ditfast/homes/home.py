@@ -164,6 +164,8 @@ class Swap:
 
     def _unsupported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return why a call is left to the module's own forward before the fast one sees it, or nothing."""
+        if torch.jit.is_tracing():
+            return "traced by torch.jit, which compares its graphs with gradients and without"
         if not self.is_as_found():
             return "changed since, or hooked inside"
         if self.is_rounded and _recomputed_later(args, kwargs):

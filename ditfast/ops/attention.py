@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..argument_checks import check_tensor, wrong_type
 from ..problem import Problem
-from .checks import check_dtype, check_tensor, wrong_type
+from .checks import check_dtype
 from .cpu_products import torch_attention
 from .dispatch import check_possible, choose, define_op, force, needs_gradient, route, under_autocast, untransformed
 from .routes import Choice

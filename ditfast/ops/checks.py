@@ -1,48 +1,28 @@
-"""What every op asks of its arguments; each error names the argument, what came and what was expected."""
+"""Checks of an op's tensors: shapes, dtypes, devices and strides; each error names the argument, what came and what was expected."""
 
 from __future__ import annotations
-
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from ..argument_checks import describe
+from ..argument_checks import check_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def wrong_type(name: str, value: object, expected: str) -> TypeError:
-    return TypeError(f"{name}: got {describe(value)}, expected {expected}")
-
-
-def check_tensor(name: str, value: object, expected: str) -> None:
-    if not isinstance(value, Tensor):
-        raise wrong_type(name, value, f"a tensor {expected}")
-
-
-def check_integer(name: str, value: object) -> None:
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt))):
-        raise wrong_type(name, value, "an integer")
-
-
-def check_number(name: str, value: object) -> None:
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat))):
-        raise wrong_type(name, value, "a number")
-
-
 def check_tokens(name: str, x: Tensor) -> None:
-    """[B, T, D] activations with unit inner stride."""
+    """Raise unless x is [B, T, D] with unit inner stride."""
     check_tensor(name, x, "[B, T, D]")
-    if x.dim() != 3:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected [B, T, D]")
-    _check_not_empty(name, x, x.shape[2:])
+    shape = x.shape
+    if len(shape) != 3:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, expected [B, T, D]")
+    _check_not_empty(name, x, shape[2:])
     check_dtype(name, x)
     _check_inner_stride(name, x)
 
 
 def token_rows(x: Tensor) -> int:
-    """Of [B, T, ...]"""
+    """Return B * T of [B, T, ...]."""
     return x.shape[0] * x.shape[1]
 
 
@@ -54,8 +34,8 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 
 def check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], of: str = "x") -> None:
-    """Of a shape that follows from x, and of the dtype and device of x; ``of`` is what the op calls x."""
-    check_tensor(name, tensor, f"{list(shape)}")
+    """Raise unless a tensor has a shape that follows from x, and its dtype and device; ``of`` is what the op calls x."""
+    check_tensor(name, tensor, shape)
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape} for {of} {tuple(x.shape)}")
     if tensor.dtype != x.dtype:
@@ -81,9 +61,9 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 
 def check_branch(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...] | None = None, of: str = "x") -> None:
-    """Of the shape (if none is given) and device of x, in any dtype: autocast brings bf16 branches beside an fp32 stream."""
+    """Raise unless h has the shape (if none is given) and device of x; autocast brings bf16 branches beside an fp32 stream."""
     expected = tuple(x.shape) if shape is None else shape
-    check_tensor(name, h, f"{list(expected)}")
+    check_tensor(name, h, expected)
     if h.shape != expected:
         raise ValueError(f"{name}: got shape {tuple(h.shape)}, expected {expected} for {of} {tuple(x.shape)}")
     check_dtype(name, h)
@@ -96,15 +76,16 @@ def check_modulation(name: str, vector: Tensor | None, x: Tensor) -> None:
     if vector is None:
         return
     check_tensor(name, vector, "[B, D] or [B, T, D], or None")
-    if vector.shape != x.shape and vector.shape != x.shape[::2]:
-        B, T, D = x.shape
-        raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected {(B, D)} or {(B, T, D)} for x {tuple(x.shape)}")
+    shape, whole = vector.shape, x.shape
+    if shape != whole and shape != whole[::2]:
+        B, T, D = whole
+        raise ValueError(f"{name}: got shape {tuple(shape)}, expected {(B, D)} or {(B, T, D)} for x {tuple(whole)}")
     check_dtype(name, vector)
     _check_device(name, vector, x)
     _check_inner_stride(name, vector)
 
 
-def _check_not_empty(name: str, tensor: Tensor, sizes: torch.Size) -> None:
+def _check_not_empty(name: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
     if 0 in sizes:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected features; only batches and sequences may be empty")
 

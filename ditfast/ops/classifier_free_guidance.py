@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_dtype, check_integer, check_number, check_tensor
+from ..argument_checks import check_integer, check_number, check_tensor
+from .checks import check_dtype
 from .dispatch import define_op, needs_gradient, route
 
 
@@ -32,9 +33,7 @@ def classifier_free_guidance(out: Tensor, scale: float, channels: int) -> Tensor
         raise ValueError(f"out: got a batch of {out.shape[0]}, expected an even one: conditional, then unconditional")
     check_dtype("out", out)
     check_number("scale", scale)
-    check_integer("channels", channels)
-    if not 0 <= channels <= out.shape[1]:
-        raise ValueError(f"channels: got {channels}, expected 0..{out.shape[1]}")
+    check_integer("channels", channels, 0, out.shape[1])
     if route(out, "classifier_free_guidance", out.shape[0], (out.shape[1:].numel(),), needs_gradient(out)) == "torch":
         return torch_classifier_free_guidance(out, scale, channels)
     return _op(out, scale, channels)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..argument_checks import check_type
-from .checks import check_dtype, check_integer, check_tensor
+from ..argument_checks import check_integer, check_tensor, check_type
+from .checks import check_dtype
 from .dispatch import define_op, route
 
 
@@ -77,10 +77,10 @@ def _check(x: Tensor, output: Tensor, noise: Tensor | None, update: Tensor, scal
     check_tensor("x", x, "[B, C, H, W]")
     check_tensor("output", output, "[B, C, H, W] or [B, 2C, H, W]")
     check_tensor("update", update, "[6]")
-    check_integer("guided_channels", guided_channels)
     if x.dim() != 4 or x.dtype != torch.float32:
         raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected [B, C, H, W] torch.float32")
     batch, channels, height, width = x.shape
+    check_integer("guided_channels", guided_channels, 0, channels)
     check_dtype("output", output)
     samples = batch if scale is None else 2 * batch
     allowed = [(samples, channels, height, width), (samples, 2 * channels, height, width)]
@@ -89,14 +89,12 @@ def _check(x: Tensor, output: Tensor, noise: Tensor | None, update: Tensor, scal
     for name, tensor, shape in (("noise", noise, x.shape), ("update", update, (6,)), ("scale", scale, (batch,))):
         if tensor is None:
             continue
-        check_tensor(name, tensor, str(list(shape)))
+        check_tensor(name, tensor, shape)
         if tuple(tensor.shape) != tuple(shape) or tensor.dtype != torch.float32:
             raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} torch.float32")
     for name, tensor in (("output", output), ("noise", noise), ("update", update), ("scale", scale)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device}, as x")
-    if not 0 <= guided_channels <= channels:
-        raise ValueError(f"guided_channels: got {guided_channels}, expected 0..{channels}")
 
 
 def _fake(

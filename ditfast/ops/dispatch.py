@@ -207,6 +207,9 @@ def check_possible(engine: str, device: torch.device, problem: Problem) -> None:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether a backward may follow; so it may behind ``torch.jit.trace``, which compares graphs of either mode."""
+    if torch.jit.is_tracing():
+        return True
     return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 

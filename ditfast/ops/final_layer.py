@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .checks import check_linear, check_modulation, check_number, check_tokens, check_weight, token_rows
+from ..argument_checks import check_number
+from .checks import check_linear, check_modulation, check_tokens, check_weight, token_rows
 from .dispatch import define_op, needs_gradient, route, under_autocast
 from .layer_norm_modulate import layer_norm_modulate
 from .linear_unpatchify import linear_unpatchify
@@ -53,7 +54,7 @@ def final_layer(
     weight, bias = under_autocast(weight, bias)
     check_tokens("x", x)
     check_weight("weight", weight)
-    check_number("eps", eps)
+    check_number("eps", eps, 0)
     if (
         needs_gradient(x, shift, scale, weight, bias)
         or len(weight) > MOST_FEATURES

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_branch, check_modulation, check_number, check_tokens, token_rows
+from ..argument_checks import check_number
+from .checks import check_branch, check_modulation, check_tokens, token_rows
 from .dispatch import define_op, needs_gradient, route
 from .gated_residual import cast_to, torch_gated_residual
 from .joint_backward import joint_backward
@@ -37,7 +38,7 @@ def gated_residual_layer_norm_modulate(
     check_branch("h", h, x)
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_modulation(name, vector, x)
-    check_number("eps", eps)
+    check_number("eps", eps, 0)
     training = needs_gradient(x, h, gate, shift, scale)
     if route(x, "gated_residual_layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training) == "torch":
         x_new = torch_gated_residual(x, h, gate)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_modulation, check_number, check_tokens, token_rows
+from ..argument_checks import check_number
+from .checks import check_modulation, check_tokens, token_rows
 from .dispatch import computes_now, define_op, needs_gradient, route
 from .joint_backward import joint_backward
 
@@ -36,7 +37,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
     check_tokens("x", x)
     check_modulation("shift", shift, x)
     check_modulation("scale", scale, x)
-    check_number("eps", eps)
+    check_number("eps", eps, 0)
     training = needs_gradient(x, shift, scale)
     if route(x, "layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training) == "torch":
         return torch_layer_norm_modulate(x, shift, scale, eps)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_branch, check_dtype, check_parameter, check_tensor
+from ..argument_checks import check_integer, check_tensor
+from .checks import check_branch, check_dtype, check_parameter
 from .cpu_products import torch_linear
 from .dispatch import define_op, needs_gradient, route, under_autocast
-from .patches import check_patch_size
 
 
 def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
@@ -43,7 +43,7 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
 
 def _check(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
     """Returns pos_embed as [T, D]."""
-    check_patch_size(patch_size)
+    check_integer("patch_size", patch_size, 1)
     check_tensor("latents", latents, "[B, C, H, W]")
     if latents.dim() != 4 or 0 in latents.shape[1:] or latents.shape[2] % patch_size or latents.shape[3] % patch_size:
         raise ValueError(f"latents: got shape {tuple(latents.shape)}, expected [B, C, H, W], H and W multiples of {patch_size}")

@@ -1,4 +1,4 @@
-"""What the ops at the model's two ends ask of grids and patch sizes."""
+"""Checks of grids and patch sizes, for the ops at the model's two ends."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .checks import check_integer, wrong_type
-
-
-def check_patch_size(patch_size: int) -> None:
-    check_integer("patch_size", patch_size)
-    if patch_size < 1:
-        raise ValueError(f"patch_size: got {patch_size}, expected at least 1")
+from ..argument_checks import check_integer, wrong_type
 
 
 def check_grid(x: Tensor, grid: tuple[int, int], features: int, patch_size: int) -> None:
-    """That tokens x [B, T, ...] fill the grid, each with ``features`` values of a patch."""
-    check_patch_size(patch_size)
+    """Raise unless tokens x [B, T, ...] fill the grid, each with ``features`` values of a patch."""
+    check_integer("patch_size", patch_size, 1)
     if not isinstance(grid, Sequence) or isinstance(grid, str):
         raise wrong_type("grid", grid, "(h, w)")
     for side in grid:

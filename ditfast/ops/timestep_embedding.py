@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from ..argument_checks import check_integer, check_tensor
 from ..config import TIMESTEP_FEATURES
-from .checks import check_integer, check_tensor
 from .dispatch import define_op, needs_gradient, route
 
 _tables: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, number of frequencies and divisor
@@ -33,9 +33,9 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
         raise ValueError(f"t: got shape {tuple(t.shape)}, expected [B]")
     if t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"t: got dtype {t.dtype}, expected real timesteps")
-    check_integer("dim", dim)
+    check_integer("dim", dim, 0)
     if frequency_divisor is not None:
-        check_integer("frequency_divisor", frequency_divisor)
+        check_integer("frequency_divisor", frequency_divisor, 1)
     if dim % 2:
         raise ValueError(f"dim: got {dim}, expected an even number")
     half = dim // 2

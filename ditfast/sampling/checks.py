@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..argument_checks import LARGEST_SEED, as_float, as_int, as_list, check_type, describe
 from ..config import DiTConfig
 from ..diffusion.solvers import Step
+from ..ops.checks import DTYPES
 
 _A_SOLVERS = "those of a solver, such as ditfast.diffusion.steps(process, 'ddpm')"
 _A_SCHEDULER = "a diffusers scheduler whose timesteps are set"
@@ -20,7 +21,15 @@ _A_SCHEDULER = "a diffusers scheduler whose timesteps are set"
 def check_model(model: Any) -> None:
     """Raise unless a model is a ``ditfast.DiT`` or passes its attributes on, as torch.compile's does."""
     if not isinstance(getattr(model, "config", None), DiTConfig) or not hasattr(model, "forward_modulated"):
-        raise TypeError(f"model: got {describe(model)}, expected a ditfast.DiT")
+        came, hint = describe(model), ""
+        if isinstance(model, nn.Module):  # perhaps of the same name
+            came = f"a {type(model).__module__}.{type(model).__name__}"
+            hint = "; ditfast.load_checkpoint(model.state_dict()) makes one of a DiT's weights"
+        raise TypeError(f"model: got {came}, expected a ditfast.DiT{hint}")
+    weights = model.pos_embed
+    if weights.dtype not in DTYPES or weights.is_meta:
+        got = f"weights of {weights.dtype} on {weights.device}"
+        raise ValueError(f"model: got {got}, expected float32, float16 or bfloat16 on a device with memory: call model.to")
 
 
 def check_steps(steps: Any) -> None:

@@ -72,13 +72,22 @@ def test_deeper_folders_are_of_the_class_above_them(tmp_path: Path) -> None:
         (["a.png", "more/b.png", "more/deep/c.png"], "2 images are left out, such as more/b.png"),
         (["a.png", "photo.JPG"], "1 images are left out, such as photo.JPG"),
         (["1/a.png", "1/b.webp", "2/c.jpeg"], "2 images are left out, such as 1/b.webp"),
+        (["a.png", "b.tiff", "c.gif"], "2 images are left out, such as b.tiff"),
     ],
-    ids=["beside-folders", "other-formats", "other-formats-in-folders"],
+    ids=["beside-folders", "other-formats", "other-formats-in-folders", "formats-that-nothing-reads"],
 )
 def test_images_that_are_left_out_are_named(names: list[str], left_out: str, tmp_path: Path) -> None:
     png_folder(tmp_path, random_pixels(len(names), 4, 6, 1), names)
     with pytest.warns(UserWarning, match=left_out):
         assert len(open_images(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["b.png", "7"], ids=["image", "class"])
+def test_a_link_to_nothing_is_named(name: str, tmp_path: Path) -> None:
+    png_folder(tmp_path, random_pixels(1, 4, 6, 1), ["a.png"])
+    (tmp_path / name).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(EvaluationError, match=rf"/{name}: cannot be read: No such file or directory$"):
+        open_images(tmp_path)
 
 
 @pytest.mark.parametrize("names", [["0.png", "1.png"], ["5/0.png", "6/1.png"]], ids=["flat", "by-class"])

@@ -61,6 +61,50 @@ def test_every_argument_of_an_op(op: str) -> None:
                     call_with(op, name, value)()
 
 
+NOT_DENSE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse": lambda value: value.to_sparse(),
+    "compressed": lambda value: value.flatten(1).to_sparse_csr() if value.dim() > 1 else value.to_sparse(),
+    "nested": lambda value: torch.nested.nested_tensor(list(value.unbind())),
+    "jagged": lambda value: torch.nested.nested_tensor([value.flatten(), value.flatten()[1:]], layout=torch.jagged),
+    "of oneDNN": lambda value: value.to_mkldnn(),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta", "ignore:The PyTorch API of nested tensors")
+def test_a_tensor_that_is_not_dense(kind: str) -> None:
+    for op in OPS:
+        for name, value in arguments(op, SIZES, torch.float32, torch.device("cpu"), backward=False).items():
+            with pytest.raises(TypeError, match=f"^{name}: got a .*tensor.*, expected a dense one: "):
+                call_with(op, name, NOT_DENSE[kind](value))()
+
+
+BEYOND: dict[str, tuple[Any, ...]] = {
+    "eps": (-1e-6, -1, float("nan"), float("inf"), 1e39, 10**400, True),
+    "scale": (float("nan"), float("inf"), -1e39, 10**400, True),
+    "patch_size": (0, -2, True),
+    "channels": (-1, 50, 10**400, True),
+    "guided_channels": (-1, 50, 10**400, True),
+    "dim": (-2, 7, True),
+    "frequency_divisor": (0, -1, True),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_numbers_out_of_their_range(op: str) -> None:
+    tensors = arguments(op, SIZES, torch.float32, torch.device("cpu"), backward=False)
+    for name in (BEYOND.keys() & inspect.signature(getattr(ops, op)).parameters.keys()) - tensors.keys():
+        for value in BEYOND[name]:
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
+                call_with(op, name, value)()
+
+
+@pytest.mark.parametrize("number", [np.float32(2), np.int64(2), 2], ids=["np.float32", "np.int64", "int"])
+def test_numbers_of_other_types(number: Any) -> None:
+    x = torch.randn(2, 4, 2, 2)
+    assert torch.equal(ops.classifier_free_guidance(x, number, np.int64(3)), ops.classifier_free_guidance(x, 2.0, 3))
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("op", OPS)
 def test_a_list_beside_tensors(op: str, autocast: bool) -> None:
@@ -89,6 +133,14 @@ def test_every_argument_of_a_model(method: str) -> None:
             if not fits(value, parameter):
                 with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
                     call(**{**given, name: value})
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39, 10**400], ids=["nan", "inf", "1e39", "10^400"])
+def test_a_guidance_scale_that_is_not_finite(scale: float) -> None:
+    model = DiT(CONFIG).eval()
+    x, t, y = torch.randn(2, *CONFIG.input_shape), torch.tensor([10, 20]), torch.tensor([1, CONFIG.null_class])
+    with pytest.raises(ValueError, match=r"^cfg_scale: got .*, expected a finite number$"):
+        model.forward_with_cfg(x, t, y, scale)
 
 
 @pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)

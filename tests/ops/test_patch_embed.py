@@ -169,7 +169,7 @@ def test_errors_name_the_argument() -> None:
     assert "multiples of 2" in raises_naming("latents", lambda: ops.patch_embed(x[:, :, 1:], weight, bias, pos_embed, 2))
     assert "[B, C, H, W]" in raises_naming("latents", lambda: ops.patch_embed(x[0], weight, bias, pos_embed, 2))
     assert "float64" in raises_naming("latents", lambda: ops.patch_embed(x.double(), weight, bias, pos_embed, 2))
-    assert "at least 1" in raises_naming("patch_size", lambda: ops.patch_embed(x, weight, bias, pos_embed, 0))
+    assert "1 or more" in raises_naming("patch_size", lambda: ops.patch_embed(x, weight, bias, pos_embed, 0))
     assert "[D, C, 2, 2]" in raises_naming("weight", lambda: ops.patch_embed(x, weight.flatten(1), bias, pos_embed, 2))
     assert "(16, 4, 2, 2)" in raises_naming("weight", lambda: ops.patch_embed(x, weight[:, :3], bias, pos_embed, 2))
     assert "float32" in raises_naming("weight", lambda: ops.patch_embed(x, weight.half(), bias, pos_embed, 2))

@@ -66,7 +66,7 @@ def test_errors_name_the_argument() -> None:
     assert "(h, w)" in raises_naming("grid", lambda: ops.unpatchify(x, (6,), 2))
     assert "(h, w)" in raises_naming("grid", lambda: ops.unpatchify(x, (-2, -3), 2))
     assert "32 values" in raises_naming("patch_size", lambda: ops.unpatchify(x, (2, 3), 5))
-    assert "at least 1" in raises_naming("patch_size", lambda: ops.unpatchify(x, (2, 3), 0))
+    assert "1 or more" in raises_naming("patch_size", lambda: ops.unpatchify(x, (2, 3), 0))
 
 
 @ON_SIMULATOR

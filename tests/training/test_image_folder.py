@@ -83,6 +83,25 @@ def test_a_folder_that_leads_into_itself_is_read_once(tmp_path: Path) -> None:
     assert data.names == ["cat/1.png", "cat/linked/2.png"]
 
 
+def test_images_of_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "cat/b.TIF", "dog/c.png", "dog/d.avif", "dog/notes.txt"):
+        written(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_bytes(b"II*\0")
+    with pytest.warns(UserWarning, match=r"^data: .*: 2 images are left out, such as cat/b\.TIF; expected \.bmp, "):
+        data = opened(tmp_path)
+    assert isinstance(data, ImageFolder)
+    assert data.names == ["cat/a.png", "dog/c.png"]
+
+
+@pytest.mark.parametrize("name", ["cat/2.png", "dog"], ids=["image", "class"])
+def test_a_link_to_nothing_is_named(name: str, tmp_path: Path) -> None:
+    """Left out, a class would shift the numbers of those behind it."""
+    written(tmp_path / "cat" / "1.png")
+    written(tmp_path / "eel" / "1.png")
+    (tmp_path / name).symlink_to(tmp_path / "unmounted" / name)
+    with pytest.raises(DataError, match=rf"^data: .*/{name}: cannot be read: No such file or directory$"):
+        opened(tmp_path)
+
+
 def test_a_plain_folder_is_told_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     opened(photographs(tmp_path))
     assert not recwarn.list

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import vae as autoencoder
 from ...files import visible_entries
-from ...image_files import SUFFIXES, find_images, open_image, upright
+from ...image_files import NOT_READ, SUFFIXES, find_images, open_image, upright
 from ...sampling.settings import digest
 from .records import BadRecord, DataError, Record
 
@@ -125,10 +125,14 @@ def _middle(image: Any) -> Any:
 def _files(path: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
     """Return name, label and size in bytes of each image, in order; and the names of the classes."""
     classes = [entry.name for entry in visible_entries(path) if entry.is_dir()]
-    images = find_images(path)
+    every = find_images(path)
+    images = [(name, entry) for name, entry in every if name.lower().endswith(SUFFIXES)]
     flat = [(name, 0, entry.stat().st_size) for name, entry in images if "/" not in name]
     if flat and classes:
         raise DataError(f"data: {path}: holds the image {flat[0][0]} beside the folder {classes[0]}, expected one or the other")
+    if left_out := [name for name, _ in every if name.lower().endswith(NOT_READ)]:
+        told = f"{len(left_out)} images are left out, such as {left_out[0]}"
+        warnings.warn(f"data: {path}: {told}; expected {', '.join(SUFFIXES)}", stacklevel=3)
     if flat:
         return flat, [path.name]
     if not images:
