@@ -14,7 +14,7 @@ from torch.nn import functional as F
 CHANGES = (
     *("none", "positions as argument", "None as argument", "routing", "window", "attention dropout", "stochastic depth"),
     *("scale", "registers", "eps", "activation", "label probability", "rotary", "exact GELU", "soft cap", "first image"),
-    *("rare stochastic depth", "kept attention", "no label", "argument's default"),
+    *("rare stochastic depth", "kept attention", "no label", "argument's default", "halved stream"),
 )
 
 
@@ -113,6 +113,8 @@ class Fork(timm_style.DiT):
         if self.change == "argument's default":
             extra["strength"] = 1.0
         for index, block in enumerate(self.blocks):
+            if self.change == "halved stream" and index == 1:
+                x = 0.5 * x  # [B, T, D]
             if self.change == "routing" and self.training and index == 1:
                 x = torch.cat([block(x[:, ::2], c), x[:, 1::2]], dim=1)  # [B, T, D]
             else:

@@ -56,7 +56,7 @@ def test_the_check_leaves_only_what_a_fork_changes(change: str) -> None:
         **dict.fromkeys(("none", "None as argument"), every),
         "positions as argument": [],
         "argument's default": [],
-        **dict.fromkeys(("registers", "routing", "label probability", "no label"), every[1:]),
+        **dict.fromkeys(("registers", "routing", "label probability", "no label", "halved stream"), every[1:]),
     }
     assert names == expected.get(change, ["", "blocks.0", "blocks.2"])
 

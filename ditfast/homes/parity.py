@@ -32,7 +32,8 @@ Verdicts: TypeAlias = dict[Any, str]
 class StandIn:
     """Forward of a block's copy that records its calls and, unless the block is real, mixes its inputs cheaply.
 
-    The result depends on every tensor, on their tokens' order, on the number of other arguments and on the block's index.
+    The result depends on every tensor, on their scale and their tokens' order, on the number of other arguments and on the
+    block's index.
     """
 
     def __init__(self, block: nn.Module, home: Home, index: int, record: Callable[[Call], None], real: bool):
@@ -50,7 +51,7 @@ class StandIn:
         for tensor in tensors:
             if tensor is not x:
                 factor = factor + 0.1 * _projection(tensor, len(x))
-        return self.home.stand_in(self.block, [factor * stream + 0.5 * stream.roll(1, 1) for stream in streams])
+        return self.home.stand_in(self.block, [factor * stream + stream.roll(1, 1).tanh() for stream in streams])
 
 
 class ModelRun:
