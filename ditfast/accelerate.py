@@ -114,7 +114,7 @@ def accelerate(
     except BaseException:
         _put_back(before)
         raise
-    swaps = {module: Swap(module, how.home, options, how.tokens, how.check) for module, how in plan.swaps.items()}
+    swaps = {module: Swap(module, how.home, options, how.lengths, how.check) for module, how in plan.swaps.items()}
     _put_back({**swaps, **plan.reasons})
     return model_or_pipeline
 

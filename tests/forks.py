@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -33,7 +34,7 @@ class Attention(timm_style.Attention):
         places = torch.arange(T)
         mask = (places[:, None] - places).abs() <= 3 if self.change == "window" else None
         p = 0.3 if self.change == "attention dropout" and self.training else 0.0
-        scale = self.scale * (2 if self.change == "scale" else 1)
+        scale = self.scale * {"scale": 2, "logarithmic scale": math.log(T) / math.log(16)}.get(self.change, 1)
         if self.change == "soft cap":
             x = (50 * torch.tanh(scale / 50 * q @ k.mT)).softmax(-1) @ v
         else:

@@ -100,6 +100,19 @@ def test_a_window_wider_than_the_first_call_is_seen_at_a_longer_one() -> None:
     assert {row.fast_calls for row in rows_of(model).values()} == {2}
 
 
+def test_a_scale_that_depends_on_the_length_is_seen_at_a_shorter_call() -> None:
+    model = ditfast.accelerate(Blocks("logarithmic scale").eval())
+    c = torch.randn(2, 32)
+    with torch.no_grad():
+        for T in (16, 4, 16):
+            x = torch.randn(2, T, 32)
+            found = model(x, c)
+            for block in model.blocks:
+                x = type(block).forward(block, x, c)
+            assert error(found, x) <= 1e-5
+    assert {row.fast_calls for row in rows_of(model).values()} == {2}
+
+
 def test_an_extra_argument_keeps_the_original_unless_it_is_none() -> None:
     model = ditfast.accelerate(Blocks().eval())
     x, c = torch.randn(2, 16, 32), torch.randn(2, 32)

@@ -26,7 +26,6 @@ from .caches import Caches, Modulations
 Foreign: TypeAlias = Any  # an nn.Module of somebody else's, whose parts the type checker cannot know
 REPORTED_TOKENS = 256  # of the one image that the report speaks of
 NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
-UNLIMITED = sys.maxsize  # tokens
 SEVERAL_CONDITIONS = "one image has several timesteps or labels"
 UNCHECKED = "checked at the first call"
 WITH_GRADIENTS = "with gradients its own forward runs, over swapped blocks"
@@ -37,6 +36,23 @@ class Options(NamedTuple):
     engine: str | None = None  # of attention; None: the one expected to win
     cache_modulation: bool = False
     int8: bool = False  # on the CPU engine, without gradients
+
+
+class Lengths(NamedTuple):
+    """Shortest and longest sequence that a parity check covers; ``longest`` is 0 where it covers none yet."""
+
+    shortest: int
+    longest: int
+
+    def cover(self, tokens: int) -> bool:
+        return self.shortest <= tokens <= self.longest
+
+    def including(self, tokens: int) -> Lengths:
+        return Lengths(min(self.shortest, tokens), max(self.longest, tokens))
+
+
+UNLIMITED = Lengths(0, sys.maxsize)
+NO_LENGTHS = Lengths(sys.maxsize, 0)
 
 
 class Declined(NamedTuple):
@@ -115,8 +131,8 @@ class Swap:
         module: the module.
         home: its family.
         options: how its ops compute.
-        tokens: length of the longest sequence that its parity check covers; 0: it is checked at its first call.
-        check: parity check of a call with more tokens, returns why it must not be fast.
+        lengths: of the sequences that its parity check covers; with ``NO_LENGTHS`` it is checked at its first call.
+        check: parity check of a call of another length, returns why it must not be fast.
     """
 
     def __init__(
@@ -124,15 +140,15 @@ class Swap:
         module: Foreign,
         home: Home,
         options: Options,
-        tokens: int = UNLIMITED,
+        lengths: Lengths = UNLIMITED,
         check: Callable[[Swap, Sequence[Any], Mapping[str, Any]], str | None] | None = None,
     ):
         self.module = module
         self.home = home
         self.options = options
-        self.tokens = tokens
+        self.lengths = lengths
         self.check = check
-        self.refuted = ""  # why calls with more tokens are left to the original, once that was checked
+        self.refuted = ""  # why calls of other lengths are left to the original, once that was checked
         self.fast_calls = 0
         self.original_calls: Counter[str] = Counter()  # by reason
         self.on = True  # off, it is the module's own forward: somebody may have wrapped it and keep it
@@ -168,14 +184,17 @@ class Swap:
             return "changed since, or hooked inside"
         if self.is_rounded and _recomputed_later(args, kwargs):
             return "recomputed in the backward, where it is not rounded"
-        if self.tokens == UNLIMITED or tokens_of(args, kwargs) <= self.tokens:
+        if self.lengths == UNLIMITED or self.lengths.cover(tokens_of(args, kwargs)):
             return ""
         if self.refuted or self.check is None:
             return self.refuted
         return self._checked_now(args, kwargs)
 
     def _checked_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Check a longer call than any before, ahead of it: its recomputation in a backward then takes the same forward."""
+        """Check a longer or shorter call than any before, ahead of it.
+
+        Its recomputation in a backward then takes the same forward.
+        """
         assert self.check is not None
         if torch.compiler.is_compiling():
             return UNCHECKED
@@ -185,7 +204,7 @@ class Swap:
         if reason:
             self.refuted = reason
         else:
-            self.tokens = max(self.tokens, tokens_of(args, kwargs))
+            self.lengths = self.lengths.including(tokens_of(args, kwargs))
         return reason
 
     @property
@@ -267,7 +286,7 @@ class Swap:
             return None
         if swap.dtype != self.dtype or swap.options.int8 != self.options.int8:
             return None
-        return swap if tokens <= swap.tokens and is_unhooked(block) and swap.is_as_found() else None
+        return swap if swap.lengths.cover(tokens) and is_unhooked(block) and swap.is_as_found() else None
 
     def modulation(self, activated: Tensor) -> blocks.Modulation:
         assert isinstance(self.home, BlockHome)
@@ -283,7 +302,7 @@ class Swap:
 
     def is_idle(self) -> bool:
         """Return True if the fast forward never ran although it could have: not checked yet, or left to the original."""
-        return self.tokens == 0 or (not self.fast_calls and bool(self.original_calls))
+        return self.lengths == NO_LENGTHS or (not self.fast_calls and bool(self.original_calls))
 
     def idle_reason(self) -> str:
         """Return why the fast forward never ran."""

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .build import build_of
 from .comparison import RANDOM, REPLACED, STATE, Call, compare_outputs, reason_of, to_device, weight_of, why_not_block
 from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all
-from .home import Foreign, Home, Mismatch, ModelInputs, Options, Swap
+from .home import NO_LENGTHS, Foreign, Home, Lengths, Mismatch, ModelInputs, Options, Swap
 
 SAMPLES = 2  # of a first call
 
@@ -61,7 +61,7 @@ class ModelRun:
         self.model, self.blocks = model, blocks
         self.calls: dict[str, list[Call]] = {name: [] for name in blocks}
         self.keys: dict[str, set[Any]] = {name: set() for name in blocks}
-        self.tokens = dict.fromkeys(blocks, 0)  # of the longest sequence that a block received
+        self.lengths: dict[str, Lengths] = {}  # of the sequences that a block received, if it was called
         self.builds = {name: build_of(model.get_submodule(name)) for name in blocks}
         self.representatives = set(representatives(self.builds))
         self.outputs: list[Any] = []
@@ -147,7 +147,7 @@ class ModelRun:
     def _record(self, name: str, call: Call) -> None:
         """Keep a call of each kind once, and those of the first, a middle and the last of blocks built alike."""
         key = call.key()
-        self.tokens[name] = max(self.tokens[name], call.tokens())
+        self.lengths[name] = self.lengths.get(name, NO_LENGTHS).including(call.tokens())
         if key in self.keys[name]:
             return
         alike = [other for other, build in self.builds.items() if build == self.builds[name]]
