@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .build import build_of
-from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, run_isolated, seed_all
+from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, run_isolated, seed_all, to_dtypes_of
 from .home import Foreign, Home, Mismatch, Options, Swap, tokens_of
 
 TOLERANCE = 1e-5  # relative, of outputs in fp32
@@ -93,13 +93,25 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return _map_tensors(lambda tensor: tensor.to(device), tree)
 
 
-def compare_outputs(expected: Any, found: Any) -> None:
-    """Raise ``Mismatch`` unless two outputs agree."""
+def in_dtype_of(module: nn.Module, tree: Any) -> Any:
+    """Return arguments whose fractions are in the dtype of a module's weights."""
+    dtype = weight_of(module).dtype
+    return _map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree)
+
+
+def compare_kinds(expected: Any, found: Any) -> None:
+    """Raise ``Mismatch`` unless two outputs have the same type, shapes and dtypes."""
     if type(expected) is not type(found):
         raise Mismatch(f"its forward returns a {type(expected).__name__}, not a {type(found).__name__}")
     for a, b in zip(_tensors(expected), _tensors(found), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise Mismatch(f"its forward returns {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}")
+
+
+def compare_outputs(expected: Any, found: Any) -> None:
+    """Raise ``Mismatch`` unless two outputs agree."""
+    compare_kinds(expected, found)
+    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
         _compare_tensors(a, b, TOLERANCE, "random input")
 
 
@@ -118,8 +130,21 @@ def _compare_block(block: nn.Module, home: Home, calls: Sequence[Call]) -> None:
             _compare_calls(original, fast, swap, _strengthened(in_fp32(call)))
         if build_of(original) != build_of(fast):
             raise Mismatch(STATE)
+        if any([to_dtypes_of(block, original), to_dtypes_of(block, fast)]):
+            for call in calls:
+                _compare_dtypes(original.eval(), fast.eval(), in_dtype_of(block, call.first_samples(1)))
     finally:
         release(fast)
+
+
+@torch.no_grad()
+def _compare_dtypes(original: nn.Module, fast: nn.Module, call: Call) -> None:
+    """Raise ``Mismatch`` if the outputs' dtypes differ where the weights are not in fp32: a block may keep its stream in it."""
+    try:
+        expected = original(*call.args, **call.kwargs)
+    except Exception:  # it does not take inputs in its weights' dtype, and is not given any
+        return
+    compare_kinds(expected, fast(*call.args, **call.kwargs))
 
 
 def _compare_calls(original: nn.Module, fast: nn.Module, swap: Swap, call: Call) -> None:

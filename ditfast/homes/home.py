@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import CodeType, MethodType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ REPORTED_TOKENS = 256  # of the one image that the report speaks of
 NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
 SEVERAL_CONDITIONS = "one image has several timesteps or labels"
 UNCHECKED = "checked at the first call"
+OF_OTHER_DTYPES = "its inputs and weights have several dtypes"
 WITH_GRADIENTS = "with gradients its own forward runs, over swapped blocks"
 
 
@@ -242,6 +243,16 @@ class Swap:
         """Whether it computes in less than the parameters' dtype."""
         return self.dtype is not None or (self.options.int8 and not torch.is_grad_enabled())
 
+    def takes(self, *activations: Tensor) -> bool:
+        """Return True if activations are in the weights' dtype, or cast: by autocast, or to what is computed in."""
+        weight = self.weight()
+        if self.dtype is not None or torch.is_autocast_enabled(weight.device.type):
+            return True
+        return all(activation.dtype == weight.dtype for activation in activations)
+
+    def weight(self) -> Tensor:
+        return next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
+
     def cast(self, activation: Tensor) -> Tensor:
         return activation if self.dtype is None else activation.to(self.dtype)
 
@@ -312,7 +323,7 @@ class Swap:
         """What the ops of the module take, in words."""
         if not self.is_as_found():
             return "changed since, or hooked inside: its own forward runs"
-        weight = next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
+        weight = self.weight()
         dtype = self.options.dtype or weight.dtype
         norm = Problem("layer_norm_modulate", dtype, REPORTED_TOKENS, (REPORTED_TOKENS, weight.shape[-1]))
         backend = choose(weight.device, norm).route
@@ -334,6 +345,10 @@ class Swap:
 def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Reentrant checkpointing runs its forward without gradients, on inputs that need them; both runs have to be alike."""
     return any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+
+
+def is_tensor(value: object, dim: int) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dim() == dim
 
 
 def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -7,6 +7,7 @@ are then compared on what they received, forward and backward.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,8 +18,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .build import build_of
-from .comparison import RANDOM, REPLACED, STATE, Call, compare_outputs, reason_of, to_device, weight_of, why_not_block
-from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all
+from .comparison import (
+    RANDOM,
+    REPLACED,
+    STATE,
+    Call,
+    compare_kinds,
+    compare_outputs,
+    in_dtype_of,
+    reason_of,
+    to_device,
+    weight_of,
+    why_not_block,
+)
+from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all, to_dtypes_of
 from .home import NO_LENGTHS, Foreign, Home, Lengths, Mismatch, ModelInputs, Options, Swap
 
 SAMPLES = 2  # of a first call
@@ -51,7 +64,8 @@ class StandIn:
         for tensor in tensors:
             if tensor is not x:
                 factor = factor + 0.1 * _projection(tensor, len(x))
-        return self.home.stand_in(self.block, [factor * stream + stream.roll(1, 1).tanh() for stream in streams])
+        mixed = [(factor * stream + stream.roll(1, 1).tanh()).to(stream.dtype) for stream in streams]
+        return self.home.stand_in(self.block, mixed)
 
 
 class ModelRun:
@@ -65,6 +79,7 @@ class ModelRun:
         self.builds = {name: build_of(model.get_submodule(name)) for name in blocks}
         self.representatives = set(representatives(self.builds))
         self.outputs: list[Any] = []
+        self.in_own_dtype: Any = None  # output in the dtype of the weights
         self.states: list[list[bytes]] = []  # of random number generators, after each
 
     def run(self, inputs: ModelInputs) -> str:
@@ -79,6 +94,9 @@ class ModelRun:
             for training in (False, True):
                 self.outputs.append(self._forward(twin, training))
                 self.states.append(rng_states())
+            if to_dtypes_of(self.model, twin):
+                with contextlib.suppress(Exception):  # it may not take inputs in its weights' dtype
+                    self.in_own_dtype = self._forward_in_own_dtype(twin)
         finally:
             release(twin)
         self.build = build_of(twin)
@@ -125,6 +143,8 @@ class ModelRun:
                     raise Mismatch(RANDOM)
             if not swap.fast_calls:
                 raise Mismatch(swap.idle_reason())
+            if to_dtypes_of(self.model, twin) and self.in_own_dtype is not None:
+                compare_kinds(self.in_own_dtype, self._forward_in_own_dtype(twin))
         finally:
             release(twin)
         if build_of(twin) != self.build:
@@ -143,6 +163,10 @@ class ModelRun:
         seed_all()
         with torch.no_grad():
             return twin.train(training)(*in_fp32(self.example))
+
+    def _forward_in_own_dtype(self, twin: nn.Module) -> Any:
+        with torch.no_grad():
+            return twin.eval()(*in_dtype_of(self.model, self.example))
 
     def _record(self, name: str, call: Call) -> None:
         """Keep a call of each kind once, and those of the first, a middle and the last of blocks built alike."""
