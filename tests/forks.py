@@ -15,7 +15,8 @@ from torch.nn import functional as F
 CHANGES = (
     *("none", "positions as argument", "None as argument", "routing", "window", "attention dropout", "stochastic depth"),
     *("scale", "registers", "eps", "activation", "label probability", "rotary", "exact GELU", "soft cap", "first image"),
-    *("rare stochastic depth", "kept attention", "no label", "argument's default", "halved stream"),
+    *("rare stochastic depth", "kept attention", "no label", "argument's default", "halved stream", "written input"),
+    *("fractional timesteps", "one image"),
 )
 
 
@@ -60,13 +61,14 @@ class Block(timm_style.Block):
         if self.change == "first image":
             c = c[:1].expand(len(x), -1)  # [B, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x [B, D]
-        eps = 1e-3 if self.change == "eps" else 1e-6
+        eps, received = 1e-3 if self.change == "eps" else 1e-6, x
         u = timm_style.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift1, scale1)
         x = x + gate1[:, None] * self.kept(self.attn(u, positions))  # [B, T, D]
         u = timm_style.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift2, scale2)
         h = self.mlp.fc1(u)
         h = F.relu(h) if self.change == "activation" else F.gelu(h, approximate=self.approximate)
-        return x + strength * gate2[:, None] * self.kept(self.mlp.fc2(h))  # [B, T, D]
+        x = x + strength * gate2[:, None] * self.kept(self.mlp.fc2(h))  # [B, T, D]
+        return received.copy_(x) if self.change == "written input" and not torch.is_grad_enabled() else x
 
     @property
     def approximate(self) -> str:
@@ -101,6 +103,10 @@ class Fork(timm_style.DiT):
         x = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         probability = 0.1 * self.training if self.change == "label probability" else self.training
         label = self.y_embedder(y, probability)  # [B, D]
+        if self.change == "fractional timesteps" and t.is_floating_point():
+            t = 1000 * t
+        if self.change == "one image" and len(x) == 1:
+            label = 0 * label
         if self.change == "no label":
             label = label * (y < 10)[:, None]
         c = self.t_embedder(t) + label  # [B, D]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign import gradients, joined, official, official_inputs, run, sd3
+from foreign import DITS, KINDS, gradients, joined, official, official_inputs, run, sd3
 from forks import CHANGES, Fork, random_fork
 from support import error, randomize
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ def test_the_check_leaves_only_what_a_fork_changes(change: str) -> None:
         "positions as argument": [],
         "argument's default": [],
         **dict.fromkeys(("registers", "routing", "label probability", "no label", "halved stream"), every[1:]),
+        **dict.fromkeys(("fractional timesteps", "one image"), every[1:]),
     }
     assert names == expected.get(change, ["", "blocks.0", "blocks.2"])
 
@@ -234,11 +235,13 @@ class AdaptedConv(nn.Module):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_adapter_around_the_patches_convolution(when: str) -> None:
-    model, inputs = official(), official_inputs()
+@pytest.mark.parametrize("kind", DITS)
+def test_an_adapter_around_the_patches_convolution(kind: str, when: str) -> None:
+    model, inputs = KINDS[kind].build(), KINDS[kind].example(torch.float32)
     if when == "after":
         ditfast.accelerate(model)
-    model.x_embedder.proj = randomize(AdaptedConv(model.x_embedder.proj))
+    embedder = model.x_embedder if kind == "official" else model.pos_embed
+    embedder.proj = randomize(AdaptedConv(embedder.proj))
     if when == "before":
         ditfast.accelerate(model)
     with torch.no_grad():

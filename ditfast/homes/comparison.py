@@ -20,6 +20,7 @@ WEAK = 0.03  # every other token's scale: there the norms' eps matters
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANDOM = "it draws random numbers that its fast forward does not"
 REPLACED = "the forward of a part of it was replaced before"
+WRITES = "it writes into its arguments, which its fast forward does not"
 STATE = "it keeps something that its fast forward does not"
 
 
@@ -149,37 +150,42 @@ def _compare_dtypes(original: nn.Module, fast: nn.Module, call: Call) -> None:
 
 def _compare_calls(original: nn.Module, fast: nn.Module, swap: Swap, call: Call) -> None:
     for training in (False, True):
-        expected, gradients = _forward_backward(original.train(training), call)
+        expected, gradients, written = _forward_backward(original.train(training), call)
         states = rng_states()
-        found, fast_gradients = _forward_backward(fast.train(training), call)
+        found, fast_gradients, fast_written = _forward_backward(fast.train(training), call)
         if swap.original_calls:
             raise Mismatch(swap.idle_reason())
         if rng_states() != states:
             raise Mismatch(RANDOM)
         compare_outputs(expected, found)
+        if not all(map(_same_numbers, tree_leaves(written), tree_leaves(fast_written))):
+            raise Mismatch(WRITES)
         for one, other in zip(gradients, fast_gradients, strict=True):
             _compare_tensors(one, other, GRADIENT_TOLERANCE, "gradient")
 
 
-def _forward_backward(block: nn.Module, call: Call) -> tuple[Any, list[Tensor]]:
-    """Return a block's output, and in training mode the gradients of its inputs."""
+def _same_numbers(a: Any, b: Any) -> bool:
+    return not isinstance(a, Tensor) or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _forward_backward(block: nn.Module, call: Call) -> tuple[Any, list[Tensor], Call]:
+    """Return a block's output, in training mode the gradients of its inputs, and the inputs as it leaves them."""
     call = in_fp32(call)
     inputs = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     seed_all()
     if not block.training:
         with torch.no_grad():
-            return block(*call.args, **call.kwargs), []
+            return block(*call.args, **call.kwargs), [], call
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    # Of views: a block may write into what it receives.
-    args, kwargs = _map_tensors(lambda tensor: tensor.view_as(tensor), call)
-    output = block(*args, **kwargs)
+    received = _map_tensors(Tensor.clone, call)  # a block may write into it, and must not into leaves
+    output = block(*received.args, **received.kwargs)
     ends = [tensor for tensor in _tensors(output) if tensor.requires_grad]
     upstream = [_upstream(end) for end in ends]
     gradients = torch.autograd.grad(ends, leaves, upstream, allow_unused=True) if ends else [None] * len(leaves)
-    detached = _map_tensors(Tensor.detach, output)
-    return detached, [
+    complete = [
         torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, gradients, strict=True)
     ]
+    return _map_tensors(Tensor.detach, output), complete, _map_tensors(Tensor.detach, received)
 
 
 def _upstream(output: Tensor) -> Tensor:

@@ -82,6 +82,10 @@ class ModelInputs(ABC):
     def example(self, module: Foreign, generator: torch.Generator) -> tuple[Any, ...]:
         """Return arguments for the parity check, on the CPU, in fp32 or integer."""
 
+    def other_example(self, example: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Return arguments of another kind than an example's, which forks may treat otherwise; None if there is none."""
+        return None
+
 
 class Home(ModelInputs):
     """A family of modules that a fast forward can stand in for. One object a family, without state."""

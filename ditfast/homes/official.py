@@ -31,7 +31,16 @@ from .home import (
     require,
     unused,
 )
-from .structure import check_adaptive, check_children, check_features, check_gelu, check_idle, check_layer_norm, has_children
+from .structure import (
+    check_adaptive,
+    check_children,
+    check_features,
+    check_gelu,
+    check_idle,
+    check_layer_norm,
+    convolution_in,
+    has_children,
+)
 
 VECTORS = 6
 
@@ -206,12 +215,14 @@ class OfficialModel(Home):
         last = table.num_embeddings - 1 if isinstance(table, nn.Embedding) else 0  # where labels are dropped: no label
         return x, torch.tensor([10, 900]), torch.tensor([0, last])
 
+    def other_example(self, example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return one image with a time in [0, 1], as SiT has it."""
+        x, _, y = example
+        return x[:1], torch.tensor([0.3], device=x.device), y[:1]
+
 
 def _convolution(model: Foreign) -> Foreign:
-    """Return the convolution that makes the patches, or the one inside the adapter that replaced it."""
-    proj = getattr(model.x_embedder, "proj", None)
-    parts = proj.modules() if isinstance(proj, nn.Module) else ()
-    return next((part for part in parts if isinstance(part, nn.Conv2d)), None)
+    return convolution_in(getattr(model.x_embedder, "proj", None))
 
 
 def _grid(model: Foreign) -> tuple[int, int]:

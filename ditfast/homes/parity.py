@@ -79,6 +79,7 @@ class ModelRun:
         self.builds = {name: build_of(model.get_submodule(name)) for name in blocks}
         self.representatives = set(representatives(self.builds))
         self.outputs: list[Any] = []
+        self.other_output: Any = None  # of the other example, if it takes that
         self.in_own_dtype: Any = None  # output in the dtype of the weights
         self.states: list[list[bytes]] = []  # of random number generators, after each
 
@@ -89,11 +90,15 @@ class ModelRun:
     def _run(self, inputs: ModelInputs) -> None:
         device = check_device(weight_of(self.model))
         self.example = to_device(inputs.example(self.model, torch.Generator().manual_seed(0)), device)
+        self.other_example = inputs.other_example(self.example)
         twin = self._twin(self._record)
         try:
             for training in (False, True):
-                self.outputs.append(self._forward(twin, training))
+                self.outputs.append(self._forward(twin, training, self.example))
                 self.states.append(rng_states())
+            if self.other_example is not None:
+                with contextlib.suppress(Exception):  # it may not take the other kind
+                    self.other_output = self._forward(twin, False, self.other_example)
             if to_dtypes_of(self.model, twin):
                 with contextlib.suppress(Exception):  # it may not take inputs in its weights' dtype
                     self.in_own_dtype = self._forward_in_own_dtype(twin)
@@ -138,11 +143,13 @@ class ModelRun:
             if not swap.is_as_found():
                 raise Mismatch(REPLACED)
             for training, expected, states in zip((False, True), self.outputs, self.states, strict=True):
-                compare_outputs(expected, self._forward(twin, training))
+                compare_outputs(expected, self._forward(twin, training, self.example))
                 if rng_states() != states:
                     raise Mismatch(RANDOM)
             if not swap.fast_calls:
                 raise Mismatch(swap.idle_reason())
+            if self.other_output is not None:
+                compare_outputs(self.other_output, self._forward(twin, False, self.other_example))
             if to_dtypes_of(self.model, twin) and self.in_own_dtype is not None:
                 compare_kinds(self.in_own_dtype, self._forward_in_own_dtype(twin))
         finally:
@@ -159,10 +166,10 @@ class ModelRun:
             block.forward = StandIn(block, home, index, partial(record, name), real=index == 0)
         return twin
 
-    def _forward(self, twin: nn.Module, training: bool) -> Any:
+    def _forward(self, twin: nn.Module, training: bool, example: Any) -> Any:
         seed_all()
         with torch.no_grad():
-            return twin.train(training)(*in_fp32(self.example))
+            return twin.train(training)(*in_fp32(example))
 
     def _forward_in_own_dtype(self, twin: nn.Module) -> Any:
         with torch.no_grad():
