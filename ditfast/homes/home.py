@@ -247,15 +247,12 @@ class Swap:
         """Whether it computes in less than the parameters' dtype."""
         return self.dtype is not None or (self.options.int8 and not torch.is_grad_enabled())
 
-    def takes(self, *activations: Tensor) -> bool:
-        """Return True if activations are in the weights' dtype, or cast: by autocast, or to what is computed in."""
-        weight = self.weight()
-        if self.dtype is not None or torch.is_autocast_enabled(weight.device.type):
+    def takes(self, linear: nn.Module, *activations: Tensor) -> bool:
+        """Return True if activations have the dtype of a linear's weight, or are cast: by autocast, or to ``dtype``."""
+        dtype = getattr(getattr(linear, "weight", None), "dtype", None)  # an adapter may have no weight
+        if dtype is None or all(activation.dtype == dtype for activation in activations):
             return True
-        return all(activation.dtype == weight.dtype for activation in activations)
-
-    def weight(self) -> Tensor:
-        return next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
+        return self.dtype is not None or torch.is_autocast_enabled(activations[0].device.type)
 
     def cast(self, activation: Tensor) -> Tensor:
         return activation if self.dtype is None else activation.to(self.dtype)
@@ -327,7 +324,7 @@ class Swap:
         """What the ops of the module take, in words."""
         if not self.is_as_found():
             return "changed since, or hooked inside: its own forward runs"
-        weight = self.weight()
+        weight = next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
         dtype = self.options.dtype or weight.dtype
         norm = Problem("layer_norm_modulate", dtype, REPORTED_TOKENS, (REPORTED_TOKENS, weight.shape[-1]))
         backend = choose(weight.device, norm).route

@@ -83,7 +83,7 @@ class OfficialBlock(BlockHome):
             return Declined(extra)
         if not (is_tensor(x, 3) and is_tensor(c, 2) and x.dtype in DTYPES):
             return Declined("its inputs are not [B, T, D] and [B, D] in fp32, fp16 or bf16")
-        if not swap.takes(x, c):
+        if not swap.takes(swap.module.attn.qkv, x, c):
             return Declined(OF_OTHER_DTYPES)
         if c.shape[0] not in (1, x.shape[0]):
             return Declined(SEVERAL_CONDITIONS)
@@ -166,7 +166,7 @@ class OfficialModel(Home):
         # Forks may have a use for other inputs.
         if not (is_tensor(x, 4) and is_tensor(t, 1) and is_tensor(y, 1) and x.shape[2:] == size and x.dtype in DTYPES):
             return Declined("its inputs are not [B, C, H, W], [B] and [B] of the model's size")
-        if not swap.takes(x):
+        if not swap.takes(model.x_embedder.proj, x):
             return Declined(OF_OTHER_DTYPES)
         if t.shape[0] not in (1, x.shape[0]) or y.shape[0] not in (1, x.shape[0]):
             return Declined(SEVERAL_CONDITIONS)
