@@ -16,7 +16,7 @@ CHANGES = (
     *("none", "positions as argument", "None as argument", "routing", "window", "attention dropout", "stochastic depth"),
     *("scale", "registers", "eps", "activation", "label probability", "rotary", "exact GELU", "soft cap", "first image"),
     *("rare stochastic depth", "kept attention", "no label", "argument's default", "halved stream", "written input"),
-    *("fractional timesteps", "one image"),
+    *("fractional timesteps", "one image", "rare noise", "kept condition", "detached condition"),
 )
 
 
@@ -60,8 +60,10 @@ class Block(timm_style.Block):
     def forward(self, x: Tensor, c: Tensor, positions: Tensor | None = None, strength: float = 1.0) -> Tensor:
         if self.change == "first image":
             c = c[:1].expand(len(x), -1)  # [B, D]
+        if self.change == "detached condition":
+            c = c.detach()
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x [B, D]
-        eps, received = 1e-3 if self.change == "eps" else 1e-6, x
+        eps, received = 1e-5 if self.change == "eps" else 1e-6, x
         u = timm_style.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift1, scale1)
         x = x + gate1[:, None] * self.kept(self.attn(u, positions))  # [B, T, D]
         u = timm_style.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift2, scale2)
@@ -75,7 +77,7 @@ class Block(timm_style.Block):
         return "none" if self.change == "exact GELU" else "tanh"
 
     def kept(self, h: Tensor) -> Tensor:
-        p = {"stochastic depth": 0.3, "rare stochastic depth": 1e-3}.get(self.change, 0.0) * self.training
+        p = {"stochastic depth": 0.3, "rare stochastic depth": 1e-6}.get(self.change, 0.0) * self.training
         return h * (torch.rand(len(h), 1, 1) >= p) / (1 - p) if p else h
 
 
@@ -112,6 +114,10 @@ class Fork(timm_style.DiT):
         c = self.t_embedder(t) + label  # [B, D]
         if self.change == "registers":
             x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # [B, T + 2, D]
+        if self.change == "kept condition":
+            self.condition = c.detach()
+        if self.change == "rare noise" and self.training and torch.rand(()) < 1e-6:
+            x = x + torch.randn_like(x)  # [B, T, D]
         extra: dict[str, Any] = {}
         if self.change == "positions as argument":
             extra["positions"] = torch.arange(x.shape[1])[:, None] * 0.5 ** torch.arange(8)  # [T, d/2]
