@@ -66,9 +66,9 @@ def accelerate(
     PixArt and Stable Diffusion 3 (diffusers) have their norms and gated residuals swapped. A module is recognized by its
     parts, then held to a parity check: the model runs once on a random input of its own size, in evaluation and in training
     mode, and on copies with random weights each block's fast forward is compared with its own on what it receives. What
-    differs is left alone. Blocks of a model whose arguments are not known are checked at their first call. Call it before
-    wrapping blocks in FSDP (and for several GPUs take DDP: the replicas of nn.DataParallel would call the original's
-    weights). Calling it again replaces the options.
+    differs is left alone. Blocks of a model whose arguments are not known are checked at their first call, and all blocks
+    again at sequences longer or shorter than those checked. Call it before wrapping blocks in FSDP (and for several GPUs take
+    DDP: the replicas of nn.DataParallel would call the original's weights). Calling it again replaces the options.
 
     Args:
         model_or_pipeline: a module, with the models anywhere inside, or a diffusers pipeline.
@@ -114,7 +114,7 @@ def accelerate(
     except BaseException:
         _put_back(before)
         raise
-    swaps = {module: Swap(module, how.home, options, how.tokens, how.check) for module, how in plan.swaps.items()}
+    swaps = {module: Swap(module, how.home, options, how.lengths, how.check) for module, how in plan.swaps.items()}
     _put_back({**swaps, **plan.reasons})
     return model_or_pipeline
 

@@ -156,5 +156,16 @@ def in_float64(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double()
 
 
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Everything that has to be as it was, but for the values of the parameters."""
+    return {
+        "vars": {name: list(vars(module)) for name, module in model.named_modules()},
+        "classes": {name: type(module) for name, module in model.named_modules()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "state_dict": {key: (value.data_ptr(), value._version) for key, value in model.state_dict().items()},
+        "parameters": {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
+    }
+
+
 def names_of(rows: Sequence[Any]) -> list[str]:
     return [row.module for row in rows]

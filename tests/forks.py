@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 CHANGES = (
     *("none", "positions as argument", "None as argument", "routing", "window", "attention dropout", "stochastic depth"),
     *("scale", "registers", "eps", "activation", "label probability", "rotary", "exact GELU", "soft cap", "first image"),
-    *("rare stochastic depth", "kept attention", "no label", "argument's default"),
+    *("rare stochastic depth", "kept attention", "no label", "argument's default", "halved stream", "written input"),
+    *("fractional timesteps", "one image", "rare noise", "kept condition", "detached condition"),
 )
 
 
@@ -33,7 +35,7 @@ class Attention(timm_style.Attention):
         places = torch.arange(T)
         mask = (places[:, None] - places).abs() <= 3 if self.change == "window" else None
         p = 0.3 if self.change == "attention dropout" and self.training else 0.0
-        scale = self.scale * (2 if self.change == "scale" else 1)
+        scale = self.scale * {"scale": 2, "logarithmic scale": math.log(T) / math.log(16)}.get(self.change, 1)
         if self.change == "soft cap":
             x = (50 * torch.tanh(scale / 50 * q @ k.mT)).softmax(-1) @ v
         else:
@@ -58,21 +60,24 @@ class Block(timm_style.Block):
     def forward(self, x: Tensor, c: Tensor, positions: Tensor | None = None, strength: float = 1.0) -> Tensor:
         if self.change == "first image":
             c = c[:1].expand(len(x), -1)  # [B, D]
+        if self.change == "detached condition":
+            c = c.detach()
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x [B, D]
-        eps = 1e-3 if self.change == "eps" else 1e-6
+        eps, received = 1e-5 if self.change == "eps" else 1e-6, x
         u = timm_style.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift1, scale1)
         x = x + gate1[:, None] * self.kept(self.attn(u, positions))  # [B, T, D]
         u = timm_style.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift2, scale2)
         h = self.mlp.fc1(u)
         h = F.relu(h) if self.change == "activation" else F.gelu(h, approximate=self.approximate)
-        return x + strength * gate2[:, None] * self.kept(self.mlp.fc2(h))  # [B, T, D]
+        x = x + strength * gate2[:, None] * self.kept(self.mlp.fc2(h))  # [B, T, D]
+        return received.copy_(x) if self.change == "written input" and not torch.is_grad_enabled() else x
 
     @property
     def approximate(self) -> str:
         return "none" if self.change == "exact GELU" else "tanh"
 
     def kept(self, h: Tensor) -> Tensor:
-        p = {"stochastic depth": 0.3, "rare stochastic depth": 1e-3}.get(self.change, 0.0) * self.training
+        p = {"stochastic depth": 0.3, "rare stochastic depth": 1e-6}.get(self.change, 0.0) * self.training
         return h * (torch.rand(len(h), 1, 1) >= p) / (1 - p) if p else h
 
 
@@ -100,11 +105,19 @@ class Fork(timm_style.DiT):
         x = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         probability = 0.1 * self.training if self.change == "label probability" else self.training
         label = self.y_embedder(y, probability)  # [B, D]
+        if self.change == "fractional timesteps" and t.is_floating_point():
+            t = 1000 * t
+        if self.change == "one image" and len(x) == 1:
+            label = 0 * label
         if self.change == "no label":
             label = label * (y < 10)[:, None]
         c = self.t_embedder(t) + label  # [B, D]
         if self.change == "registers":
             x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # [B, T + 2, D]
+        if self.change == "kept condition":
+            self.condition = c.detach()
+        if self.change == "rare noise" and self.training and torch.rand(()) < 1e-6:
+            x = x + torch.randn_like(x)  # [B, T, D]
         extra: dict[str, Any] = {}
         if self.change == "positions as argument":
             extra["positions"] = torch.arange(x.shape[1])[:, None] * 0.5 ** torch.arange(8)  # [T, d/2]
@@ -113,6 +126,8 @@ class Fork(timm_style.DiT):
         if self.change == "argument's default":
             extra["strength"] = 1.0
         for index, block in enumerate(self.blocks):
+            if self.change == "halved stream" and index == 1:
+                x = 0.5 * x  # [B, T, D]
             if self.change == "routing" and self.training and index == 1:
                 x = torch.cat([block(x[:, ::2], c), x[:, 1::2]], dim=1)  # [B, T, D]
             else:

@@ -18,6 +18,7 @@ from foreign import (
     official,
     official_inputs,
     run,
+    state_of,
 )
 from support import DTYPES, error, raises_naming, randomize
 from torch import Tensor, nn
@@ -141,17 +142,6 @@ def test_forks_between_models_and_blocks() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ and back
-def state_of(model: nn.Module) -> dict[str, object]:
-    """Everything that has to be as it was, but for the values of the parameters."""
-    return {
-        "vars": {name: list(vars(module)) for name, module in model.named_modules()},
-        "classes": {name: type(module) for name, module in model.named_modules()},
-        "training": {name: module.training for name, module in model.named_modules()},
-        "state_dict": {key: (value.data_ptr(), value._version) for key, value in model.state_dict().items()},
-        "parameters": {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
-    }
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_restore_is_bit_exact(name: str) -> None:
     model, inputs = KINDS[name].build(), KINDS[name].example(torch.float32)
@@ -262,120 +252,6 @@ def test_nothing_to_swap() -> None:
     config = ditfast.DiTConfig(depth=1, hidden_size=64, num_heads=2, input_size=8)
     assert "as it is" in raises_naming("model_or_pipeline", lambda: ditfast.accelerate(ditfast.DiT(config)))
     raises_naming("model_or_pipeline", lambda: ditfast.accelerate(ditfast.reference.DiT(config)))
-
-
-LEFT = {
-    "dropout": (lambda: official(dropout=0.1), "attn_drop is Dropout"),
-    "erf GELU": (lambda: official(approximate="none"), r"mlp.act is GELU\(approximate='none'\)"),
-    "affine norms": (lambda: official(affine=True), "norm1 has a weight"),
-    "norms of q and k": (lambda: official(qk_norm=True), "q_norm is LayerNorm"),
-    "float64": (lambda: official().double(), "float64"),
-    "meta": (lambda: official().to("meta"), "meta"),
-    "diffusers, dropout": (lambda: diffusers_dit(dropout=0.1), "Dropout"),
-    "diffusers, erf GELU": (lambda: diffusers_dit(activation_fn="gelu"), "GELU"),
-    "diffusers, GEGLU": (lambda: diffusers_dit(activation_fn="geglu"), "GELU"),
-    "diffusers, affine norms": (lambda: diffusers_dit(norm_elementwise_affine=True), "norm3 has a weight"),
-}
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_left_alone_with_the_reason(name: str) -> None:
-    build, reason = LEFT[name]
-    model = build()
-    state = state_of(model)
-    with pytest.raises(ValueError, match=reason):
-        ditfast.accelerate(model)
-    assert state_of(model) == state
-    ditfast.accelerate(model, strict=False)
-    rows = ditfast.acceleration_report(model).rows
-    assert rows
-    assert not any(row.swapped or row.engine for row in rows)
-    assert all(row.reason for row in rows)
-    assert state_of(ditfast.restore(model)) == state
-
-
-def spoil_scale(block: nn.Module) -> None:
-    block.attn.scale *= 2
-
-
-def spoil_child(block: nn.Module) -> None:
-    block.layer_scale = nn.Linear(64, 64)
-
-
-def spoil_forward(block: nn.Module) -> None:
-    plain = block.forward
-    block.forward = lambda x, c: 2 * plain(x, c)
-
-
-def spoil_attention(block: nn.Module) -> None:
-    plain = block.attn.forward
-    block.attn.forward = lambda x: 2 * plain(x)
-
-
-def spoil_norm(block: nn.Module) -> None:
-    block.norm2 = nn.RMSNorm(64, elementwise_affine=False)
-
-
-def spoil_heads(block: nn.Module) -> None:
-    block.attn.num_heads = 2  # with the scale of four
-
-
-def spoil_adaptive(block: nn.Module) -> None:
-    block.adaLN_modulation = nn.Sequential(nn.GELU(), block.adaLN_modulation[1])
-
-
-SPOILED = {
-    spoil_scale: "attn.scale is 0.5",
-    spoil_child: "also has layer_scale",
-    spoil_forward: "forward was replaced",
-    spoil_attention: "forward of a part of it was replaced",
-    spoil_norm: "norm2 is a RMSNorm",
-    spoil_heads: "attn.scale is 0.25",
-    spoil_adaptive: "adaLN_modulation is not SiLU",
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
-def test_one_block_built_otherwise(spoil) -> None:
-    model, inputs = official(), official_inputs()
-    spoil(model.blocks[0])
-    with torch.no_grad():
-        before = run(model, inputs)[0]
-        ditfast.accelerate(model)
-        rows = {row.module: row for row in ditfast.acceleration_report(model).rows}
-        assert SPOILED[spoil] in rows["blocks.0"].reason
-        assert [name for name, row in rows.items() if row.swapped] == ["(model)", "blocks.1", "blocks.2"]
-        assert error(run(model, inputs)[0], before) <= 1e-5
-        assert torch.equal(run(ditfast.restore(model), inputs)[0], before)
-
-
-def test_functions_that_blocks_hold_are_looked_at() -> None:
-    class Held(timm_style.Block):
-        def forward(self, x: Tensor, c: Tensor) -> Tensor:
-            return self.before(super().forward(x, c))
-
-    def kept(x: Tensor) -> Tensor:
-        return x
-
-    def halved(x: Tensor) -> Tensor:
-        return x / 2
-
-    model = official()
-    for index, function in enumerate((kept, kept, halved)):
-        model.blocks[index].__class__ = Held
-        model.blocks[index].before = function
-    rows = ditfast.acceleration_report(ditfast.accelerate(model)).rows
-    assert [row.swapped for row in rows] == [True, True, True, False]
-
-
-def test_identities_do_no_harm() -> None:
-    """As timm's blocks have them where drop path and layer scale are off."""
-    model, inputs = official(), official_inputs()
-    for block in model.blocks:
-        block.drop_path1, block.ls1 = nn.Identity(), nn.Identity()
-    before = run(model, inputs)[0]
-    assert all(row.swapped for row in ditfast.acceleration_report(ditfast.accelerate(model)).rows)
-    assert error(run(model, inputs)[0], before) <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ the report

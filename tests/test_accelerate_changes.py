@@ -1,15 +1,13 @@
-"""Adapters on accelerated models, parts replaced or changed before and after accelerate, and diffusers' own switches."""
+"""Adapters on accelerated models, and parts replaced or changed before and after accelerate."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-import timm_style
 import torch
-from foreign import KINDS, diffusers_dit, diffusers_inputs, official, official_inputs, pixart, run, sd3
+from foreign import KINDS, official, official_inputs, run
 from support import error, randomize
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -18,7 +16,6 @@ import ditfast
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated"),
 ]
 
 
@@ -207,195 +204,3 @@ def test_a_wrapper_that_stays_behind_restore() -> None:
         assert all(row.swapped for row in ditfast.acceleration_report(model).rows)
         assert vars(model)["forward"] is not swapped
         assert 1e-5 < error(run(model, inputs)[0], before) < 3e-2
-
-
-# ------------------------------------------------------------------------------------------------ diffusers' own switches
-class Doubled:
-    """A processor of one's own."""
-
-    def __init__(self) -> None:
-        from diffusers.models.attention_processor import AttnProcessor2_0
-
-        self.plain = AttnProcessor2_0()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return 2 * self.plain(*args, **kwargs)
-
-
-def fuse(model: nn.Module) -> None:
-    from diffusers.models.attention_processor import FusedAttnProcessor2_0
-
-    for block in model.transformer_blocks:
-        block.attn1.fuse_projections()
-        block.attn1.set_processor(FusedAttnProcessor2_0())
-
-
-def older_processor(model: nn.Module) -> None:
-    from diffusers.models.attention_processor import AttnProcessor
-
-    model.transformer_blocks[1].attn1.set_processor(AttnProcessor())
-
-
-SWITCHES = {
-    "processor": lambda model: model.transformer_blocks[1].attn1.set_processor(Doubled()),
-    "older processor": older_processor,
-    "fused projections": fuse,
-    "chunked ff": lambda model: [block.set_chunk_feed_forward(8, 1) for block in model.transformer_blocks],
-    "checkpointing": lambda model: model.enable_gradient_checkpointing(),
-}
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_switches_of_diffusers(switch: str, when: str) -> None:
-    model, inputs = diffusers_dit(), diffusers_inputs()
-    if when == "after":
-        ditfast.accelerate(model)
-        run(model, inputs)
-    with torch.no_grad():
-        SWITCHES[switch](model)
-    model.train()
-    ditfast.accelerate(model, strict=False) if when == "before" else None
-    rows = ditfast.acceleration_report(model).rows
-    idle = [row for row in rows if row.reason or "its own forward" in row.engine]
-    expected_idle = {"fused projections": 3, "chunked ff": 3, "processor": 1}.get(switch, 0)
-    assert len([row for row in idle if row.module != "(model)"]) == expected_idle
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def step() -> list[Tensor]:
-        out = run(model, inputs)[0]
-        gradient = torch.autograd.grad(out.square().sum(), trained, allow_unused=True)
-        return [out, torch.cat([part.flatten() for part in gradient if part is not None])]
-
-    def inference() -> Tensor:
-        with torch.no_grad():
-            return run(model.eval(), inputs)[0]
-
-    found = [*step(), inference()]
-    ditfast.restore(model)
-    model.train()
-    for one, other in zip(found, [*step(), inference()], strict=True):
-        assert error(one, other) <= 1e-5
-    if switch == "checkpointing":
-        ditfast.accelerate(model.train())
-        model.disable_gradient_checkpointing()
-        assert all(error(one, other) <= 1e-5 for one, other in zip(step(), found[:-1], strict=True))
-
-
-def test_chunked_pixart() -> None:
-    model, inputs = pixart(), KINDS["PixArt"].example(torch.float32)
-    ditfast.accelerate(model)
-    model.transformer_blocks[0].set_chunk_feed_forward(8, 1)
-    rows = ditfast.acceleration_report(model).rows
-    assert ["its own forward" in row.engine for row in rows] == [True, False]
-    found = run(model, inputs)[0]
-    assert error(found, run(ditfast.restore(model), inputs)[0]) <= 1e-5
-
-
-# ------------------------------------------------------------------------------------------------ built otherwise altogether
-SHALLOW = {
-    "official": lambda: official(depth=1),
-    "diffusers": lambda: diffusers_dit(num_layers=1),
-    "PixArt": lambda: pixart(num_layers=1),
-    "SD3": lambda: sd3(num_layers=2),
-}
-
-
-@pytest.mark.parametrize("spoil", ["removed", "an identity", "of another width"])
-@pytest.mark.parametrize("kind", SHALLOW)
-def test_whatever_is_missing_accelerate_says_so_and_no_more(kind: str, spoil: str) -> None:
-    """Every part in turn: the model's outputs, or its error, are what they were."""
-    model, inputs = SHALLOW[kind](), KINDS[kind].example(torch.float32)
-
-    def outcome() -> Any:
-        try:
-            with torch.no_grad():
-                return run(model, inputs)[0]
-        except Exception as error:
-            return type(error)
-
-    inside = "transformer_blocks" if kind in ("PixArt", "SD3") else ""  # of these, nothing else is looked at
-    for name in [name for name, _ in model.named_modules() if name.startswith(inside) and name != ""]:
-        parent, _, child = name.rpartition(".")
-        parts = model.get_submodule(parent)._modules
-        kept = dict(parts)
-        if spoil == "removed":
-            del parts[child]
-        else:
-            parts[child] = nn.Identity() if spoil == "an identity" else nn.Linear(48, 48)
-        ditfast.restore(model)
-        expected = outcome()
-        ditfast.accelerate(model, strict=False)
-        assert str(ditfast.acceleration_report(model))
-        found = outcome()
-        assert isinstance(found, Tensor) == isinstance(expected, Tensor), f"{name}: {found} instead of {expected}"
-        assert not isinstance(found, Tensor) or error(found, expected) <= 1e-5, name
-        parts.clear()
-        parts.update(kept)
-
-
-def test_scripted_modules() -> None:
-    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
-    assert ditfast.accelerate(scripted, strict=False) is scripted
-    assert ditfast.acceleration_report(scripted).rows == ()
-    ditfast.restore(scripted)
-
-
-class AnySize(timm_style.DiT):
-    """Crops its positions to the image, and takes labels in a column."""
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        tokens = self.x_embedder(x)  # [B, T, D]
-        c = self.t_embedder(t) + self.y_embedder(y, self.training).flatten(1)  # [B, D]
-        u = tokens + self.pos_embed[:, : tokens.shape[1]]  # [B, T, D]
-        for block in self.blocks:
-            u = block(u, c)  # [B, T, D]
-        kept, self.x_embedder.grid_size = self.x_embedder.grid_size, (x.shape[2] // 2, x.shape[3] // 2)
-        out = self.unpatchify(self.final_layer(u, c))  # [B, C', H, W]
-        self.x_embedder.grid_size = kept
-        return out
-
-
-@pytest.mark.parametrize("sides", [(8, 8), (4, 8), (4, 16)])
-@pytest.mark.parametrize("labels", [(2,), (2, 1)])
-def test_what_a_fork_makes_of_other_inputs_is_its_own(sides: tuple[int, int], labels: tuple[int, ...]) -> None:
-    model = ditfast.accelerate(official(AnySize))
-    assert all(row.swapped for row in ditfast.acceleration_report(model).rows)
-    inputs = {"x": torch.randn(2, 4, *sides), "t": torch.rand(2) * 999, "y": torch.ones(labels).long()}
-    with torch.no_grad():
-        found = run(model, inputs)[0]
-        assert found.shape[2:] == sides
-        assert error(found, run(ditfast.restore(model), inputs)[0]) <= 1e-5
-
-
-class OtherNames(timm_style.DiT):
-    """The same, but for what its forward calls its arguments."""
-
-    def forward(self, latents: Tensor, sigma: Tensor, label: Tensor, features: bool = False) -> Tensor | list[Tensor]:
-        found = []
-        x, c = self.embed(latents, sigma, label)  # [B, T, D], [B, D]
-        for block in self.blocks:
-            x = block(x, c=c)  # [B, T, D]
-            found.append(x)
-        return found if features else self.unpatchify(self.final_layer(x, c))
-
-
-def test_a_fork_with_names_and_arguments_of_its_own() -> None:
-    model, (x, t, y) = official(OtherNames), official_inputs().values()
-    with torch.no_grad():
-        expected, features = model(x, t, y), model(latents=x, sigma=t, label=y, features=True)
-        ditfast.accelerate(model)
-        assert all(row.swapped for row in ditfast.acceleration_report(model).rows)
-        assert error(model(x, t, y), expected) <= 1e-5
-        assert error(model(latents=x, sigma=t, label=y), expected) <= 1e-5
-        for one, other in zip(model(x, t, y, features=True), features, strict=True):
-            assert error(one, other) <= 1e-5
-        with pytest.raises(TypeError):
-            ditfast.accelerate(official())(t=t, y=y)
-
-
-def test_a_block_that_attends_elsewhere() -> None:
-    block = diffusers_dit().transformer_blocks[0]
-    block.only_cross_attention = True
-    with pytest.raises(ValueError, match="attends to something else"):
-        ditfast.accelerate(block)

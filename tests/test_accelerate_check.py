@@ -12,7 +12,7 @@ import torch
 from fake_cuda import FakeCuda
 from fake_cuda.fixtures import fake_gpu
 from foreign import official, official_inputs, run
-from support import error
+from support import DTYPES, error, randomize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -86,6 +86,52 @@ def test_products_are_not_rounded_in_the_check_and_as_before_after_it(set_precis
     assert "tf32" in before
     assert "tf32" not in copies.run_isolated(precisions)
     assert precisions() == before
+
+
+class Fp32Stream(timm_style.Block):
+    """Block that keeps the stream in fp32, whatever its weights are in."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        dtype = self.attn.qkv.weight.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c.to(dtype)).float().chunk(6, dim=1)  # [B, D]
+        x = x.float()  # [B, T, D]
+        u = timm_style.modulate(self.norm1(x), shift1, scale1).to(dtype)  # [B, T, D]
+        x = x + gate1[:, None] * self.attn(u).float()
+        u = timm_style.modulate(self.norm2(x), shift2, scale2).to(dtype)  # [B, T, D]
+        return x + gate2[:, None] * self.mlp(u).float()
+
+
+class Fp32Output(timm_style.DiT):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x.to(self.pos_embed.dtype), t, y).float()  # [B, C', H, W]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stream", ["fp32", "bf16"])
+@pytest.mark.parametrize("condition", ["fp32", "bf16"])
+def test_blocks_with_an_fp32_stream_keep_its_dtype(dtype: str, stream: str, condition: str) -> None:
+    block = randomize(Fp32Stream(64, 4)).to(DTYPES[dtype])
+    x, c = torch.randn(2, 16, 64).to(DTYPES[stream]), torch.randn(2, 64).to(DTYPES[condition])
+    with torch.no_grad():
+        expected = block(x, c)
+        found = ditfast.accelerate(block, strict=False)(x, c)
+    assert found.dtype == expected.dtype == torch.float32
+    assert torch.equal(found, expected) or (dtype == "fp32" and error(found, expected) <= 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("latents", DTYPES)
+def test_models_that_cast_what_they_take_and_return_still_do(dtype: str, latents: str) -> None:
+    model = official(Fp32Output).to(DTYPES[dtype])
+    inputs = official_inputs(DTYPES[latents])
+    with torch.no_grad():
+        expected = run(model, inputs)[0]
+        found = run(ditfast.accelerate(model), inputs)[0]
+    assert found.dtype == expected.dtype == torch.float32
+    assert error(found, expected) <= (1e-5 if dtype == "fp32" else 3e-2)
+    assert [row.module for row in ditfast.acceleration_report(model).rows if not row.fast_calls] == ["(model)"] * (
+        dtype != "fp32" or latents != "fp32"
+    )
 
 
 class Memory(TorchDispatchMode):

@@ -1,14 +1,15 @@
-"""What only diffusers' models have: a pipeline, an embedder in every block, outputs in a dict, configs, processors."""
+"""Tests of what only diffusers has: pipelines, embedders in every block, dict outputs, configs, processors and switches."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from foreign import diffusers_dit, diffusers_inputs, run, sd3, sd3_inputs
+from foreign import KINDS, diffusers_dit, diffusers_inputs, pixart, run, sd3, sd3_inputs
 from support import error, raises_naming, randomize
 from torch import Tensor, nn
 
@@ -209,3 +210,93 @@ def test_diffusers_is_imported_only_by_who_has_it() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not {"diffusers", "timm", "triton", "torch._dynamo"} & set(done.stdout.split())
+
+
+# ------------------------------------------------------------------------------------------------ diffusers' own switches
+class Doubled:
+    """A processor of one's own."""
+
+    def __init__(self) -> None:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        self.plain = AttnProcessor2_0()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * self.plain(*args, **kwargs)
+
+
+def fuse(model: nn.Module) -> None:
+    from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
+    for block in model.transformer_blocks:
+        block.attn1.fuse_projections()
+        block.attn1.set_processor(FusedAttnProcessor2_0())
+
+
+def older_processor(model: nn.Module) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model.transformer_blocks[1].attn1.set_processor(AttnProcessor())
+
+
+SWITCHES = {
+    "processor": lambda model: model.transformer_blocks[1].attn1.set_processor(Doubled()),
+    "older processor": older_processor,
+    "fused projections": fuse,
+    "chunked ff": lambda model: [block.set_chunk_feed_forward(8, 1) for block in model.transformer_blocks],
+    "checkpointing": lambda model: model.enable_gradient_checkpointing(),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switches_of_diffusers(switch: str, when: str) -> None:
+    model, inputs = diffusers_dit(), diffusers_inputs()
+    if when == "after":
+        ditfast.accelerate(model)
+        run(model, inputs)
+    with torch.no_grad():
+        SWITCHES[switch](model)
+    model.train()
+    ditfast.accelerate(model, strict=False) if when == "before" else None
+    rows = ditfast.acceleration_report(model).rows
+    idle = [row for row in rows if row.reason or "its own forward" in row.engine]
+    expected_idle = {"fused projections": 3, "chunked ff": 3, "processor": 1}.get(switch, 0)
+    assert len([row for row in idle if row.module != "(model)"]) == expected_idle
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> list[Tensor]:
+        out = run(model, inputs)[0]
+        gradient = torch.autograd.grad(out.square().sum(), trained, allow_unused=True)
+        return [out, torch.cat([part.flatten() for part in gradient if part is not None])]
+
+    def inference() -> Tensor:
+        with torch.no_grad():
+            return run(model.eval(), inputs)[0]
+
+    found = [*step(), inference()]
+    ditfast.restore(model)
+    model.train()
+    for one, other in zip(found, [*step(), inference()], strict=True):
+        assert error(one, other) <= 1e-5
+    if switch == "checkpointing":
+        ditfast.accelerate(model.train())
+        model.disable_gradient_checkpointing()
+        assert all(error(one, other) <= 1e-5 for one, other in zip(step(), found[:-1], strict=True))
+
+
+def test_chunked_pixart() -> None:
+    model, inputs = pixart(), KINDS["PixArt"].example(torch.float32)
+    ditfast.accelerate(model)
+    model.transformer_blocks[0].set_chunk_feed_forward(8, 1)
+    rows = ditfast.acceleration_report(model).rows
+    assert ["its own forward" in row.engine for row in rows] == [True, False]
+    found = run(model, inputs)[0]
+    assert error(found, run(ditfast.restore(model), inputs)[0]) <= 1e-5
+
+
+def test_a_block_that_attends_elsewhere() -> None:
+    block = diffusers_dit().transformer_blocks[0]
+    block.only_cross_attention = True
+    with pytest.raises(ValueError, match="attends to something else"):
+        ditfast.accelerate(block)

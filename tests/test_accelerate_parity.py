@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm_style
 import torch
-from foreign import gradients, joined, official, official_inputs, run, sd3
+from foreign import DITS, KINDS, gradients, joined, official, official_inputs, run, sd3
 from forks import CHANGES, Fork, random_fork
 from support import error, randomize
 from torch import Tensor, nn
@@ -56,7 +57,8 @@ def test_the_check_leaves_only_what_a_fork_changes(change: str) -> None:
         **dict.fromkeys(("none", "None as argument"), every),
         "positions as argument": [],
         "argument's default": [],
-        **dict.fromkeys(("registers", "routing", "label probability", "no label"), every[1:]),
+        **dict.fromkeys(("registers", "routing", "label probability", "no label", "halved stream"), every[1:]),
+        **dict.fromkeys(("fractional timesteps", "one image", "rare noise", "kept condition"), every[1:]),
     }
     assert names == expected.get(change, ["", "blocks.0", "blocks.2"])
 
@@ -92,6 +94,19 @@ def test_a_window_wider_than_the_first_call_is_seen_at_a_longer_one() -> None:
     c = torch.randn(2, 32)
     with torch.no_grad():
         for T in (3, 16, 3):
+            x = torch.randn(2, T, 32)
+            found = model(x, c)
+            for block in model.blocks:
+                x = type(block).forward(block, x, c)
+            assert error(found, x) <= 1e-5
+    assert {row.fast_calls for row in rows_of(model).values()} == {2}
+
+
+def test_a_scale_that_depends_on_the_length_is_seen_at_a_shorter_call() -> None:
+    model = ditfast.accelerate(Blocks("logarithmic scale").eval())
+    c = torch.randn(2, 32)
+    with torch.no_grad():
+        for T in (16, 4, 16):
             x = torch.randn(2, T, 32)
             found = model(x, c)
             for block in model.blocks:
@@ -191,6 +206,67 @@ def test_blocks_that_nobody_calls_are_not_swapped() -> None:
     assert {(row.swapped, row.reason) for row in rows_of(model).values()} == {(False, "checked at the first call")}
 
 
+def test_a_model_that_only_ran_its_own_forward_is_not_swapped() -> None:
+    model = ditfast.accelerate(official())
+    run(model, official_inputs())
+    rows = rows_of(model)
+    assert not rows["(model)"].swapped
+    assert rows["(model)"].original_calls == 1
+    assert "with gradients" in rows["(model)"].reason
+    assert rows["blocks.0"].swapped
+
+
+def test_a_block_called_otherwise_than_those_built_alike_is_checked_on_that() -> None:
+    model = randomize(Fork("routing", set(), (4, 4), 5).eval())
+    for block in model.blocks:
+        block.attn.change = "logarithmic scale"
+    ditfast.accelerate(model)
+    assert "blocks.0" in swapped(model)
+    assert "blocks.1" not in swapped(model)
+
+
+def test_blocks_that_differ_on_the_example_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="came out different"):
+        ditfast.accelerate(Blocks("scale"))
+
+
+def test_copies_count_their_own_calls() -> None:
+    model = ditfast.accelerate(official())
+    with torch.no_grad():
+        run(model, official_inputs())
+    assert {(row.fast_calls, row.original_calls) for row in rows_of(copy.deepcopy(model)).values()} == {(0, 0)}
+    assert {row.fast_calls for row in rows_of(model).values()} == {1}
+
+
+class Deep(timm_style.Block):
+    """Block with a setting deeper inside its attributes than comparisons look."""
+
+    settings = ((((1.0,),),),)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.settings[0][0][0][0] * super().forward(x, c)
+
+
+def test_the_last_of_blocks_that_look_alike_is_checked_itself() -> None:
+    model = Blocks(depth=4).eval()
+    model.blocks = nn.ModuleList(Deep(32, 2) for _ in range(4))
+    for block, factor in zip(model.blocks, (1.0, 1.0, 1.0, 2.0), strict=True):
+        block.settings = ((((factor,),),),)
+    with torch.no_grad():
+        ditfast.accelerate(model)(torch.randn(2, 16, 32), torch.randn(2, 32))
+    assert [row.swapped for row in rows_of(model).values()] == [True, True, True, False]
+
+
+def test_blocks_built_otherwise_have_verdicts_of_their_own() -> None:
+    model = ditfast.accelerate(Blocks(depth=5).eval())
+    model.blocks[3].attn.change = "window"
+    x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    with torch.no_grad():
+        found = model(x, c)
+        assert [row.swapped for row in rows_of(model).values()] == [True, True, True, False, True]
+        assert error(found, ditfast.restore(model)(x, c)) <= 1e-5
+
+
 def test_a_model_without_known_blocks_says_so() -> None:
     model = official()
     model.blocks = nn.ModuleList([nn.Bilinear(64, 64, 64)])
@@ -198,9 +274,11 @@ def test_a_model_without_known_blocks_says_so() -> None:
     assert rows_of(model)["(model)"].reason == "no block inside was recognized"
 
 
-def test_one_image_with_several_timesteps() -> None:
-    model, inputs = official(), official_inputs(B=3)
-    inputs["x"] = inputs["x"][:1]
+@pytest.mark.parametrize("kind", ["official", "SiT", "diffusers", "SD3"])
+def test_one_image_with_several_timesteps(kind: str) -> None:
+    model, inputs = KINDS[kind].build(), KINDS[kind].example(torch.float32)
+    latents = next(iter(inputs))
+    inputs[latents] = inputs[latents][:1]
     with torch.no_grad():
         expected = run(model, inputs)[0]
         assert error(run(ditfast.accelerate(model), inputs)[0], expected) <= 1e-5
@@ -221,11 +299,13 @@ class AdaptedConv(nn.Module):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_adapter_around_the_patches_convolution(when: str) -> None:
-    model, inputs = official(), official_inputs()
+@pytest.mark.parametrize("kind", DITS)
+def test_an_adapter_around_the_patches_convolution(kind: str, when: str) -> None:
+    model, inputs = KINDS[kind].build(), KINDS[kind].example(torch.float32)
     if when == "after":
         ditfast.accelerate(model)
-    model.x_embedder.proj = randomize(AdaptedConv(model.x_embedder.proj))
+    embedder = model.x_embedder if kind == "official" else model.pos_embed
+    embedder.proj = randomize(AdaptedConv(embedder.proj))
     if when == "before":
         ditfast.accelerate(model)
     with torch.no_grad():

@@ -3,50 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
+from typing import TypeAlias
+
+from torch import Tensor
 
 from .pickles import Inert
 
-_KEYS = ("args", "cfg", "config", "hparams", "hyper_parameters", "model_args", "model_config", "model_kwargs")
+Heads: TypeAlias = int | str  # a number, or in words what cannot be read as one
+
 # Of the parts of nested arguments that are the model's; others may be a VAE's or an encoder's, with heads of its own.
-_PARTS = (
-    *_KEYS,
-    "arch",
-    "backbone",
-    "denoiser",
-    "dit",
-    "init_args",
-    "kwargs",
-    "model",
-    "net",
-    "network",
-    "params",
-    "transformer",
-)
-_HEADS = ("heads", "n_heads", "num_attention_heads", "num_heads")
-_DEEPEST = 6
+_PARTS = {
+    *("args", "arguments", "cfg", "conf", "config", "configs", "hparams", "hyper_parameters", "init_args", "kwargs"),
+    *("model_args", "model_cfg", "model_config", "model_kwargs", "model_params", "opt", "options", "params", "settings"),
+    *("arch", "backbone", "denoiser", "dit", "model", "net", "network", "transformer"),
+}
+_HEADS = {"heads", "n_head", "n_heads", "nhead", "num_attention_heads", "num_attn_heads", "num_head", "num_heads"}
+_HEAD_DIMS = {"attention_head_dim", "dim_head", "head_dim"}
+_DEEPEST = 7
 
 
-def heads_in_arguments(content: object) -> list[int]:
+def heads_in_arguments(content: object, metadata: Mapping[str, str], width: int) -> list[Heads]:
     """Return the numbers of heads that the arguments in a checkpoint tell, of those that are nested the least deep.
 
     Args:
-        content: of a file; its arguments are a dict, an ``argparse.Namespace`` or an OmegaConf config, perhaps nested.
+        content: of a file; its arguments are beside the weights, or a dict, an ``argparse.Namespace``, an OmegaConf config or
+            JSON, perhaps nested.
+        metadata: of a safetensors file.
+        width: of the model, which the width of a head divides.
     """
-    level = [content[key] for key in _KEYS if key in content] if isinstance(content, Mapping) else []
+    level: list[object] = [content, metadata]
     for _ in range(_DEEPEST):
-        dicts = [values for values in map(_as_dict, level) if isinstance(values, Mapping)]
-        heads = [_as_dict(values.get(name)) for values in dicts for name in _HEADS]
-        if found := sorted({number for number in heads if type(number) is int}):
-            return found
-        level = [values[key] for values in dicts for key in _PARTS if key in values]
+        items = [item for values in map(_plain, level) if isinstance(values, Mapping) for item in _by_name(values)]
+        heads = {_number(value) for name, value in items if name in _HEADS}
+        dims = {_number(value) for name, value in items if name in _HEAD_DIMS}
+        told = heads - {None} or {_heads_of(dim, width) for dim in dims - {None}}
+        if told:
+            return sorted((number for number in told if number is not None), key=lambda told: (isinstance(told, str), told))
+        level = [value for name, value in items if name in _PARTS]
     return []
 
 
-def _as_dict(value: object) -> object:
-    """Return a namespace, or a config or node of OmegaConf, as its plain values; others as they are."""
+def _by_name(values: Mapping[object, object]) -> list[tuple[str, object]]:
+    return [(name.lower().replace("-", "_"), value) for name, value in values.items() if isinstance(name, str)]
+
+
+def _plain(value: object) -> object:
+    """Return a namespace, JSON, or a config or node of OmegaConf, as its plain values; others as they are."""
     if isinstance(value, argparse.Namespace):
         return vars(value)
     if isinstance(value, Inert) and isinstance(value.state, Mapping):
         return value.state.get("_content", value.state.get("_val", value.state))
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
     return value
+
+
+def _number(value: object) -> Heads | None:
+    """Return a number, or in words what stands for one; None for what is something else."""
+    value = _plain(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if isinstance(value, Inert):
+        return f"a {value.type_name}"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return int(value) if int(value) == float(value) else repr(value)
+    except (ValueError, OverflowError):  # an interpolation, or not finite
+        return repr(value)
+
+
+def _heads_of(dim: Heads | None, width: int) -> Heads:
+    return width // dim if isinstance(dim, int) and dim > 0 and width % dim == 0 else f"heads of {dim} channels"

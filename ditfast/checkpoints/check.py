@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import DiTConfig
 from ..ops.checks import DTYPES
+from .arguments import Heads
 from .errors import CheckpointError, listed
 from .infer import grid_of, infer_config, outline
 from .layouts import expected_shapes
@@ -19,7 +20,7 @@ POSITIONS = "pos_embed"
 
 
 def checked(
-    state: Mapping[str, object], layout: str, config: DiTConfig | None, heads: Sequence[int] = ()
+    state: Mapping[str, object], layout: str, config: DiTConfig | None, heads: Sequence[Heads] = ()
 ) -> tuple[dict[str, Tensor], DiTConfig]:
     """Return the state dict, found to be a whole one of that layout and config, and the config.
 

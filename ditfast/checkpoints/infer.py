@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import HEADS_OF_WIDTH, DiTConfig
 from ..model import sincos_positions
+from .arguments import Heads
 from .errors import CheckpointError
 
 POSITIONS_TOLERANCE = 2.0**-7  # above the rounding of bf16, far below the distance to another grid's positions
@@ -29,7 +30,7 @@ def outline(names: Mapping[str, object]) -> DiTConfig:
     return DiTConfig(depth=depth, hidden_size=4, num_heads=1, conditioning=_design_by_name(names))
 
 
-def infer_config(state: Mapping[str, Tensor], heads: Sequence[int] = ()) -> DiTConfig:
+def infer_config(state: Mapping[str, Tensor], heads: Sequence[Heads] = ()) -> DiTConfig:
     """Return the config of an official state dict.
 
     The label table's last row is taken for the null class, and without ``heads`` the number of heads for the paper's at that
@@ -60,7 +61,7 @@ def grid_of(positions: Tensor) -> tuple[int, int] | None:
     return None
 
 
-def _config(state: Mapping[str, Tensor], stated_heads: Sequence[int]) -> DiTConfig:
+def _config(state: Mapping[str, Tensor], stated_heads: Sequence[Heads]) -> DiTConfig:
     hidden_size = _most_common_length(state, _WIDTHS)
     _, channels, patch, _ = _shape(state, "x_embedder.proj.weight", "[D, C, p, p]")
     rows, _ = _shape(state, "y_embedder.embedding_table.weight", "[classes + 1, D]")
@@ -92,12 +93,15 @@ def _config(state: Mapping[str, Tensor], stated_heads: Sequence[int]) -> DiTConf
     return DiTConfig(num_heads=heads, **fields)  # type: ignore[arg-type]  # no heads are a reason above
 
 
-def _why_no_heads(width: int, stated: Sequence[int]) -> str:
+def _why_no_heads(width: int, stated: Sequence[Heads]) -> str:
     """Return why the number of heads is unknown; empty if it is known."""
     if len(stated) > 1:
         return f"the saved arguments say {' and '.join(map(str, stated))}"
-    if stated and (stated[0] < 1 or width % stated[0]):
-        return f"the saved arguments say {stated[0]}, which does not divide the width {width}"
+    for heads in stated:
+        if isinstance(heads, str):
+            return f"the saved arguments say {heads}, expected a whole number that divides the width {width}"
+        if heads < 1 or width % heads:
+            return f"the saved arguments say {heads}, which does not divide the width {width}"
     if stated or width in HEADS_OF_WIDTH:
         return ""
     known = ", ".join(map(str, HEADS_OF_WIDTH))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..argument_checks import check_choice, check_type
 from ..config import DiTConfig
 from ..model import DiT
-from .arguments import heads_in_arguments
+from .arguments import Heads, heads_in_arguments
 from .check import POSITIONS, checked, is_plain_tensor, weights_dtype
 from .configs import check_agreement, from_diffusers_config, from_metadata
 from .errors import CheckpointError, listed
@@ -77,7 +77,7 @@ def load_checkpoint(
         state, rounded = _rounded(state)
         if rounded:
             warnings.warn(f"{place}: its float64 weights are rounded to float32", stacklevel=2)
-        heads = heads_in_arguments(stored.content) if layout == "official" else []
+        heads = _stated_heads(stored, state) if layout == "official" else []
         known = _known_config(stored, layout, config, heads)
         tensors, config = checked(state, layout, known, heads)
         model = _build(tensors if layout == "official" else to_official(tensors, config), config)
@@ -88,14 +88,14 @@ def load_checkpoint(
     return model
 
 
-def _known_config(stored: Stored, layout: str, given: DiTConfig | None, heads: Sequence[int]) -> DiTConfig | None:
+def _known_config(stored: Stored, layout: str, given: DiTConfig | None, heads: Sequence[Heads]) -> DiTConfig | None:
     """Return the one given, else the one that the checkpoint states; None leaves it to the shapes."""
     stated = from_metadata(stored.metadata) if layout == "official" else None
     if layout == "diffusers" and stored.config_file is not None and stored.config_file.is_file():
         stated = from_diffusers_config(stored.config_file)
     if given is not None and stated is not None:
         check_agreement(given, stated)
-    elif given is not None and heads and given.num_heads not in heads:
+    elif given is not None and heads and given.num_heads not in heads and all(isinstance(told, int) for told in heads):
         told = " or ".join(map(str, heads))
         raise CheckpointError(f"config: got num_heads {given.num_heads} where the checkpoint says {told}")
     known = given or stated
@@ -108,6 +108,12 @@ def _known_config(stored: Stored, layout: str, given: DiTConfig | None, heads: S
             f"config: got conditioning {known.conditioning!r}, expected 'adaln_zero', as in diffusers' layout"
         )
     return known
+
+
+def _stated_heads(stored: Stored, state: Mapping[str, object]) -> list[Heads]:
+    weight = state.get("final_layer.linear.weight")
+    width = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() == 2 else 0
+    return heads_in_arguments(stored.content, stored.metadata, width)
 
 
 def _rounded(state: Mapping[str, object]) -> tuple[dict[str, object], bool]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .build import build_of
-from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, run_isolated, seed_all
+from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, run_isolated, seed_all, to_dtypes_of
 from .home import Foreign, Home, Mismatch, Options, Swap, tokens_of
 
 TOLERANCE = 1e-5  # relative, of outputs in fp32
@@ -20,6 +20,7 @@ WEAK = 0.03  # every other token's scale: there the norms' eps matters
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 RANDOM = "it draws random numbers that its fast forward does not"
 REPLACED = "the forward of a part of it was replaced before"
+WRITES = "it writes into its arguments, which its fast forward does not"
 STATE = "it keeps something that its fast forward does not"
 
 
@@ -93,13 +94,25 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return _map_tensors(lambda tensor: tensor.to(device), tree)
 
 
-def compare_outputs(expected: Any, found: Any) -> None:
-    """Raise ``Mismatch`` unless two outputs agree."""
+def in_dtype_of(module: nn.Module, tree: Any) -> Any:
+    """Return arguments whose fractions are in the dtype of a module's weights."""
+    dtype = weight_of(module).dtype
+    return _map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree)
+
+
+def compare_kinds(expected: Any, found: Any) -> None:
+    """Raise ``Mismatch`` unless two outputs have the same type, shapes and dtypes."""
     if type(expected) is not type(found):
         raise Mismatch(f"its forward returns a {type(expected).__name__}, not a {type(found).__name__}")
     for a, b in zip(_tensors(expected), _tensors(found), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise Mismatch(f"its forward returns {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}")
+
+
+def compare_outputs(expected: Any, found: Any) -> None:
+    """Raise ``Mismatch`` unless two outputs agree."""
+    compare_kinds(expected, found)
+    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
         _compare_tensors(a, b, TOLERANCE, "random input")
 
 
@@ -118,43 +131,61 @@ def _compare_block(block: nn.Module, home: Home, calls: Sequence[Call]) -> None:
             _compare_calls(original, fast, swap, _strengthened(in_fp32(call)))
         if build_of(original) != build_of(fast):
             raise Mismatch(STATE)
+        if any([to_dtypes_of(block, original), to_dtypes_of(block, fast)]):
+            for call in calls:
+                _compare_dtypes(original.eval(), fast.eval(), in_dtype_of(block, call.first_samples(1)))
     finally:
         release(fast)
 
 
+@torch.no_grad()
+def _compare_dtypes(original: nn.Module, fast: nn.Module, call: Call) -> None:
+    """Raise ``Mismatch`` if the outputs' dtypes differ where the weights are not in fp32: a block may keep its stream in it."""
+    try:
+        expected = original(*call.args, **call.kwargs)
+    except Exception:  # it does not take inputs in its weights' dtype, and is not given any
+        return
+    compare_kinds(expected, fast(*call.args, **call.kwargs))
+
+
 def _compare_calls(original: nn.Module, fast: nn.Module, swap: Swap, call: Call) -> None:
     for training in (False, True):
-        expected, gradients = _forward_backward(original.train(training), call)
+        expected, gradients, written = _forward_backward(original.train(training), call)
         states = rng_states()
-        found, fast_gradients = _forward_backward(fast.train(training), call)
+        found, fast_gradients, fast_written = _forward_backward(fast.train(training), call)
         if swap.original_calls:
             raise Mismatch(swap.idle_reason())
         if rng_states() != states:
             raise Mismatch(RANDOM)
         compare_outputs(expected, found)
+        if not all(map(_same_numbers, tree_leaves(written), tree_leaves(fast_written))):
+            raise Mismatch(WRITES)
         for one, other in zip(gradients, fast_gradients, strict=True):
             _compare_tensors(one, other, GRADIENT_TOLERANCE, "gradient")
 
 
-def _forward_backward(block: nn.Module, call: Call) -> tuple[Any, list[Tensor]]:
-    """Return a block's output, and in training mode the gradients of its inputs."""
+def _same_numbers(a: Any, b: Any) -> bool:
+    return not isinstance(a, Tensor) or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _forward_backward(block: nn.Module, call: Call) -> tuple[Any, list[Tensor], Call]:
+    """Return a block's output, in training mode the gradients of its inputs, and the inputs as it leaves them."""
     call = in_fp32(call)
     inputs = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     seed_all()
     if not block.training:
         with torch.no_grad():
-            return block(*call.args, **call.kwargs), []
+            return block(*call.args, **call.kwargs), [], call
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    # Of views: a block may write into what it receives.
-    args, kwargs = _map_tensors(lambda tensor: tensor.view_as(tensor), call)
-    output = block(*args, **kwargs)
+    received = _map_tensors(Tensor.clone, call)  # a block may write into it, and must not into leaves
+    output = block(*received.args, **received.kwargs)
     ends = [tensor for tensor in _tensors(output) if tensor.requires_grad]
     upstream = [_upstream(end) for end in ends]
     gradients = torch.autograd.grad(ends, leaves, upstream, allow_unused=True) if ends else [None] * len(leaves)
-    detached = _map_tensors(Tensor.detach, output)
-    return detached, [
+    complete = [
         torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, gradients, strict=True)
     ]
+    return _map_tensors(Tensor.detach, output), complete, _map_tensors(Tensor.detach, received)
 
 
 def _upstream(output: Tensor) -> Tensor:

@@ -90,6 +90,18 @@ def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[
     return twin
 
 
+def to_dtypes_of(module: nn.Module, twin: nn.Module) -> bool:
+    """Put a copy's parameters and buffers into the dtypes of the module's, in place; return whether any changed."""
+    pairs = [
+        *zip(module.parameters(), twin.parameters(), strict=True),
+        *zip(module.buffers(), twin.buffers(), strict=True),
+    ]
+    changed = [(theirs, ours) for theirs, ours in pairs if theirs.dtype != ours.dtype]
+    for theirs, ours in changed:
+        ours.data = ours.data.to(theirs.dtype)
+    return bool(changed)
+
+
 def release(module: nn.Module) -> None:
     """Free a copy's memory as soon as nobody holds it: the forwards set on its parts hold it in cycles."""
     for part in module.modules():

@@ -18,7 +18,7 @@ from .. import blocks, ops
 from ..ops.checks import DTYPES
 from .caches import Modulations
 from .home import SEVERAL_CONDITIONS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require, unused
-from .structure import check_children, check_features, check_idle, check_layer_norm, has_children
+from .structure import check_children, check_features, check_idle, check_layer_norm, convolution_in, has_children
 
 VECTORS = 6
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
@@ -204,7 +204,7 @@ class DiffusersModel(Home):
         return swap.cached_modulations(embeddings, linears, compute)
 
     def example(self, model: Foreign, generator: torch.Generator) -> tuple[Tensor, ...]:
-        proj = model.pos_embed.proj
+        proj = convolution_in(model.pos_embed.proj)
         x = torch.randn(2, proj.in_channels, model.height, model.width, generator=generator)
         return x, torch.tensor([10, 900]), torch.tensor([0, 1])
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import CodeType, MethodType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ from .caches import Caches, Modulations
 Foreign: TypeAlias = Any  # an nn.Module of somebody else's, whose parts the type checker cannot know
 REPORTED_TOKENS = 256  # of the one image that the report speaks of
 NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
-UNLIMITED = sys.maxsize  # tokens
 SEVERAL_CONDITIONS = "one image has several timesteps or labels"
 UNCHECKED = "checked at the first call"
+OF_OTHER_DTYPES = "its inputs and weights have several dtypes"
 WITH_GRADIENTS = "with gradients its own forward runs, over swapped blocks"
 
 
@@ -37,6 +37,23 @@ class Options(NamedTuple):
     engine: str | None = None  # of attention; None: the one expected to win
     cache_modulation: bool = False
     int8: bool = False  # on the CPU engine, without gradients
+
+
+class Lengths(NamedTuple):
+    """Shortest and longest sequence that a parity check covers; ``longest`` is 0 where it covers none yet."""
+
+    shortest: int
+    longest: int
+
+    def cover(self, tokens: int) -> bool:
+        return self.shortest <= tokens <= self.longest
+
+    def including(self, tokens: int) -> Lengths:
+        return Lengths(min(self.shortest, tokens), max(self.longest, tokens))
+
+
+UNLIMITED = Lengths(0, sys.maxsize)
+NO_LENGTHS = Lengths(sys.maxsize, 0)
 
 
 class Declined(NamedTuple):
@@ -64,6 +81,10 @@ class ModelInputs(ABC):
     @abstractmethod
     def example(self, module: Foreign, generator: torch.Generator) -> tuple[Any, ...]:
         """Return arguments for the parity check, on the CPU, in fp32 or integer."""
+
+    def other_example(self, example: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Return arguments of another kind than an example's, which forks may treat otherwise; None if there is none."""
+        return None
 
 
 class Home(ModelInputs):
@@ -115,8 +136,8 @@ class Swap:
         module: the module.
         home: its family.
         options: how its ops compute.
-        tokens: length of the longest sequence that its parity check covers; 0: it is checked at its first call.
-        check: parity check of a call with more tokens, returns why it must not be fast.
+        lengths: of the sequences that its parity check covers; with ``NO_LENGTHS`` it is checked at its first call.
+        check: parity check of a call of another length, returns why it must not be fast.
     """
 
     def __init__(
@@ -124,15 +145,15 @@ class Swap:
         module: Foreign,
         home: Home,
         options: Options,
-        tokens: int = UNLIMITED,
+        lengths: Lengths = UNLIMITED,
         check: Callable[[Swap, Sequence[Any], Mapping[str, Any]], str | None] | None = None,
     ):
         self.module = module
         self.home = home
         self.options = options
-        self.tokens = tokens
+        self.lengths = lengths
         self.check = check
-        self.refuted = ""  # why calls with more tokens are left to the original, once that was checked
+        self.refuted = ""  # why calls of other lengths are left to the original, once that was checked
         self.fast_calls = 0
         self.original_calls: Counter[str] = Counter()  # by reason
         self.on = True  # off, it is the module's own forward: somebody may have wrapped it and keep it
@@ -170,14 +191,17 @@ class Swap:
             return "changed since, or hooked inside"
         if self.is_rounded and _recomputed_later(args, kwargs):
             return "recomputed in the backward, where it is not rounded"
-        if self.tokens == UNLIMITED or tokens_of(args, kwargs) <= self.tokens:
+        if self.lengths == UNLIMITED or self.lengths.cover(tokens_of(args, kwargs)):
             return ""
         if self.refuted or self.check is None:
             return self.refuted
         return self._checked_now(args, kwargs)
 
     def _checked_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Check a longer call than any before, ahead of it: its recomputation in a backward then takes the same forward."""
+        """Check a longer or shorter call than any before, ahead of it.
+
+        Its recomputation in a backward then takes the same forward.
+        """
         assert self.check is not None
         if torch.compiler.is_compiling():
             return UNCHECKED
@@ -187,7 +211,7 @@ class Swap:
         if reason:
             self.refuted = reason
         else:
-            self.tokens = max(self.tokens, tokens_of(args, kwargs))
+            self.lengths = self.lengths.including(tokens_of(args, kwargs))
         return reason
 
     @property
@@ -224,6 +248,13 @@ class Swap:
     def is_rounded(self) -> bool:
         """Whether it computes in less than the parameters' dtype."""
         return self.dtype is not None or (self.options.int8 and not torch.is_grad_enabled())
+
+    def takes(self, linear: nn.Module, *activations: Tensor) -> bool:
+        """Return True if activations have the dtype of a linear's weight, or are cast: by autocast, or to ``dtype``."""
+        dtype = getattr(getattr(linear, "weight", None), "dtype", None)  # an adapter may have no weight
+        if dtype is None or all(activation.dtype == dtype for activation in activations):
+            return True
+        return self.dtype is not None or torch.is_autocast_enabled(activations[0].device.type)
 
     def cast(self, activation: Tensor) -> Tensor:
         return activation if self.dtype is None else activation.to(self.dtype)
@@ -269,7 +300,7 @@ class Swap:
             return None
         if swap.dtype != self.dtype or swap.options.int8 != self.options.int8:
             return None
-        return swap if tokens <= swap.tokens and is_unhooked(block) and swap.is_as_found() else None
+        return swap if swap.lengths.cover(tokens) and is_unhooked(block) and swap.is_as_found() else None
 
     def modulation(self, activated: Tensor) -> blocks.Modulation:
         assert isinstance(self.home, BlockHome)
@@ -285,7 +316,7 @@ class Swap:
 
     def is_idle(self) -> bool:
         """Return True if the fast forward never ran although it could have: not checked yet, or left to the original."""
-        return self.tokens == 0 or (not self.fast_calls and bool(self.original_calls))
+        return self.lengths == NO_LENGTHS or (not self.fast_calls and bool(self.original_calls))
 
     def idle_reason(self) -> str:
         """Return why the fast forward never ran."""
@@ -317,6 +348,10 @@ class Swap:
 def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Reentrant checkpointing runs its forward without gradients, on inputs that need them; both runs have to be alike."""
     return any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+
+
+def is_tensor(value: object, dim: int) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dim() == dim
 
 
 def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

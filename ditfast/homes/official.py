@@ -18,8 +18,29 @@ from .. import blocks, ops
 from ..ops.checks import DTYPES
 from ..plain import is_plain
 from .caches import Modulations
-from .home import SEVERAL_CONDITIONS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require, unused
-from .structure import check_adaptive, check_children, check_features, check_gelu, check_idle, check_layer_norm, has_children
+from .home import (
+    OF_OTHER_DTYPES,
+    SEVERAL_CONDITIONS,
+    WITH_GRADIENTS,
+    BlockHome,
+    Declined,
+    Foreign,
+    Home,
+    Swap,
+    is_tensor,
+    require,
+    unused,
+)
+from .structure import (
+    check_adaptive,
+    check_children,
+    check_features,
+    check_gelu,
+    check_idle,
+    check_layer_norm,
+    convolution_in,
+    has_children,
+)
 
 VECTORS = 6
 
@@ -60,8 +81,10 @@ class OfficialBlock(BlockHome):
         extra = unused(swap, unknown, unknown_too)
         if extra:
             return Declined(extra)
-        if x is None or c is None or x.dim() != 3 or c.dim() != 2 or x.dtype not in DTYPES:
+        if not (is_tensor(x, 3) and is_tensor(c, 2) and x.dtype in DTYPES):
             return Declined("its inputs are not [B, T, D] and [B, D] in fp32, fp16 or bf16")
+        if not swap.takes(swap.module.attn.qkv, x, c):
+            return Declined(OF_OTHER_DTYPES)
         if c.shape[0] not in (1, x.shape[0]):
             return Declined(SEVERAL_CONDITIONS)
         modulation = self.modulation(swap, F.silu(swap.cast(c).expand(x.shape[0], -1)))
@@ -135,14 +158,16 @@ class OfficialModel(Home):
         if torch.is_grad_enabled():
             return Declined(WITH_GRADIENTS)
         extra = unused(swap, unknown, unknown_too)
-        if extra or x is None or t is None or y is None:
-            return Declined(extra or "its arguments are not x, t and y")
-        model = swap.module
+        if extra:
+            return Declined(extra)
+        model, grid = swap.module, _grid(swap.module)
         patch_size = _convolution(model).kernel_size[0]
-        grid = x.shape[2] // patch_size, x.shape[3] // patch_size
+        size = grid[0] * patch_size, grid[1] * patch_size
         # Forks may have a use for other inputs.
-        if grid != _grid(model) or t.dim() != 1 or y.dim() != 1 or x.dtype not in DTYPES:
+        if not (is_tensor(x, 4) and is_tensor(t, 1) and is_tensor(y, 1) and x.shape[2:] == size and x.dtype in DTYPES):
             return Declined("its inputs are not [B, C, H, W], [B] and [B] of the model's size")
+        if not swap.takes(model.x_embedder.proj, x):
+            return Declined(OF_OTHER_DTYPES)
         if t.shape[0] not in (1, x.shape[0]) or y.shape[0] not in (1, x.shape[0]):
             return Declined(SEVERAL_CONDITIONS)
         stream = self._embed(swap, swap.cast(x), patch_size)  # [B, T, D]
@@ -190,12 +215,14 @@ class OfficialModel(Home):
         last = table.num_embeddings - 1 if isinstance(table, nn.Embedding) else 0  # where labels are dropped: no label
         return x, torch.tensor([10, 900]), torch.tensor([0, last])
 
+    def other_example(self, example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return one image with a time in [0, 1], as SiT has it."""
+        x, _, y = example
+        return x[:1], torch.tensor([0.3], device=x.device), y[:1]
+
 
 def _convolution(model: Foreign) -> Foreign:
-    """Return the convolution that makes the patches, or the one inside the adapter that replaced it."""
-    proj = getattr(model.x_embedder, "proj", None)
-    parts = proj.modules() if isinstance(proj, nn.Module) else ()
-    return next((part for part in parts if isinstance(part, nn.Conv2d)), None)
+    return convolution_in(getattr(model.x_embedder, "proj", None))
 
 
 def _grid(model: Foreign) -> tuple[int, int]:

@@ -7,6 +7,7 @@ are then compared on what they received, forward and backward.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,9 +18,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .build import build_of
-from .comparison import RANDOM, REPLACED, STATE, Call, compare_outputs, reason_of, to_device, weight_of, why_not_block
-from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all
-from .home import Foreign, Home, Mismatch, ModelInputs, Options, Swap
+from .comparison import (
+    RANDOM,
+    REPLACED,
+    STATE,
+    Call,
+    compare_kinds,
+    compare_outputs,
+    in_dtype_of,
+    reason_of,
+    to_device,
+    weight_of,
+    why_not_block,
+)
+from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all, to_dtypes_of
+from .home import NO_LENGTHS, Foreign, Home, Lengths, Mismatch, ModelInputs, Options, Swap
 
 SAMPLES = 2  # of a first call
 
@@ -32,7 +45,8 @@ Verdicts: TypeAlias = dict[Any, str]
 class StandIn:
     """Forward of a block's copy that records its calls and, unless the block is real, mixes its inputs cheaply.
 
-    The result depends on every tensor, on their tokens' order, on the number of other arguments and on the block's index.
+    The result depends on every tensor, on their scale and their tokens' order, on the number of other arguments and on the
+    block's index.
     """
 
     def __init__(self, block: nn.Module, home: Home, index: int, record: Callable[[Call], None], real: bool):
@@ -50,7 +64,8 @@ class StandIn:
         for tensor in tensors:
             if tensor is not x:
                 factor = factor + 0.1 * _projection(tensor, len(x))
-        return self.home.stand_in(self.block, [factor * stream + 0.5 * stream.roll(1, 1) for stream in streams])
+        mixed = [(factor * stream + stream.roll(1, 1).tanh()).to(stream.dtype) for stream in streams]
+        return self.home.stand_in(self.block, mixed)
 
 
 class ModelRun:
@@ -60,10 +75,12 @@ class ModelRun:
         self.model, self.blocks = model, blocks
         self.calls: dict[str, list[Call]] = {name: [] for name in blocks}
         self.keys: dict[str, set[Any]] = {name: set() for name in blocks}
-        self.tokens = dict.fromkeys(blocks, 0)  # of the longest sequence that a block received
+        self.lengths: dict[str, Lengths] = {}  # of the sequences that a block received, if it was called
         self.builds = {name: build_of(model.get_submodule(name)) for name in blocks}
         self.representatives = set(representatives(self.builds))
         self.outputs: list[Any] = []
+        self.other_output: Any = None  # of the other example, if it takes that
+        self.in_own_dtype: Any = None  # output in the dtype of the weights
         self.states: list[list[bytes]] = []  # of random number generators, after each
 
     def run(self, inputs: ModelInputs) -> str:
@@ -73,11 +90,18 @@ class ModelRun:
     def _run(self, inputs: ModelInputs) -> None:
         device = check_device(weight_of(self.model))
         self.example = to_device(inputs.example(self.model, torch.Generator().manual_seed(0)), device)
+        self.other_example = inputs.other_example(self.example)
         twin = self._twin(self._record)
         try:
             for training in (False, True):
-                self.outputs.append(self._forward(twin, training))
+                self.outputs.append(self._forward(twin, training, self.example))
                 self.states.append(rng_states())
+            if self.other_example is not None:
+                with contextlib.suppress(Exception):  # it may not take the other kind
+                    self.other_output = self._forward(twin, False, self.other_example)
+            if to_dtypes_of(self.model, twin):
+                with contextlib.suppress(Exception):  # it may not take inputs in its weights' dtype
+                    self.in_own_dtype = self._forward_in_own_dtype(twin)
         finally:
             release(twin)
         self.build = build_of(twin)
@@ -119,11 +143,15 @@ class ModelRun:
             if not swap.is_as_found():
                 raise Mismatch(REPLACED)
             for training, expected, states in zip((False, True), self.outputs, self.states, strict=True):
-                compare_outputs(expected, self._forward(twin, training))
+                compare_outputs(expected, self._forward(twin, training, self.example))
                 if rng_states() != states:
                     raise Mismatch(RANDOM)
             if not swap.fast_calls:
                 raise Mismatch(swap.idle_reason())
+            if self.other_output is not None:
+                compare_outputs(self.other_output, self._forward(twin, False, self.other_example))
+            if to_dtypes_of(self.model, twin) and self.in_own_dtype is not None:
+                compare_kinds(self.in_own_dtype, self._forward_in_own_dtype(twin))
         finally:
             release(twin)
         if build_of(twin) != self.build:
@@ -138,15 +166,19 @@ class ModelRun:
             block.forward = StandIn(block, home, index, partial(record, name), real=index == 0)
         return twin
 
-    def _forward(self, twin: nn.Module, training: bool) -> Any:
+    def _forward(self, twin: nn.Module, training: bool, example: Any) -> Any:
         seed_all()
         with torch.no_grad():
-            return twin.train(training)(*in_fp32(self.example))
+            return twin.train(training)(*in_fp32(example))
+
+    def _forward_in_own_dtype(self, twin: nn.Module) -> Any:
+        with torch.no_grad():
+            return twin.eval()(*in_dtype_of(self.model, self.example))
 
     def _record(self, name: str, call: Call) -> None:
         """Keep a call of each kind once, and those of the first, a middle and the last of blocks built alike."""
         key = call.key()
-        self.tokens[name] = max(self.tokens[name], call.tokens())
+        self.lengths[name] = self.lengths.get(name, NO_LENGTHS).including(call.tokens())
         if key in self.keys[name]:
             return
         alike = [other for other, build in self.builds.items() if build == self.builds[name]]

@@ -11,16 +11,16 @@ from torch import nn
 from . import BLOCKS, INPUTS, MODELS
 from .build import build_of
 from .comparison import example_call, in_one_line, weight_of, why_not_block
-from .home import UNLIMITED, Home, Mismatch, Swap
+from .home import NO_LENGTHS, UNLIMITED, Home, Lengths, Mismatch, Swap
 from .int8 import why_not_int8
 from .parity import ModelRun, Verdicts, check_first_call, representatives
 
 
 class Planned(NamedTuple):
-    """Way to swap a module; ``tokens`` and ``check`` are ``Swap``'s."""
+    """Way to swap a module; ``lengths`` and ``check`` are ``Swap``'s."""
 
     home: Home
-    tokens: int
+    lengths: Lengths
     check: Callable[[Swap, Sequence[Any], Mapping[str, Any]], str | None] | None
 
 
@@ -85,9 +85,7 @@ class Plan:
         on_example: dict[Any, str] = {}
         for run in runs.values():
             run.judge(self.reasons)
-        called = {
-            run.model.get_submodule(name): run.tokens[name] for run in runs.values() for name in run.blocks if run.tokens[name]
-        }
+        called = {run.model.get_submodule(name): lengths for run in runs.values() for name, lengths in run.lengths.items()}
         for block, home in candidates.items():
             if block in self.reasons:
                 continue
@@ -98,7 +96,9 @@ class Plan:
                 if on_example[key]:
                     self.reasons[block] = on_example[key]
                     continue
-            self.swaps[block] = Planned(home, called.get(block, 0), partial(check_first_call, verdicts, block in chosen))
+            self.swaps[block] = Planned(
+                home, called.get(block, NO_LENGTHS), partial(check_first_call, verdicts, block in chosen)
+            )
 
     def _plan_models(self, models: Mapping[nn.Module, Home], runs: Mapping[nn.Module, ModelRun]) -> None:
         for model in models:

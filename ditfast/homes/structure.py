@@ -46,3 +46,9 @@ def is_idle(child: Foreign) -> bool:
 
 def has_children(module: nn.Module, *names: str) -> bool:
     return all(name in module._modules and module._modules[name] is not None for name in names)
+
+
+def convolution_in(proj: object) -> Foreign:
+    """Return the convolution that makes patches, or the one inside the adapter that replaced it; None if there is none."""
+    parts = proj.modules() if isinstance(proj, nn.Module) else ()
+    return next((part for part in parts if isinstance(part, nn.Conv2d)), None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copyreg
 import datetime
 import os
 import pathlib
 import pickle
+import posixpath
 import sys
 import types
 from collections.abc import Callable
@@ -189,6 +191,16 @@ def test_a_forced_weights_only_load_is_named(tmp_path: Path, monkeypatch: pytest
     load_checkpoint(saved({"model": STATE}, tmp_path / "x.pt"), config=small())
     with pytest.raises(CheckpointError, match=r"refused: .* TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
         load_checkpoint(saved({"model": STATE, "out": pathlib.Path("x")}, tmp_path / "x.pt"), config=small())
+
+
+def test_functions_by_number_are_refused(tmp_path: Path) -> None:
+    copyreg.add_extension("posixpath", "join", 240)
+    try:
+        path = saved({"model": STATE, "join": posixpath.join}, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match="refused: it holds the extension 240"):
+            load_checkpoint(path, config=small())
+    finally:
+        copyreg.remove_extension("posixpath", "join", 240)
 
 
 # ------------------------------------------------------------------------------------------------ heads
