@@ -1,4 +1,4 @@
-"""Checks of an op's tensors: shapes, dtypes, devices and strides; each error names the argument, what came and what was expected."""
+"""Checks of tensors that ops take: shape, dtype, device, strides; errors name the argument, what came and what was expected."""
 
 from __future__ import annotations
 
