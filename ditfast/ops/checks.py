@@ -1,4 +1,4 @@
-"""Checks of an op's tensors: shapes, dtypes, devices and strides; each error names the argument, what came and what was expected."""
+"""Checks of an op's tensors; each error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
