@@ -22,7 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    if call.excinfo is None or not any(words in str(call.excinfo.value) for words in STICKY):
+    if call.excinfo is None:
+        return
+    error = call.excinfo.value
+    # An assertion may quote what another process printed.
+    if not isinstance(error, RuntimeError) or not any(words in str(error) for words in STICKY):
         return
     if "PYTEST_XDIST_WORKER" in os.environ:
         _message(os.environ["PYTEST_XDIST_TESTRUNUID"], item.nodeid).write_text(str(item.repr_failure(call.excinfo)))

@@ -27,9 +27,18 @@ def test_launch(i):
 """
 
 
-def run(folder: Path, faults: set[int], *options: str) -> str:
+QUOTES = """
+def test_quote():
+    assert "" == "another process lost its GPU: CUDA error: an illegal memory access was encountered"
+
+def test_next():
+    pass
+"""
+
+
+def run(folder: Path, tests: str, *options: str) -> str:
     file = folder / "test_launches.py"
-    file.write_text(LAUNCHES.replace("FAULTS", str(faults)))
+    file.write_text(tests)
     command = [
         sys.executable,
         "-m",
@@ -51,13 +60,18 @@ def run(folder: Path, faults: set[int], *options: str) -> str:
 @pytest.mark.parametrize("faults", [{2}, set(range(9))], ids=["one", "nine"])
 def test_all_other_tests_report(tmp_path: Path, faults: set[int]) -> None:
     pytest.importorskip("xdist")
-    out = run(tmp_path, faults, "-n", "2")
+    out = run(tmp_path, LAUNCHES.replace("FAULTS", str(faults)), "-n", "2")
     assert f"{len(faults)} failed, {10 - len(faults)} passed" in out, out
     assert out.count("CUDA error: an illegal memory access was encountered") >= len(faults)
     assert "crashed while running" not in out
 
 
 def test_without_xdist_the_run_ends_and_says_how_to_go_on(tmp_path: Path) -> None:
-    out = run(tmp_path, {2}, "-p", "no:xdist")
+    out = run(tmp_path, LAUNCHES.replace("FAULTS", "{2}"), "-p", "no:xdist")
     assert "1 failed, 2 passed" in out, out
     assert "run with -n 1 to go on" in out
+
+
+def test_an_assertion_that_quotes_an_error_ends_nothing(tmp_path: Path) -> None:
+    out = run(tmp_path, QUOTES, "-p", "no:xdist")
+    assert "1 failed, 1 passed" in out, out
