@@ -112,8 +112,8 @@ class Estimator:
         c = self.constants
         seconds = [(c.compile_s + c.compile_block_s * blocks) * (c.max_autotune if slow else 1) for blocks, slow in jobs]
         busy = [0.0] * processes
-        for one in sorted(seconds, reverse=True):
-            busy[busy.index(min(busy))] += one
+        for job in seconds:
+            busy[busy.index(min(busy))] += job
         return self.slowness * (c.worker_s + max(busy)) if seconds else 0.0
 
     def case(self, work: Work) -> float:

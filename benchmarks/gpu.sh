@@ -135,8 +135,10 @@ for batch in "${COMPILED[@]}"; do
   compilers+=($!)
 done
 step tests "${PYTEST[@]}" -m gpu -n "$WORKERS" --dist worksteal --max-worker-restart 40 --maxfail 300 "$TESTS"
-for i in "${!COMPILED[@]}"; do finish "compiler${COMPILED[i]}" "${compilers[i]}" "$ahead"; done
-compilers=() # whose numbers other processes may have by now
+for i in "${!COMPILED[@]}"; do
+  finish "compiler${COMPILED[i]}" "${compilers[i]}" "$ahead"
+  unset "compilers[i]" # another process may have its number by now
+done
 
 step micro "${FIRST[@]}" micro
 bench compile --models "${COMPILED[@]/#/$MODEL:}" --rivals compile ditfast

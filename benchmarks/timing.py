@@ -127,7 +127,7 @@ class _CaseBench:
     def start(self, name: str) -> None:
         """Call a rival for the first time and compare its output."""
         if name.endswith(GRAPH) and kind_of(name) not in self.started:
-            return  # a remark says what became of the rival
+            return  # the rival itself failed, as a remark says
         try:
             exact, allowed = self._bar(name)
             allowed = LOOSE_BAR if loose(name) else allowed

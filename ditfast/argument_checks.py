@@ -80,19 +80,19 @@ def as_bool(name: str, value: object) -> bool:
 
 
 def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> None:
-    """Raise as ``as_int`` does, and for tensors; let the sizes of traced tensors through, of which nothing is known."""
+    """Raise unless a value is an integer in the range: as ``as_int``, but no tensor or array. Traced sizes pass unchecked."""
     if type(value) is int and (least is None or value >= least) and (most is None or value <= most):
         return
     if not _is_traced(value):
-        as_int(name, _no_tensor(name, value, "an integer"), least, most)
+        as_int(name, _no_array(name, value, "an integer"), least, most)
 
 
 def check_number(name: str, value: Any, least: float | None = None) -> None:
-    """Raise as ``as_float`` does, and for tensors."""
+    """Raise unless a value is a number in the range: as ``as_float``, but no tensor or array. Traced ones pass unchecked."""
     if type(value) is float and abs(value) <= LARGEST_FP32 and (least is None or value >= least):
         return
     if not _is_traced(value):
-        as_float(name, _no_tensor(name, value, "a number"), least)
+        as_float(name, _no_array(name, value, "a number"), least)
 
 
 def as_int(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -161,8 +161,8 @@ def _is_traced(value: object) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat)) or (isinstance(value, Tensor) and torch.jit.is_tracing())
 
 
-def _no_tensor(name: str, value: object, expected: str) -> object:
-    if isinstance(value, Tensor):
+def _no_array(name: str, value: object, expected: str) -> object:
+    if isinstance(value, (Tensor, np.ndarray)):
         raise wrong_type(name, value, expected)
     return value
 

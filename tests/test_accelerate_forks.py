@@ -253,6 +253,25 @@ def test_inputs_that_only_a_fork_takes(change: dict[str, Any]) -> None:
     with torch.no_grad():
         expected = run(model, inputs)[0]
         assert error(run(ditfast.accelerate(model), inputs)[0], expected) <= 1e-5
+        run(model, official_inputs())
+    row = next(row for row in ditfast.acceleration_report(model).rows if row.module == "(model)")
+    assert (row.fast_calls, row.original_calls) == (1, 1), row
+
+
+class Counting(timm_style.TimestepEmbedder):
+    """Keeps what it was called with in a buffer that it makes at its first call."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        if not hasattr(self, "latest"):
+            self.register_buffer("latest", torch.zeros(1))
+        return super().forward(t)
+
+
+def test_a_buffer_made_in_the_first_forward() -> None:
+    model = official()
+    model.t_embedder.__class__ = Counting
+    rows = ditfast.acceleration_report(ditfast.accelerate(model)).rows
+    assert all(row.swapped for row in rows), rows
 
 
 class PairBlock(timm_style.Block):

@@ -173,6 +173,7 @@ def test_a_capture_that_fails_costs_its_row(checkpoint: Path, monkeypatch: pytes
 @pytest.mark.usefixtures("fake_gpu")
 def test_what_holds_itself_by_a_cycle_is_released() -> None:
     gpu = Gpu(CUDA)
+    gc.collect()
     before = gpu.allocated_bytes()
     gc.disable()
     try:

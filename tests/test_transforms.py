@@ -290,8 +290,7 @@ def test_accelerated_models_are_traced(name: str, gradients: bool) -> None:
         assert error(traced(*(other[key] for key in names)), foreign.tensors(plain(**other))[0]) < TOLERANCE
 
 
-def test_a_kernel_launched_on_its_own_refuses_dual_tensors() -> None:
-    """As that of a backward is in forward mode, whose forward ran before."""
+def test_a_backward_kernel_launched_on_its_own_refuses_dual_tensors() -> None:
     gradient = torch.randn(2, 4, 4, 4)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(gradient, torch.ones_like(gradient))

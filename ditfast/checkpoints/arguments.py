@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from ..argument_checks import describe
 from .pickles import Inert
 
 Heads: TypeAlias = int | str  # a number, or in words what cannot be read as one
@@ -36,11 +37,13 @@ def heads_in_arguments(content: object, metadata: Mapping[str, str], width: int)
     level: list[object] = [content, metadata]
     for _ in range(_DEEPEST):
         items = [item for values in map(_plain, level) if isinstance(values, Mapping) for item in _by_name(values)]
-        heads = {_number(value) for name, value in items if name in _HEADS}
-        dims = {_number(value) for name, value in items if name in _HEAD_DIMS}
-        told = heads - {None} or {_heads_of(dim, width) for dim in dims - {None}}
-        if told:
-            return sorted((number for number in told if number is not None), key=lambda told: (isinstance(told, str), told))
+        heads, dims = (
+            {number for name, value in items if name in names and (number := _number(value)) is not None}
+            for names in (_HEADS, _HEAD_DIMS)
+        )
+        heads = heads or {_heads_of(dim, width) for dim in dims}
+        if heads:
+            return sorted(heads, key=lambda number: (isinstance(number, str), number))
         level = [value for name, value in items if name in _PARTS]
     return []
 
@@ -73,10 +76,10 @@ def _number(value: object) -> Heads | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
-        return int(value) if int(value) == float(value) else repr(value)
+        return int(value) if int(value) == float(value) else describe(value)
     except (ValueError, OverflowError):  # an interpolation, or not finite
-        return repr(value)
+        return describe(value)
 
 
-def _heads_of(dim: Heads | None, width: int) -> Heads:
+def _heads_of(dim: Heads, width: int) -> Heads:
     return width // dim if isinstance(dim, int) and dim > 0 and width % dim == 0 else f"heads of {dim} channels"

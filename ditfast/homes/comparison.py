@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .build import build_of
-from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, run_isolated, seed_all, to_dtypes_of
+from .copies import cast_like, check_device, copy_of, in_fp32, random_values, release, rng_states, run_isolated, seed_all
 from .home import Foreign, Home, Mismatch, Options, Swap, tokens_of
 
 TOLERANCE = 1e-5  # relative, of outputs in fp32
@@ -94,10 +94,10 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return _map_tensors(lambda tensor: tensor.to(device), tree)
 
 
-def in_dtype_of(module: nn.Module, tree: Any) -> Any:
-    """Return arguments whose fractions are in the dtype of a module's weights."""
+def cast_inputs(tree: Any, module: nn.Module) -> Any:
+    """Return copies of arguments, floating-point tensors in the dtype of a module's weights."""
     dtype = weight_of(module).dtype
-    return _map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, tree)
+    return _map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, in_fp32(tree))
 
 
 def compare_kinds(expected: Any, found: Any) -> None:
@@ -131,9 +131,10 @@ def _compare_block(block: nn.Module, home: Home, calls: Sequence[Call]) -> None:
             _compare_calls(original, fast, swap, _strengthened(in_fp32(call)))
         if build_of(original) != build_of(fast):
             raise Mismatch(STATE)
-        if any([to_dtypes_of(block, original), to_dtypes_of(block, fast)]):
+        cast_like(fast, block)
+        if cast_like(original, block):
             for call in calls:
-                _compare_dtypes(original.eval(), fast.eval(), in_dtype_of(block, call.first_samples(1)))
+                _compare_dtypes(original.eval(), fast.eval(), cast_inputs(call.first_samples(1), block))
     finally:
         release(fast)
 

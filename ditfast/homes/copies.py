@@ -90,16 +90,15 @@ def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[
     return twin
 
 
-def to_dtypes_of(module: nn.Module, twin: nn.Module) -> bool:
+def cast_like(twin: nn.Module, module: nn.Module) -> bool:
     """Put a copy's parameters and buffers into the dtypes of the module's, in place; return whether any changed."""
-    pairs = [
-        *zip(module.parameters(), twin.parameters(), strict=True),
-        *zip(module.buffers(), twin.buffers(), strict=True),
-    ]
-    changed = [(theirs, ours) for theirs, ours in pairs if theirs.dtype != ours.dtype]
-    for theirs, ours in changed:
-        ours.data = ours.data.to(theirs.dtype)
-    return bool(changed)
+    dtypes = {name: tensor.dtype for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    changed = False
+    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):  # a forward may have added some
+        if dtypes.get(name, tensor.dtype) != tensor.dtype:
+            tensor.data = tensor.data.to(dtypes[name])
+            changed = True
+    return changed
 
 
 def release(module: nn.Module) -> None:

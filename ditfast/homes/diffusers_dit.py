@@ -153,7 +153,9 @@ class DiffusersModel(Home):
         if grid[0] != grid[1] or hidden_states.dtype not in DTYPES:
             return Declined("its image is not square, or not in fp32, fp16 or bf16")
         if fused[0] is None:  # it embeds for the model
-            return Declined("its first block is hooked (as by FSDP) or left: the blocks run one by one")
+            return Declined(
+                "its first block is hooked (as by FSDP), left or unchecked at this length: the blocks run one by one"
+            )
         x = model.pos_embed(hidden_states)  # [B, T, D]
         per_block, final = self._modulations(swap, fused, x, timestep, class_labels)
         given: dict[str, Any] = {

@@ -186,7 +186,7 @@ class Swap:
     def _unsupported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return why a call is left to the module's own forward before the fast one sees it, or nothing."""
         if torch.jit.is_tracing():
-            return "traced by torch.jit, which compares its graphs with gradients and without"
+            return "traced by torch.jit"
         if not self.is_as_found():
             return "changed since, or hooked inside"
         if self.is_rounded and _recomputed_later(args, kwargs):
@@ -251,8 +251,10 @@ class Swap:
 
     def takes(self, linear: nn.Module, *activations: Tensor) -> bool:
         """Return True if activations have the dtype of a linear's weight, or are cast: by autocast, or to ``dtype``."""
-        dtype = getattr(getattr(linear, "weight", None), "dtype", None)  # an adapter may have no weight
-        if dtype is None or all(activation.dtype == dtype for activation in activations):
+        weight = getattr(linear, "weight", None)  # an adapter may have none, and integers are a quantized one's
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return True
+        if all(activation.dtype == weight.dtype for activation in activations):
             return True
         return self.dtype is not None or torch.is_autocast_enabled(activations[0].device.type)
 

@@ -23,15 +23,15 @@ from .comparison import (
     REPLACED,
     STATE,
     Call,
+    cast_inputs,
     compare_kinds,
     compare_outputs,
-    in_dtype_of,
     reason_of,
     to_device,
     weight_of,
     why_not_block,
 )
-from .copies import check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all, to_dtypes_of
+from .copies import cast_like, check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all
 from .home import NO_LENGTHS, Foreign, Home, Lengths, Mismatch, ModelInputs, Options, Swap
 
 SAMPLES = 2  # of a first call
@@ -80,7 +80,7 @@ class ModelRun:
         self.representatives = set(representatives(self.builds))
         self.outputs: list[Any] = []
         self.other_output: Any = None  # of the other example, if it takes that
-        self.in_own_dtype: Any = None  # output in the dtype of the weights
+        self.own_dtype_output: Any = None  # in the dtype of the weights, if it takes inputs in that
         self.states: list[list[bytes]] = []  # of random number generators, after each
 
     def run(self, inputs: ModelInputs) -> str:
@@ -96,12 +96,8 @@ class ModelRun:
             for training in (False, True):
                 self.outputs.append(self._forward(twin, training, self.example))
                 self.states.append(rng_states())
-            if self.other_example is not None:
-                with contextlib.suppress(Exception):  # it may not take the other kind
-                    self.other_output = self._forward(twin, False, self.other_example)
-            if to_dtypes_of(self.model, twin):
-                with contextlib.suppress(Exception):  # it may not take inputs in its weights' dtype
-                    self.in_own_dtype = self._forward_in_own_dtype(twin)
+            self.other_output = self._other_output(twin)
+            self.own_dtype_output = self._own_dtype_output(twin)
         finally:
             release(twin)
         self.build = build_of(twin)
@@ -148,10 +144,11 @@ class ModelRun:
                     raise Mismatch(RANDOM)
             if not swap.fast_calls:
                 raise Mismatch(swap.idle_reason())
+            other, in_own_dtype = self._other_output(twin), self._own_dtype_output(twin)
             if self.other_output is not None:
-                compare_outputs(self.other_output, self._forward(twin, False, self.other_example))
-            if to_dtypes_of(self.model, twin) and self.in_own_dtype is not None:
-                compare_kinds(self.in_own_dtype, self._forward_in_own_dtype(twin))
+                compare_outputs(self.other_output, other)
+            if self.own_dtype_output is not None:
+                compare_kinds(self.own_dtype_output, in_own_dtype)
         finally:
             release(twin)
         if build_of(twin) != self.build:
@@ -171,9 +168,19 @@ class ModelRun:
         with torch.no_grad():
             return twin.train(training)(*in_fp32(example))
 
-    def _forward_in_own_dtype(self, twin: nn.Module) -> Any:
-        with torch.no_grad():
-            return twin.eval()(*in_dtype_of(self.model, self.example))
+    def _other_output(self, twin: nn.Module) -> Any:
+        """Return a copy's output for the other example; None if it does not take that."""
+        with contextlib.suppress(Exception):
+            return None if self.other_example is None else self._forward(twin, False, self.other_example)
+        return None
+
+    def _own_dtype_output(self, twin: nn.Module) -> Any:
+        """Return a copy's output in the dtype of the weights; None if that is fp32, or it does not take inputs in it."""
+        if not cast_like(twin, self.model):
+            return None
+        with contextlib.suppress(Exception), torch.no_grad():
+            return twin.eval()(*cast_inputs(self.example, self.model))
+        return None
 
     def _record(self, name: str, call: Call) -> None:
         """Keep a call of each kind once, and those of the first, a middle and the last of blocks built alike."""

@@ -61,7 +61,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 
 def check_branch(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...] | None = None, of: str = "x") -> None:
-    """Raise unless h has the shape (if none is given) and device of x; autocast brings bf16 branches beside an fp32 stream."""
+    """Raise unless h has ``shape`` (default: x's) on x's device, in any dtype: autocast brings bf16 beside an fp32 stream."""
     expected = tuple(x.shape) if shape is None else shape
     check_tensor(name, h, expected)
     if h.shape != expected:

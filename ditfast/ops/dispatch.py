@@ -159,9 +159,8 @@ vars(_decided)["_dynamo_marked_constant"] = vars(is_transformed)["_dynamo_marked
 
 def computes_now() -> bool:
     """Return whether ops compute at once, on numbers that can be read: nothing traces, transforms or fakes them."""
-    return not (
-        torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack() or is_transformed()
-    )
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return not (tracing or torch._C._len_torch_dispatch_stack() or is_transformed())
 
 
 def untransformed(op: str, route: str, is_forced: bool = False) -> str:
@@ -207,7 +206,7 @@ def check_possible(engine: str, device: torch.device, problem: Problem) -> None:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether a backward may follow; so it may behind ``torch.jit.trace``, which compares graphs of either mode."""
+    """Return whether a backward may follow. Always under ``torch.jit.trace``, whose check compares graphs of either mode."""
     if torch._C._get_tracing_state() is not None:  # torch.jit.is_tracing(), at a third of its time
         return True
     return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)

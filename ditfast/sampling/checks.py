@@ -26,7 +26,7 @@ def check_model(model: Any) -> None:
             came = f"a {type(model).__module__}.{type(model).__name__}"
             hint = "; ditfast.load_checkpoint(model.state_dict()) makes one of a DiT's weights"
         raise TypeError(f"model: got {came}, expected a ditfast.DiT{hint}")
-    weights = model.pos_embed
+    weights = model.pos_embed  # which has the dtype and device of all
     if weights.dtype not in DTYPES or weights.is_meta:
         got = f"weights of {weights.dtype} on {weights.device}"
         raise ValueError(f"model: got {got}, expected float32, float16 or bfloat16 on a device with memory: call model.to")

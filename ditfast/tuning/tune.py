@@ -48,8 +48,8 @@ def tune(
     Args:
         problems: and how often each comes in the model.
         clock: of the device.
-        budget: seconds, half of which go to compiling at most, before the first measurement; what is being measured when they
-            are over is measured to its end.
+        budget: seconds. Compiling before the first measurement takes half of them at most; a measurement that has begun when
+            they are over is finished.
         remember: is given each problem's entry as soon as there is one, and again if its tiles got better.
         show: is told what is being measured, how many of how many steps are done.
 
