@@ -207,7 +207,13 @@ def test_what_a_step_leaves_behind_is_ended(script: Path) -> None:
 def test_an_interrupt_ends_what_runs(script: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "MINUTES": "30", "STEP": "micro", "FAULT": HANG}
     process = subprocess.Popen(
-        ["bash", str(SCRIPT)], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ["bash", str(SCRIPT)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Whoever starts this run in the background ignores interrupts, and bash cannot trap what was ignored before it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not (script / "calls.child").exists() and time.monotonic() < deadline:

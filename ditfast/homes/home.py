@@ -251,8 +251,10 @@ class Swap:
 
     def takes(self, linear: nn.Module, *activations: Tensor) -> bool:
         """Return True if activations have the dtype of a linear's weight, or are cast: by autocast, or to ``dtype``."""
-        weight = getattr(linear, "weight", None)  # an adapter may have none, and integers are a quantized one's
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        weight = linear._parameters.get("weight")
+        if weight is None:  # of a wrapper; the attribute may be a parametrization, which computes, and writes buffers
+            weight = next(linear.parameters(), None)
+        if weight is None or not weight.is_floating_point():  # no linear, or a quantized one
             return True
         if all(activation.dtype == weight.dtype for activation in activations):
             return True
