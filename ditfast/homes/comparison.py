@@ -131,8 +131,8 @@ def _compare_block(block: nn.Module, home: Home, calls: Sequence[Call]) -> None:
             _compare_calls(original, fast, swap, _strengthened(in_fp32(call)))
         if build_of(original) != build_of(fast):
             raise Mismatch(STATE)
-        cast_like(fast, block)
-        if cast_like(original, block):
+        cast = [cast_like(copy, block) for copy in (original, fast)]  # which share their parameters
+        if any(cast):
             for call in calls:
                 _compare_dtypes(original.eval(), fast.eval(), cast_inputs(call.first_samples(1), block))
     finally:
