@@ -118,6 +118,7 @@ def test_gradients_are_those_of_its_parts(either: Runner) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("either", ["torch", "triton"], indirect=True)
 @pytest.mark.parametrize("shape", [(), (32,), (0, 128), (32, 0)], ids=str)
 def test_a_weight_without_features_is_refused(either: Runner, shape: tuple[int, ...]) -> None:
     x, shift, scale, _, bias = arguments(either, 2, 6, 128, 32, torch.float32, "chunk6")

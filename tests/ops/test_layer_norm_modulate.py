@@ -64,6 +64,7 @@ def test_kernel_gradients(compiled: Runner, D: int, T: int, dtype: str, kind: st
     check_gradients(compiled, 2, T, D, DTYPES[dtype], kind)
 
 
+@pytest.mark.parametrize("either", ["torch", "triton"], indirect=True)
 @pytest.mark.parametrize(("D", "dtype"), [(384, "bf16"), (200, "fp16"), pytest.param(384, "fp32", marks=pytest.mark.full)])
 def test_rows_without_variance(either: Runner, D: int, dtype: str) -> None:
     for flat in (1000.0, -30000.0, 0.1):
