@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,31 +88,29 @@ def test_a_model_of_unknown_arguments_is_checked_at_its_first_call() -> None:
         assert error(found, ditfast.restore(model)(x, c)) <= 1e-5
 
 
-def test_a_window_wider_than_the_first_call_is_seen_at_a_longer_one() -> None:
-    model = ditfast.accelerate(Blocks().eval())
-    for block in model.blocks:
-        block.attn.change = "window"
+def assert_agrees_at(lengths: Sequence[int], model: nn.Module) -> None:
+    """Hold accelerated blocks to their classes' own forwards, at one sequence length after the other."""
     c = torch.randn(2, 32)
     with torch.no_grad():
-        for T in (3, 16, 3):
+        for T in lengths:
             x = torch.randn(2, T, 32)
             found = model(x, c)
             for block in model.blocks:
                 x = type(block).forward(block, x, c)
             assert error(found, x) <= 1e-5
+
+
+def test_a_window_wider_than_the_first_call_is_seen_at_a_longer_one() -> None:
+    model = ditfast.accelerate(Blocks().eval())
+    for block in model.blocks:
+        block.attn.change = "window"
+    assert_agrees_at((3, 16, 3), model)
     assert {row.fast_calls for row in rows_of(model).values()} == {2}
 
 
 def test_a_scale_that_depends_on_the_length_is_seen_at_a_shorter_call() -> None:
     model = ditfast.accelerate(Blocks("logarithmic scale").eval())
-    c = torch.randn(2, 32)
-    with torch.no_grad():
-        for T in (16, 4, 16):
-            x = torch.randn(2, T, 32)
-            found = model(x, c)
-            for block in model.blocks:
-                x = type(block).forward(block, x, c)
-            assert error(found, x) <= 1e-5
+    assert_agrees_at((16, 4, 16), model)
     assert {row.fast_calls for row in rows_of(model).values()} == {2}
 
 

@@ -207,7 +207,7 @@ def check_possible(engine: str, device: torch.device, problem: Problem) -> None:
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a backward may follow. Always under ``torch.jit.trace``, whose check compares graphs of either mode."""
-    if torch._C._get_tracing_state() is not None:  # torch.jit.is_tracing(), at a third of its time
+    if torch._C._get_tracing_state() is not None:  # torch.jit.is_tracing(), in one call
         return True
     return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
