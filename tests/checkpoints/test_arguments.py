@@ -43,8 +43,14 @@ def test_heads_in_the_metadata_of_safetensors(metadata: dict[str, str], tmp_path
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [("${heads}", r"'\${heads}'"), ("twelve", "'twelve'"), (12.5, "12.5"), (np.int64(12), "a numpy.*scalar")],
-    ids=["interpolation", "word", "fraction", "NumPy"],
+    [
+        ("${heads}", r"'\${heads}'"),
+        ("twelve", "'twelve'"),
+        (12.5, "12.5"),
+        (10**5000, "an int of 16610 bits"),
+        (np.int64(12), "a numpy.*scalar"),
+    ],
+    ids=["interpolation", "word", "fraction", "5000 digits", "NumPy"],
 )
 def test_heads_that_cannot_be_read_are_asked_for(value: object, told: str, tmp_path: Path) -> None:
     torch.save({"ema": weights_of(CONFIG), "args": {"num_heads": value}}, tmp_path / "x.pt")
