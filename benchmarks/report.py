@@ -135,9 +135,9 @@ def _rivals_table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> 
 
 
 def _legend(rows: list[Row]) -> Iterator[str]:
-    yield "ms, p20, p80: a forward of the batch. error: relative, against float64; RED: over"
-    yield "the allowed one, so not timed. x eager: median of the rounds' ratios. 1st s: the"
-    yield "first call, which compiles, packs or captures; short if compiled ahead."
+    yield "ms, p20, p80: a forward of the batch. error: relative, against float64; RED:"
+    yield "over the allowed one, not timed. x eager: median of the rounds' ratios. 1st s:"
+    yield "the first call, which compiles, packs or captures; short if compiled ahead."
     if any(loose(row.rival) for row in rows):
         yield f"OpenVINO and int8 are held to {LOOSE_BAR}, not to eager PyTorch's error."
     if any(row.peak_memory_gb is not None for row in rows):
