@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import hashlib
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 import ditfast
+from ditfast.interrupt import end_children, shielding_children
 
 from .gauges import first_line
 from .gpu import open_gpu
@@ -69,8 +71,9 @@ def compile_ahead(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(processes, context, _start_worker, (torch.get_num_threads(),)) as pool:
-        running = {pool.submit(_first_call, job): job for job in jobs}
+    with ProcessPoolExecutor(processes, context, _start_worker, (torch.get_num_threads(),)) as pool, _ended_at_once(pool):
+        with shielding_children():
+            running = {pool.submit(_first_call, job): job for job in jobs}
         for future in as_completed(running):
             job = running[future]
             try:
@@ -81,6 +84,17 @@ def compile_ahead(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
                 yield Outcome(job, f"{type(error).__name__}: {first_line(error)}")
             else:
                 yield Outcome(job, None)
+
+
+@contextlib.contextmanager
+def _ended_at_once(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """End the pool's processes when Ctrl-C ends the block, where the pool waits for all jobs."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        end_children()
+        raise
 
 
 def _start_worker(threads: int) -> None:

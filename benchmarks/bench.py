@@ -1,12 +1,12 @@
 """Speed of DiT forwards: ditfast against eager PyTorch, torch.compile and diffusers, checked against float64 first.
 
-    python benchmarks/bench.py                      ten minutes on a GPU, four on two CPU cores
-    python benchmarks/bench.py --full               all models, 512 pixels, max-autotune
-    python benchmarks/bench.py --save               and keep the result in benchmarks/results
-    python benchmarks/bench.py --models DiT-S/2 DiT-B/4 --batch 1 8 --dtype bf16 fp32
-    python benchmarks/bench.py --models DiT-S/8 DiT-S/4:8 DiT-XL/2@512:4
-                                                    each with a batch of its own, --batch for the others
-    python benchmarks/bench.py --checkpoint DiT-XL-2-256x256.pt --batch 8
+    ditfast bench                      ten minutes on a GPU, four on two CPU cores; also python benchmarks/bench.py
+    ditfast bench --full               all models, 512 pixels, max-autotune
+    ditfast bench --save               and keep the result in benchmarks/results
+    ditfast bench --models DiT-S/2 DiT-B/4 --batch 1 8 --dtype bf16 fp32
+    ditfast bench --models DiT-S/8 DiT-S/4:8 DiT-XL/2@512:4
+                                       each with a batch of its own, --batch for the others
+    ditfast bench --checkpoint DiT-XL-2-256x256.pt --batch 8
 
 Writes bench.json, bench.txt (the tables) and two plots into --out; JSON and tables after each row. Rivals run interleaved,
 round by round, so that a machine whose clock drifts slows all of them; ratios are medians of each round's ratio. torch.compile
@@ -29,6 +29,9 @@ profiler) would tell is null, and a note says why.
 
 from __future__ import annotations
 
+from ditfast import interrupt  # acts while the rest is imported
+
+# isort: split
 import argparse
 import functools
 import importlib.util
@@ -41,18 +44,16 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
-from ditfast import CheckpointError
+from ditfast import CheckpointError, DiTConfig, flops
 from ditfast.benchmarks.ahead import Job, compile_ahead, count_processes, is_compiled, needs_compiling
 from ditfast.benchmarks.estimate import Estimator, Work, constants_help
 from ditfast.benchmarks.gauges import Gauges
 from ditfast.benchmarks.gpu import open_gpu
 from ditfast.benchmarks.plots import save_plots
 from ditfast.benchmarks.precision import fix_precision
-from ditfast.benchmarks.predicted_tables import config_of
-from ditfast.benchmarks.report import print_beside_speed, print_speed, text_of
-from ditfast.benchmarks.results import Results, free_path, new_results, results_path
+from ditfast.benchmarks.report import COLUMNS, print_beside_speed, print_notes, print_speed, text_of
+from ditfast.benchmarks.results import Results, new_folder, new_results, results_path
 from ditfast.benchmarks.rivals import (
     COMPILED,
     GRAPH,
@@ -66,13 +67,18 @@ from ditfast.benchmarks.rivals import (
     random_case,
 )
 from ditfast.benchmarks.rows import Row
-from ditfast.benchmarks.timing import DeviceLost, bench_case, count_launches, describe_failure, progress_bar
+from ditfast.benchmarks.timing import DeviceLost, bench_case, count_launches, describe_failure
+from ditfast.commands.arguments import positive
 from ditfast.config import MODEL_NAMES
 from ditfast.devices import add_device_argument
 from ditfast.dtypes import DTYPES
-from ditfast.files import whole_file
+from ditfast.files import free_path, whole_file
+from ditfast.flops.devices import spec_of
+from ditfast.flops.memory import sampling_bytes
+from ditfast.free_memory import shortage_exits, why_too_large
+from ditfast.interrupt import keeping
 from ditfast.ops.cpu_products import SLOW_DTYPES
-from ditfast.prediction import spec_of
+from ditfast.terminal import HelpFormatter, Tracker, make_console, say, track_progress
 
 QUICK_MODELS = {"cpu": ["DiT-S/8", "DiT-S/2", "DiT-B/4"]}
 QUICK_MODELS["cuda"] = ["DiT-XL/2", "DiT-B/2", "DiT-S/2", "DiT-L/4", "DiT-S/8"]
@@ -84,6 +90,7 @@ FULL_RIVALS = ["eager", "compile", "max-autotune", "diffusers", "ditfast", "ditf
 FEWEST_ROUNDS = 5
 DEFAULT_OUT = Path("bench-results")
 JSON, TABLES = "bench.json", "bench.txt"
+PROGRAM = "ditfast bench"  # however it was started
 
 
 class Wanted(NamedTuple):
@@ -111,7 +118,10 @@ class Plan(NamedTuple):
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="\n".join(constants_help()), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROGRAM,
+        description=__doc__,
+        epilog="\n".join(constants_help()),
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--models", nargs="+", type=_wanted, metavar="NAME", help="DiT-S/2, DiT-S/2:8 for a batch of 8, DiT-XL/2@512 for 512px"
@@ -119,13 +129,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="all models, 512 pixels, every torch.compile: hours on a GPU")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="weights to time instead of random ones; any layout")
     parser.add_argument(
-        "--batch", nargs="+", type=_positive, metavar="N", help="of a model without one; default: 1; on CUDA 1 8 32 128"
+        "--batch", nargs="+", type=positive, metavar="N", help="of a model without one; default: 1; on CUDA 1 8 32 128"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16; fp32 on a CPU that multiplies no bf16")
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, help="default: what fits the device")
+    parser.add_argument(
+        "--rivals", nargs="+", choices=RIVALS, metavar="NAME", help=f"of {', '.join(RIVALS)}; default: what fits the device"
+    )
     parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
     add_device_argument(parser)
-    parser.add_argument("--out", type=_folder, metavar="DIR", help=f"default {DEFAULT_OUT}, with a number if it is taken")
+    parser.add_argument(
+        "--out", type=new_folder(JSON), metavar="DIR", help=f"default {DEFAULT_OUT}, with a number if it is taken"
+    )
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/DEVICE-DATE.json")
     args = parser.parse_args(argv)
     if args.checkpoint is not None and args.models:
@@ -138,41 +152,41 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         slow = kind == "cpu" and torch.bfloat16 in SLOW_DTYPES
         args.dtype = ["fp32" if slow else "bf16"]
         args.notes += ["dtype: fp32, since this CPU has no bf16 matmul (--dtype bf16 times torch's loops)"] * slow
-    args.out = args.out or _folder(str(free_path(DEFAULT_OUT)))
+    args.out = args.out or new_folder(JSON)(str(free_path(DEFAULT_OUT)))
     return args
 
 
+@shortage_exits(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     missing = [module for module in ("matplotlib", "sklearn") if importlib.util.find_spec(module) is None]
     if missing:
-        raise SystemExit(f"bench needs {' and '.join(missing)}: pip install -e '.[bench]' (or 'ditfast[bench]')")
-    console = Console()
+        raise SystemExit(f"{PROGRAM}: needs {' and '.join(missing)}: pip install -e '.[bench]' (or 'ditfast[bench]')")
+    console = make_console(piped=COLUMNS)
     fix_precision()
     gpu = open_gpu(args.device)
-    command = shlex.join(["python", "benchmarks/bench.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join([*PROGRAM.split(), *(sys.argv[1:] if argv is None else argv)])
     results = new_results("bench", args.device, command)
     try:
         plans, notes = _plans(args)
     except CheckpointError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     results.notes += [*args.notes, *notes]
     gauges = None if gpu is None else Gauges(gpu, spec_of(args.device))
     if gauges is not None:
         results.machine |= gauges.describe()
     facts = {**results.machine, **results.versions, "commit": results.commit, "date": results.date}
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), highlight=False)
-    for note in results.notes:
-        console.print(f"note: {note}", highlight=False)
+    say(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), console)
+    print_notes(console, results.notes)
     run = _Run(args, results, gauges, console)
-    run.all(plans)
+    with keeping(lambda: f"rows in {args.out / JSON}: {len(results.rows)}"):
+        run.all(plans)
     print_beside_speed(console, results.rows)
-    for note in results.notes[len(args.notes) + len(notes) :]:
-        console.print(f"note: {note}", highlight=False)
+    print_notes(console, results.notes[len(args.notes) + len(notes) :])
     written = [*run.paths, args.out / TABLES, *save_plots(args.out, results.rows)]
     for path in written:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", soft_wrap=True)  # a path stays in one piece
     return 0 if results.rows and all(row.parity for row in results.rows) and not run.lost else 1
 
 
@@ -190,6 +204,7 @@ class _Run:
 
     def all(self, plans: Sequence[Plan]) -> None:
         """Compile ahead, run all cases, then profile."""
+        plans = [plan for plan in plans if self._fits(plan.case)]
         jobs = [job for plan in plans for job in plan.jobs()]
         new = [job for job in jobs if not is_compiled(job)]
         processes = count_processes(self.args.device, len(new))
@@ -198,32 +213,41 @@ class _Run:
         seconds = estimator.start() + sum(estimator.case(plan.work()) for plan in plans)
         seconds += estimator.compiling([(job.blocks, job.rival == "max-autotune") for job in new], processes)
         self.results.machine["estimated_s"] = round(seconds, 1)
-        self.console.print(estimator.describe(seconds), highlight=False)
+        say(estimator.describe(seconds), self.console)
         self._save()
         start = time.monotonic()
-        with progress_bar(self.console) as progress:
-            task = progress.add_task("bench", total=len(plans) + len(new), phase=f"compiling in {processes} processes")
-            if new and not self.console.is_terminal:
-                self.console.print(f"compiling {len(new)} models in {processes} processes", highlight=False)
-            for job, error in compile_ahead(new, processes):
-                if error is not None:
-                    self._note(f"{job.title}: {job.rival} was not compiled ahead: {error}")
-                progress.advance(task)
+        with track_progress("bench", len(plans) + len(new), console=self.console) as progress:
+            if new:
+                progress.update(f"compiling {len(new)} models in {processes} processes")
             try:
+                for job, error in compile_ahead(new, processes):
+                    if error is not None:
+                        self._note(f"{job.title}: {job.rival} was not compiled ahead: {error}")
+                    progress.advance()
                 for plan in plans:
-                    self._case(plan, progress, int(task))
-                self._profile(plans, progress, int(task))
+                    self._case(plan, progress)
+                self._profile(plans, progress)
             except DeviceLost as error:
                 self.lost = True
                 self._note(str(error))
+            except KeyboardInterrupt:
+                self._note("interrupted: later rows are missing")
+                raise
         self.results.machine["taken_s"] = round(time.monotonic() - start, 1)
         self._save()
 
-    def _case(self, plan: Plan, progress: Progress, task: int) -> None:
+    def _fits(self, case: Case) -> bool:
+        weights = case.dtype.itemsize * flops.parameters(case.config)
+        sizes = why_too_large(weights + sampling_bytes(case.config, case.batch, case.dtype, "cuda"), case.device)
+        if sizes:
+            self._note(f"{case.title}: skipped, as it takes {sizes}: take a smaller batch")
+        return not sizes
+
+    def _case(self, plan: Plan, progress: Tracker) -> None:
         case = plan.case
 
         def show(phase: str) -> None:
-            progress.update(task, phase=f"{case.title}: {phase}")  # type: ignore[arg-type]
+            progress.update(f"{case.title}: {phase}")
 
         try:
             rows, remarks = bench_case(case, plan.rivals, self.args.rounds, show, self.gauges, self._finish)
@@ -237,19 +261,19 @@ class _Run:
             self.gauges.gpu.release_cache()
         if rows:
             print_speed(self.console, rows)
-        progress.advance(task)  # type: ignore[arg-type]
+        progress.advance()
 
     def _finish(self, row: Row) -> None:
         self.rows.append(row)
         self._save()
 
-    def _profile(self, plans: Sequence[Plan], progress: Progress, task: int) -> None:
+    def _profile(self, plans: Sequence[Plan], progress: Tracker) -> None:
         """Count launches of each model's first case; after all captures, of which a profiler has been seen to break some."""
         if self.gauges is None:
             return
         for plan in {(plan.case.model, plan.case.dtype): plan for plan in reversed(plans)}.values():
             case = plan.case
-            progress.update(task, phase=f"{case.title}: launches")  # type: ignore[arg-type]
+            progress.update(f"{case.title}: launches")
             rows = [row for row in self.rows if (row.model, row.dtype, row.batch) == (case.model, case.dtype_name, case.batch)]
             try:
                 found = count_launches(case, list(dict.fromkeys(kind_of(row.rival) for row in rows)), self.gauges)
@@ -290,6 +314,12 @@ def _plans(args: argparse.Namespace) -> tuple[list[Plan], list[str]]:
     return [Plan(case, _possible(case, rivals, args), make) for case, make in cases], notes
 
 
+def config_of(model: str) -> DiTConfig:
+    """Return the config of ``"DiT-XL/2"``, or with its pixels, ``"DiT-XL/2@512"``."""
+    name, _, pixels = model.partition("@")
+    return DiTConfig.from_name(name, image_size=int(pixels or 256))
+
+
 def _possible(case: Case, rivals: list[str], args: argparse.Namespace) -> list[str]:
     """Leave out diffusers where it has no such model, and torch.compile at batches for which nobody asked."""
     names = rivals
@@ -311,13 +341,7 @@ def _wanted(text: str) -> Wanted:
         config_of(model)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
-    return Wanted(model, _positive(batch) if colon else None)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
-    return int(text)
+    return Wanted(model, positive(batch) if colon else None)
 
 
 def _rounds(text: str) -> int:
@@ -326,16 +350,5 @@ def _rounds(text: str) -> int:
     return int(text)
 
 
-def _folder(text: str) -> Path:
-    path = Path(text)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder that can be written: {error}") from error
-    if (path / JSON).exists():
-        raise argparse.ArgumentTypeError(f"got {text!r}, which has {JSON} of an earlier run: give another folder, or remove it")
-    return path
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(interrupt.run(PROGRAM, main))

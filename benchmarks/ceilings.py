@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ditfast import timer
 from ditfast.flops import DeviceSpec
 
 from .gpu import Gpu
@@ -55,5 +56,5 @@ def _product_speed(gpu: Gpu, dtype: torch.dtype, side: int) -> float:
 
 def _best(gpu: Gpu, run: Callable[[], object]) -> float:
     """Seconds."""
-    gpu.seconds(run, 1)
-    return min(gpu.seconds(run, 1) for _ in range(ROUNDS))
+    timer.seconds(run, gpu.device)
+    return min(timer.seconds(run, gpu.device) for _ in range(ROUNDS))

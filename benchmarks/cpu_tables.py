@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ditfast import interrupt
 from ditfast.benchmarks import results
 from ditfast.benchmarks.markdown import head, row
 from ditfast.benchmarks.report import OWN, number
@@ -21,6 +22,7 @@ from ditfast.benchmarks.results import Results
 from ditfast.benchmarks.rivals import COMPILED, IN_DIFFUSERS, IN_OPENVINO, OURS
 from ditfast.benchmarks.rows import Row
 from ditfast.files import whole_file
+from ditfast.terminal import HelpFormatter
 
 LABELS = {
     "compile": "torch.compile",
@@ -199,7 +201,7 @@ def _label(rival: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="benchmarks/cpu_tables.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("bench", type=Path, metavar="JSON", help="of a run on a CPU")
     parser.add_argument(
         "--into", nargs="+", type=Path, default=[], metavar="PATH", help="guides to write to, instead of stdout"
@@ -222,4 +224,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(interrupt.run("benchmarks/cpu_tables.py", main))

@@ -12,28 +12,32 @@ within noise.
 
 from __future__ import annotations
 
+from ditfast import interrupt  # acts while the rest is imported
+
+# isort: split
 import argparse
 import dataclasses
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from ditfast import DiT, cpu, load_digits, reference
+from ditfast import DiT, load_digits, reference
 from ditfast.benchmarks.plain_loop import plain_loop
 from ditfast.benchmarks.precision import fix_precision
-from ditfast.benchmarks.results import new_results
-from ditfast.benchmarks.timing import progress_bar
+from ditfast.benchmarks.results import new_folder, new_results
 from ditfast.commands.arguments import positive
 from ditfast.diffusion import GaussianDiffusion, Step, steps
 from ditfast.evaluation.digits_classifier import digits_quality
+from ditfast.free_memory import shortage_exits
+from ditfast.ops.cpu_chain import check_int8
 from ditfast.sampling import image_noise, sample
+from ditfast.terminal import HelpFormatter, make_console, new_table, print_table, say, track_progress
 from ditfast.threads import one_thread
 
 BASE = "fp32"
@@ -151,12 +155,9 @@ def _change(values: Sequence[float], base: Sequence[float]) -> Spread:
     return Spread.of([value - other for value, other in zip(values, base, strict=True)])
 
 
-def _table(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption="Mean ± standard deviation over the seeds; change: less fp32.")
-    table.add_column("variant", no_wrap=True)
-    for column in ("Frechet distance", "change", "read as asked, %", "change, %"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("change of distance", no_wrap=True)
+def _table(rows: Sequence[Row]) -> Table:
+    table = new_table("variant", right=("Frechet distance", "change", "read as asked, %", "change, %"))
+    table.add_column("change of distance")
     for row in rows:
         distance = f"{row.distance.mean:.3f} ± {row.distance.deviation:.3f}"
         accuracy = f"{100 * row.accuracy.mean:.2f} ± {100 * row.accuracy.deviation:.2f}"
@@ -165,21 +166,22 @@ def _table(rows: Sequence[Row], title: str) -> Table:
             continue
         change = f"{row.distance_change.mean:+.1e} ± {row.distance_change.deviation:.1e}"
         accuracy_change = f"{100 * row.accuracy_change.mean:+.2f} ± {100 * row.accuracy_change.deviation:.2f}"
-        verdict = "within noise" if row.within_noise else "[red]more than noise[/red]"
+        verdict = "within noise" if row.within_noise else Text("more than noise", "red")
         table.add_row(row.variant, distance, change, accuracy, accuracy_change, verdict)
     return table
 
 
+@shortage_exits("benchmarks/digits_quality.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="benchmarks/digits_quality.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--seeds", type=_seeds, default=5, help="two or more; default %(default)s")
     parser.add_argument("--images", type=positive, default=500, help="of each seed; default %(default)s")
     parser.add_argument("--steps", type=_steps, default="ddim10", help="respacing, such as ddim50; default %(default)s")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="beside fp32; default: all")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="writes digits_quality.json there")
+    parser.add_argument("--out", type=new_folder("digits_quality.json"), metavar="DIR", help="writes digits_quality.json there")
     args = parser.parse_args(argv)
     if importlib.util.find_spec("sklearn") is None:
-        raise SystemExit("digits_quality needs scikit-learn: pip install -e '.[bench]' (or 'ditfast[bench]')")
+        raise SystemExit(f"{parser.prog}: needs scikit-learn: pip install -e '.[bench]' (or 'ditfast[bench]')")
     known = variants(args.steps)
     if unknown := [name for name in args.variants or [] if name not in known]:
         parser.error(f"argument --variants: got {', '.join(unknown)}, expected some of {', '.join(known)}")
@@ -187,25 +189,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = []
     if INT8 in drawn:
         try:
-            cpu.check(INT8, load_digits().parameters())
+            check_int8(INT8, load_digits().parameters())
         except ValueError as error:
             del drawn[INT8]
             notes.append(f"skipped: {error}")
     title = f"Digits, {args.images} images a seed, {args.seeds} seeds, {len(args.steps)} DDIM steps, guidance {CFG_SCALE:g}"
     fix_precision()
-    with one_thread(), progress_bar(Console(stderr=True)) as progress:
-        task = progress.add_task("digits", total=len(drawn) * args.seeds * args.images, phase="")
+    with one_thread(), track_progress("digits", len(drawn) * args.seeds * args.images, "images") as progress:
         results = new_results("digits_quality", torch.device("cpu"))
-        rows = measure(drawn, args.seeds, args.images, lambda name, done: progress.update(task, advance=done, phase=name))
-    console = Console(width=max(128, Console().width))
-    console.print(_table(rows, title))
+
+        def tick(name: str, done: int) -> None:
+            progress.update(name)
+            progress.advance(done)
+
+        rows = measure(drawn, args.seeds, args.images, tick)
+    console = make_console()
+    print_table(_table(rows), console, title)
+    say("Mean ± standard deviation over the seeds; change: less fp32.", console)
     for note in notes:
-        console.print(note, highlight=False)
+        say(note, console)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
         results.rows, results.notes = list(rows), [title, *notes]
         results.write(args.out / "digits_quality.json")
-        console.print(f"wrote {args.out / 'digits_quality.json'}", highlight=False)
+        say(f"wrote {args.out / 'digits_quality.json'}", console)
     return 0 if all(row.within_noise for row in rows) else 1
 
 
@@ -223,4 +229,4 @@ def _steps(text: str) -> list[Step]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(interrupt.run("benchmarks/digits_quality.py", main))

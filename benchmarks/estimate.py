@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from ditfast import DiTConfig, flops, reference
+from ditfast import DiTConfig, flops, reference, timer
 from ditfast.dtypes import DTYPES
 from ditfast.flops import DEVICES, DeviceSpec
 
@@ -163,7 +164,9 @@ def constants_help() -> Iterator[str]:
     yield "The estimate at the start assumes (on a CPU; on CUDA, where nothing was measured):"
     for one in dataclasses.fields(Constants):
         values = [f"{getattr(constants, one.name):g}" for constants in (CPU, CUDA)]
-        yield f"  {one.name:19}{values[0]:>6}{values[1]:>7}  {one.metadata['help']}"
+        first, *others = textwrap.wrap(one.metadata["help"], 42)
+        yield f"  {one.name:19}{values[0]:>6}{values[1]:>7}  {first}"
+        yield from (" " * 36 + line for line in others)
     ratios = ", ".join(f"{name} {ratio:g}" for name, ratio in TIMES_EAGER.items())
     yield f"On a CPU it times {BLOCKS} blocks of each model in eager PyTorch, and the host by Python's"
     yield f"compiler. Other rivals' times over eager's: {ratios}."
@@ -172,8 +175,7 @@ def constants_help() -> Iterator[str]:
 def _seconds(run: Callable[[], object]) -> float:
     """Return the mean time of a run; of all of them, so that what else the machine does counts."""
     run()
-    calls, start = 0, time.perf_counter()
-    while not calls or time.perf_counter() - start < PROBE_WINDOW_S:
-        run()
-        calls += 1
-    return (time.perf_counter() - start) / calls
+    times: list[float] = []
+    while sum(times) < PROBE_WINDOW_S:
+        times.append(timer.seconds(run, torch.device("cpu")))
+    return statistics.mean(times)

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+from ditfast import timer
 from ditfast.flops import DEVICES, DeviceSpec
 
 from .ceilings import measure_ceilings
@@ -101,7 +102,7 @@ class Gauges:
                 clocks.append(self.clock_mhz())
                 powers.append(1e-3 * self.gpu.power_mw() if counted is None else 0.0)
 
-        taken = self.gpu.seconds(watched, repeats)
+        taken = timer.seconds(watched, self.gpu.device, repeats)
         joules = statistics.mean(powers) * taken if counted is None else 1e-3 * ((self.gpu.energy_mj() or 0) - counted)
         known = [clock for clock in clocks if clock is not None]
         return Busy(joules / repeats, joules / taken, statistics.median(known) if known else None)

@@ -32,24 +32,6 @@ class Gpu:
         """Wait until all that was launched is done."""
         torch.cuda.synchronize(self.device)
 
-    def seconds(self, run: Callable[[], object], repeats: int, meanwhile: Callable[[], object] | None = None) -> float:
-        """Return the seconds of ``repeats`` runs, one behind the other.
-
-        Args:
-            run: launches work.
-            repeats: of ``run``.
-            meanwhile: called once while the device works on what was launched last; its time does not count.
-        """
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        if meanwhile is not None:
-            meanwhile()
-        end.synchronize()
-        return 1e-3 * start.elapsed_time(end)
-
     def capture(self, run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
         """Capture a CUDA graph; return the tensor that ``run`` returns, and what runs it again into the same tensor."""
         return cuda_capture(run)

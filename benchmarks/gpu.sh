@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # The first minutes on a GPU: do the kernels agree with float64, and how fast are they? Needs no network.
 #
-#     bash benchmarks/gpu.sh                            nine minutes; results in gpu-first/
+#     bash benchmarks/gpu.sh                            nine minutes; results in gpu-first/, an earlier run's in earlier-N/
 #     OUT=results MINUTES=30 bash benchmarks/gpu.sh
 #     CUDA_VISIBLE_DEVICES=3 bash benchmarks/gpu.sh     on another GPU than the first
 #     DRY=1 bash benchmarks/gpu.sh                      without a GPU: the same steps under a fake one, sizes cut
 #
-# Leaves eight files in OUT: summary.txt (a line per step, then all figures), forward.json, compile.json, kernels.json and
-# training.json (the benches' rows), facts.jsonl (host times, attention backends), tests.jsonl (a line per test) and logs.txt
-# (all that was printed). Each step gets its share of the time that is left. One that fails or hangs costs itself only. The
-# exit status is 0 if every step ended with status 0, else 1. PYTHON names the interpreter; default: python3, else python.
+# Leaves nine files in OUT: summary.txt (a line per step, then all figures), forward.json, host.json, compile.json, kernels.json
+# and training.json (the benches' rows), facts.jsonl (host times, attention backends), tests.jsonl (a line per test) and logs.txt
+# (all that was printed). Each step gets its share of the time that is left. One that fails or hangs costs itself only; host
+# leaves out what does not fit, in the order that its --help names. The exit status is 0 if every step ended with status 0, else
+# 1. PYTHON names the interpreter; default: python3, else python.
 set -uo pipefail
 SECONDS=0
 set -m # every step is a process group of its own, which can be ended whole
@@ -33,8 +34,16 @@ done
 timeout $((DRY ? 300 : 60)) "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
   || die "torch sees no GPU: look at nvidia-smi, or run with DRY=1, which needs none"
 
-mkdir -p "$OUT" && cd "$OUT" && rm -f {summary,logs}.txt {facts,tests}.jsonl {forward,compile,kernels,training}.json \
-  && touch {summary,logs}.txt || die "OUT: got $OUT, expected a folder that can be written"
+keep_earlier() { # of an earlier run in the same folder
+  local files=() name number=1
+  for name in {summary,logs}.txt {facts,tests}.jsonl {forward,host,compile,kernels,training}.json; do
+    [[ -e $name ]] && files+=("$name")
+  done
+  ((${#files[@]})) || return 0
+  while ! mkdir "earlier-$number" 2> /dev/null; do ((number++ < 999)) || return; done
+  mv "${files[@]}" "earlier-$number"
+}
+mkdir -p "$OUT" && cd "$OUT" && keep_earlier && touch {summary,logs}.txt || die "OUT: got $OUT, expected a folder that can be written"
 WORK=$(mktemp -d) || die "TMPDIR: got ${TMPDIR:-/tmp}, expected a folder that can be written"
 trap 'rm -rf "$WORK"' EXIT
 cd "$WORK" || exit 2                        # so that nothing is written into the checkout, or imported from it by chance
@@ -42,7 +51,8 @@ cd "$WORK" || exit 2                        # so that nothing is written into th
 
 # ------------------------------------------------------------------------------------------------ steps
 # Shares of nine minutes in seconds; the rest is for the summary, and for a step that has to be killed.
-declare -A SHARE=([install]=25 [doctor]=30 [forward]=90 [tests]=145 [micro]=40 [compile]=80 [kernels]=50 [training]=60)
+declare -A SHARE=([install]=25 [doctor]=30 [forward]=90 [tests]=130 [micro]=35 [host]=45 [compile]=70 [kernels]=45
+  [training]=50)
 share_left=520 failed=0 current='' compilers=()
 
 say() { echo "$*" | tee -a "$OUT/summary.txt"; }
@@ -99,9 +109,11 @@ trap interrupt INT TERM
 MODEL=DiT-XL/2 BATCHES=(32 8 1 128) COMPILED=(32 1) TESTS=$ROOT/tests
 cores=$(env -u OMP_NUM_THREADS nproc) # which would be its answer
 WORKERS=$((cores < 6 ? 2 : cores < 16 ? cores - 4 : 12))
+HOST=(--baselines diffusers) # torch.compile's host time is in compile.json
 KERNELS="XL and b32 and not backward and not compile" TRAINING=(--models DiT-XL/2 --batch 32 --rounds 3)
 if [[ $DRY ]]; then
   MODEL=DiT-S/8 BATCHES=(1) COMPILED=(1) TESTS=$ROOT/tests/gpu/test_streams.py
+  HOST=(--quick --depth 1 --rounds 2)
   KERNELS="S/2 and b8 and classifier_free_guidance and not compile"
   TRAINING=(--models DiT-S/8 --depth 1 --batch 1 --rounds 2)
   say "A dry run under a fake GPU: no number below says how fast anything is."
@@ -141,6 +153,10 @@ for i in "${!COMPILED[@]}"; do
 done
 
 step micro "${FIRST[@]}" micro
+importing=15 # seconds until its budget begins, and those of the call that ends it
+step host "$PYTHON" -m ditfast.benchmarks.host --device cuda:0 --out "$WORK/host" "${HOST[@]}" \
+  --budget $((SHARE[host] * MINUTES / 9 > importing ? SHARE[host] * MINUTES / 9 - importing : 1))
+cp "$WORK/host/host.json" "$OUT/" 2> /dev/null
 bench compile --models "${COMPILED[@]/#/$MODEL:}" --rivals compile ditfast
 step kernels "${PYTEST[@]}" "$ROOT/benchmarks/kernels.py" -k "$KERNELS" --benchmark-json "$OUT/kernels.json"
 step training "${FIRST[@]}" training --device cuda:0 --rivals eager:bf16 ditfast:bf16 --out "$OUT" "${TRAINING[@]}"

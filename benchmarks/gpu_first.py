@@ -11,6 +11,10 @@ In a dry run (DRY is set) models have one block, and peaks are measured on matri
 
 from __future__ import annotations
 
+from ditfast import interrupt  # acts while the rest is imported
+
+# isort: split
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -19,9 +23,7 @@ import itertools
 import json
 import os
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ditfast import DiT, DiTConfig, ops, reference
+from ditfast import DiT, DiTConfig, ops, reference, timer
 from ditfast.benchmarks import gauges, rivals, timing
 from ditfast.benchmarks.environment import describe
+from ditfast.terminal import HelpFormatter, say
 
 DRY = bool(os.environ.get("DRY"))
 OUT = Path(os.environ.get("OUT", "."))
@@ -44,7 +47,12 @@ ATTENTION_BACKENDS = ("sdpa", "cudnn", "flash", "efficient", "triton")
 FAILURES_SHOWN = 25
 
 
-def main(command: str, arguments: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu_first.py", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("command", choices=("micro", "bench", "training", "summary"))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of bench and training")
+    args = parser.parse_args(argv)
+    command, arguments = args.command, args.arguments
     if DRY:
         measure_small_ceilings()
     if command == "bench":
@@ -107,20 +115,20 @@ def host_time(model_class: type[torch.nn.Module], batch: int) -> dict[str, float
         model = model_class(config).to(DTYPE).eval()
         x = torch.randn(batch, *config.input_shape, dtype=DTYPE)
         t = torch.full((batch,), 500)
-    times = [timed(lambda: model(x, t, t)) for _ in range(CALLS)][WARMUP_CALLS:]
+    times = [timer.host_seconds(lambda: model(x, t, t), DEVICE) for _ in range(CALLS)][WARMUP_CALLS:]
     host, total = (round(1e6 * statistics.median(column), 1) for column in zip(*times, strict=True))
     return {"host_us": host, "total_us": total}
 
 
 def attention_speed(backend: str, tokens: int, head_dim: int) -> dict[str, float]:
     """Return microseconds of a call, its relative error against fp32, and TFLOP/s; four sets of inputs take turns."""
-    from ditfast.tuning.clock import GraphClock
+    from ditfast.tuning.graph_timer import GraphTimer
 
     batch, copies = (2, 1) if DRY else (8192 // tokens, 4)
     inputs = [torch.randn(batch, tokens, 3, HEADS, head_dim, device=DEVICE, dtype=DTYPE) for _ in range(copies)]
     exact = ops.attention(inputs[0].float(), "sdpa")
     error = (attend(backend, inputs[0]) - exact).norm() / exact.norm()
-    us = 1e3 * GraphClock(DEVICE).median_ms([functools.partial(attend, backend, qkv) for qkv in inputs])
+    us = 1e3 * GraphTimer(DEVICE).median_ms([functools.partial(attend, backend, qkv) for qkv in inputs])
     operations = 4 * batch * HEADS * tokens**2 * head_dim
     return {"us": round(us, 2), "error": round(error.item(), 6), "tflops": round(1e-6 * operations / us, 1)}
 
@@ -130,16 +138,6 @@ def attend(backend: str, qkv: Tensor) -> Tensor:
         return ops.attention(qkv, backend)
     with sdpa_kernel(getattr(SDPBackend, f"{backend.upper()}_ATTENTION")):
         return ops.attention(qkv, "sdpa")
-
-
-def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Return seconds until a call returns and until the device is done, from an idle device on."""
-    torch.cuda.synchronize(DEVICE)
-    start = time.perf_counter()
-    call()
-    returned = time.perf_counter()
-    torch.cuda.synchronize(DEVICE)
-    return returned - start, time.perf_counter() - start
 
 
 def record_fact(about: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
@@ -159,8 +157,8 @@ def append(name: str, entry: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------------------------ summary
 def summary() -> int:
-    for line in itertools.chain(bench_lines(), kernel_lines(), fact_lines(), test_lines()):
-        print(line)
+    for line in itertools.chain(bench_lines(), host_lines(), kernel_lines(), fact_lines(), test_lines()):
+        say(line)
     return 0
 
 
@@ -181,6 +179,14 @@ def bench_figures(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['launches']} launches"
     if row.get("roofline_share_measured") is not None:
         yield f"{row['roofline_share_measured']:.0%} of the roofline"
+
+
+def host_lines() -> Iterator[str]:
+    report = read_json("host.json")
+    for row in report.get("rows", []):
+        ratio = "" if row["ratio"] is None else f", {row['ratio']:.2f} of {row['baseline']}"
+        yield f"host     {row['kind']:21}{row['name']:36}{row['us']:9.1f} us{ratio}"
+    yield from (f"host note: {note}" for note in report.get("notes", []))
 
 
 def kernel_lines() -> Iterator[str]:
@@ -225,4 +231,4 @@ def read_lines(name: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1], sys.argv[2:]))
+    raise SystemExit(interrupt.run("benchmarks/gpu_first.py", main))

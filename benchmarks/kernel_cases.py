@@ -83,6 +83,12 @@ def _mlp_shapes(s: Sizes) -> Shapes:
     return {"x": _tokens(s, s.D), **weights}
 
 
+def _grouped_linear_shapes(s: Sizes) -> Shapes:
+    """The adaLN linears of all blocks, for one row a sample."""
+    depth, outputs = s.config.depth, 6 * s.D
+    return {"x": (s.B, s.D), "weights": (depth, outputs, s.D), "biases": (depth, outputs)}
+
+
 def _patch_embed_shapes(s: Sizes) -> Shapes:
     channels, patch = s.config.in_channels, s.config.patch_size
     weights = {"weight": (s.D, channels, patch, patch), "bias": (s.D,), "pos_embed": (1, s.T, s.D)}
@@ -115,6 +121,12 @@ OPS: dict[str, Op] = {
         lambda s: _linear(s, s.D, 3 * s.D),
         lambda s: s.rows * s.D * 3 * s.D,
         kept=("x", "weight"),
+    ),
+    "grouped_linear": Op(
+        lambda s, x, weights, biases: tuple(ops.grouped_linear(x, weights.unbind(), biases.unbind())),
+        _grouped_linear_shapes,
+        lambda s: s.B * s.config.depth * 6 * s.D * s.D,
+        differentiable=False,
     ),
     "linear_gelu": Op(
         lambda s, x, weight, bias: ops.linear_gelu(x, weight, bias),

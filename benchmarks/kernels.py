@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,7 +35,8 @@ from ditfast.benchmarks.results import new_results
 from ditfast.benchmarks.timing import UNIT_ROUNDOFF
 from ditfast.devices import DeviceError, find_gpu
 from ditfast.flops import DeviceSpec
-from ditfast.prediction import spec_of
+from ditfast.flops.devices import spec_of
+from ditfast.terminal import PIPED_COLUMNS, new_table, print_table, say
 
 MODELS = ("DiT-S/2", "DiT-XL/2")
 BATCHES = (8, 32)
@@ -163,25 +163,17 @@ def bench_op(
     return found
 
 
-def summary_tables(found: list[Found]) -> list[Table]:
-    """One of forwards, one of forwards with their backward."""
-    return [
-        _summary_table(direction, [one for one in found if one.direction == direction])
-        for direction in DIRECTIONS
-        if any(one.direction == direction for one in found)
-    ]
+def print_tables(console: Console, found: list[Found]) -> None:
+    """Print a table of forwards, and one of forwards with their backward."""
+    for direction in DIRECTIONS:
+        rows = [one for one in found if one.direction == direction]
+        if rows:
+            print_table(_table(rows), console, f"Triton kernels against PyTorch, bf16, {direction}")
+            say("Microseconds a call. Speed and its share of this GPU's measured ceilings are Triton's.\n", console)
 
 
-def _summary_table(direction: str, found: list[Found]) -> Table:
-    caption = "Microseconds a call. Speed and its share of this GPU's measured ceilings are Triton's."
-    title = f"Triton kernels against PyTorch, bf16, {direction}"
-    table = Table(title=title, title_justify="left", caption=caption, box=box.SIMPLE, pad_edge=False)
-    for column in ("op", ""):
-        table.add_column(column, no_wrap=True)
-    for column in (*IMPLEMENTATIONS, "speed", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("over eager", "over compile"):
-        table.add_column(column, justify="right")
+def _table(found: list[Found]) -> Table:
+    table = new_table("op", "", right=(*IMPLEMENTATIONS, "speed", "share", "over eager", "over compile"))
     cases: dict[tuple[str, str, int], dict[str, Found]] = {}
     for one in found:
         cases.setdefault((one.op, one.model, one.batch), {})[one.implementation] = one
@@ -203,11 +195,10 @@ def _of_triton(by: dict[str, Found]) -> list[str]:
 
 def print_summary(found: list[Found], reporter: Any) -> None:
     """Through pytest's own terminal reporter, which no capturing of output reaches."""
-    console = Console(width=112, file=io.StringIO(), record=True)
-    for table in summary_tables(found):
-        console.print(table)
     if found and reporter is not None:
-        reporter.write("\n" + console.export_text())
+        text = io.StringIO()
+        print_tables(Console(width=reporter._screen_width if reporter.isatty else PIPED_COLUMNS, file=text), found)
+        reporter.write("\n" + text.getvalue())
 
 
 def _leaves(copy: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> list[Tensor]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from ditfast.terminal import fold, new_table, print_table, say
 
 from .rivals import GRAPH, LOOSE_BAR, OURS, kind_of, loose
 from .rows import Row
 
 OWN = (*OURS, "ditfast-swapped")
-COLUMNS = 80
+COLUMNS = 80  # of a file or a pipe
+
+Cell: TypeAlias = Callable[[Row], str | Text]
 
 
 def print_tables(console: Console, rows: list[Row]) -> None:
@@ -24,8 +30,7 @@ def print_tables(console: Console, rows: list[Row]) -> None:
 def print_speed(console: Console, rows: list[Row]) -> None:
     """Print a block per case: its roofline bound, then each rival's speed."""
     for case_rows in cases(rows):
-        console.print(_title(case_rows), highlight=False, style="bold")
-        console.print(_speed_table(case_rows))
+        print_table(_speed_table(case_rows), console, _title(case_rows))
         console.print()
 
 
@@ -34,23 +39,27 @@ def print_beside_speed(console: Console, rows: list[Row]) -> None:
     for headline, make in (("How many times faster than", _ratios_table), ("Beside its time", _costs_table)):
         tables = [(case_rows, make(case_rows)) for case_rows in cases(rows)]
         if any(table.row_count for _, table in tables):
-            console.print(headline, highlight=False, style="bold")
+            say(headline, console, "bold")
         for case_rows, table in tables:
             if table.row_count:
-                console.print(name_of(case_rows[0]), highlight=False)
-                console.print(table)
+                say(name_of(case_rows[0]), console)
+                print_table(table, console)
         console.print()
-    for line in _legend(rows):
-        console.print(line, highlight=False)
+    say(_legend(rows), console)
 
 
 def text_of(rows: list[Row], notes: Sequence[str]) -> str:
     """Return the tables as a file has them."""
     console = Console(width=COLUMNS, file=io.StringIO(), record=True)
     print_tables(console, rows)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False)
+    print_notes(console, notes)
     return "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
+
+
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """Print notes; what several cases say alike is one line."""
+    for line in fold((case, message) for case, _, message in (note.partition(": ") for note in notes)):
+        say(f"note: {line}", console)
 
 
 def cases(rows: Sequence[Row]) -> list[list[Row]]:
@@ -77,14 +86,14 @@ def _title(rows: list[Row]) -> str:
 def _speed_table(rows: list[Row]) -> Table:
     """Without the columns that hold nothing."""
     baseline = next((row.rival for row in rows if row.rival == "eager"), None)
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: dict[str, Cell] = {
         "ms": lambda row: number(row.ms_median),
         "images/s": lambda row: number(row.images_per_s),
         "TFLOP/s": lambda row: number(row.tflops_per_s),
         "host us": lambda row: number(row.host_us),
         "share": lambda row: _percent(row.roofline_share or row.roofline_share_measured),
         "x eager": lambda row: _ratio(row, "eager" + GRAPH * row.rival.endswith(GRAPH)) if baseline else "",
-        "error": lambda row: f"{row.error:.1e}" if row.parity else f"[red]{row.error:.1e} RED[/red]",
+        "error": lambda row: f"{row.error:.1e}" if row.parity else Text(f"{row.error:.1e} RED", "red"),
     }
     return _rivals_table(rows, columns)
 
@@ -93,7 +102,7 @@ def _ratios_table(rows: list[Row]) -> Table:
     """Like against like: the plain ditfast over plain rivals, the one under a CUDA graph over those under a graph."""
     own = [row for row in rows if row.rival.startswith("ditfast") and like(row)]
     kinds = list(dict.fromkeys(kind_of(rival) for row in own for rival in like(row)))
-    columns: dict[str, Callable[[Row], str]] = {}
+    columns: dict[str, Cell] = {}
     for kind in kinds:
         columns[kind.replace("-", "-\n")] = lambda row, kind=kind: _ratio(row, kind + GRAPH * row.rival.endswith(GRAPH))  # type: ignore[misc]
     return _rivals_table(own, columns)
@@ -115,35 +124,31 @@ def _costs_table(rows: list[Row]) -> Table:
     )
 
 
-def narrow_table(width: int = 12) -> Table:
-    """Return a table without lines, whose first column names the rivals in at least so many characters."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("", no_wrap=True, min_width=width)
-    return table
-
-
-def _rivals_table(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
-    table = narrow_table()
+def _rivals_table(rows: list[Row], columns: dict[str, Cell]) -> Table:
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     shown = [name for name, column in cells.items() if any(column)]
-    for name in shown:
-        table.add_column(name, justify="right", no_wrap="\n" not in name)
+    table = new_table("", right=shown)
     for i, row in enumerate(rows):
         style = "bold" if row.rival.startswith("ditfast") else None
         table.add_row(row.rival, *(cells[name][i] for name in shown), style=style)
     return table
 
 
-def _legend(rows: list[Row]) -> Iterator[str]:
-    yield "ms, p20, p80: a forward of the batch. error: relative, against float64; RED:"
-    yield "over the allowed one, not timed. x eager: median of the rounds' ratios. 1st s:"
-    yield "the first call, which compiles, packs or captures; short if compiled ahead."
+def _legend(rows: list[Row]) -> str:
+    legend = (
+        "ms, p20, p80: a forward of the batch. error: relative, against float64; RED: over the allowed one, not timed. "
+        "x eager: median of the rounds' ratios. 1st s: the first call, which compiles, packs or captures; short if compiled "
+        "ahead."
+    )
     if any(loose(row.rival) for row in rows):
-        yield f"OpenVINO and int8 are held to {LOOSE_BAR}, not to eager PyTorch's error."
+        legend += f"\nOpenVINO and int8 are held to {LOOSE_BAR}, not to eager PyTorch's error."
     if any(row.peak_memory_gb is not None for row in rows):
-        yield "host us: until the call returns, device idle before. share: roofline bound over"
-        yield "ms. +graph: under a CUDA graph. launches: kernels of a forward, at the first"
-        yield "batch. GB: weights, activations, workspaces. MHz: multiprocessors, at work."
+        legend += (
+            "\nhost us: until the call returns, device idle before. share: roofline bound over ms. +graph: under a CUDA graph."
+            " launches: kernels of a forward, at the first batch. GB: weights, activations, workspaces. MHz: multiprocessors,"
+            " at work."
+        )
+    return legend
 
 
 def like(row: Row) -> dict[str, float]:

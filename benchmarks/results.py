@@ -6,11 +6,12 @@ clocks, precision settings, measured peaks), ``versions``, ``rows`` (the fields 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import itertools
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ditfast.files import whole_file
+from ditfast.files import free_path, whole_file
+from ditfast.notebook import html_lines, html_table
 
 from . import environment
 
@@ -39,6 +41,12 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON holds."""
         return dataclasses.asdict(self)
+
+    def _repr_html_(self) -> str:
+        """Return the rows as a table for a notebook, with the machine above and the notes below."""
+        facts = {**self.machine, **self.versions, "commit": self.commit, "date": self.date}
+        heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+        return html_lines(f"{self.bench}: {heading}") + html_table(self.to_dict()["rows"]) + html_lines(*self.notes)
 
     def write(self, *paths: Path) -> None:
         """Write the same JSON to each path; it appears whole or not at all.
@@ -64,15 +72,15 @@ def new_results(bench: str, device: torch.device, command: str | None = None) ->
     return Results(bench, date, environment.commit(), command, environment.machine(device), environment.versions())
 
 
-def read(path: Path) -> Results:
-    """Read what ``Results.write`` wrote; other keys are left out.
+def read(path: str | os.PathLike[str]) -> Results:
+    """Read what ``Results.write`` wrote, such as ``bench-results/bench.json``; other keys are left out.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is something else.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(Path(path).read_text("utf-8"))
         results = Results(**{one.name: found[one.name] for one in dataclasses.fields(Results)})
         results.machine["device"]
     except (ValueError, KeyError, TypeError) as error:
@@ -93,10 +101,26 @@ def results_path(device: str, date: str) -> Path:
     return free_path(folder / f"{slug}-{date}.json")
 
 
-def free_path(path: Path) -> Path:
-    """Return the path, with a number behind its stem if there is something already."""
-    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
-    return next(one for one in itertools.chain([path], numbered) if not one.exists())
+def new_folder(name: str) -> Callable[[str], Path]:
+    """Return a type of argument for argparse: a folder, which is made, without results of an earlier run.
+
+    Args:
+        name: of the file of results.
+    """
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder that can be written: {error}") from error
+        if (path / name).exists():
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, which has {name} of an earlier run: give another folder, or remove it"
+            )
+        return path
+
+    return parse
 
 
 def rows_as(kind: type, results: Results, path: Path) -> Sequence[Any]:

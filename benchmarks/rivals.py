@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import ditfast
-from ditfast import DiTConfig, cpu, reference
+from ditfast import DiTConfig, reference
 from ditfast.checkpoints.configs import to_diffusers_config
 from ditfast.checkpoints.layouts import to_diffusers
 from ditfast.diffusion import GaussianDiffusion
 from ditfast.digits import real_digits
 from ditfast.dtypes import DTYPES
+from ditfast.ops.cpu_chain import check_int8
 
 from .gpu import Gpu, Replay
 from .in_openvino import InOpenVino
@@ -102,7 +103,7 @@ class Case:
     def _ours(self, way: Ours) -> Run:
         model = self._loaded(ditfast.DiT)
         if way.int8:
-            cpu.check("rival", model.parameters())
+            check_int8("rival", model.parameters())
             model.int8 = True
         if not way.tabulated:
             return model

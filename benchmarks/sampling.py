@@ -13,6 +13,9 @@ reference loop's before anything is printed.
 
 from __future__ import annotations
 
+from ditfast import interrupt  # acts while the rest is imported
+
+# isort: split
 import argparse
 import dataclasses
 import functools
@@ -20,30 +23,32 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import ditfast
-from ditfast import DiTConfig, cpu, reference
+from ditfast import DiTConfig, flops, reference, timer
 from ditfast.benchmarks.plain_loop import Loop, plain_loop
 from ditfast.benchmarks.precision import fix_precision
-from ditfast.benchmarks.report import narrow_table
-from ditfast.benchmarks.results import new_results
+from ditfast.benchmarks.report import COLUMNS
+from ditfast.benchmarks.results import new_folder, new_results
 from ditfast.benchmarks.timing import DeviceLost, describe_failure
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.devices import add_device_argument
 from ditfast.diffusion import GaussianDiffusion, steps
+from ditfast.flops.memory import sampling_bytes
+from ditfast.free_memory import is_out_of_memory, why_too_large
 from ditfast.modulation_table import BUDGET_BYTES, ModulationTable
+from ditfast.ops.cpu_chain import check_int8
 from ditfast.sampling import image_noise
+from ditfast.sampling.models import Denoiser
 from ditfast.sampling.run import Batch, Run
+from ditfast.terminal import HelpFormatter, make_console, new_table, print_table, say, track_progress
 
 WIDTHS = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
 ALLOWED_ERROR = 1e-4  # over the whole run
@@ -119,7 +124,7 @@ class Setting:
         return self.model.forward_modulated(x[: self.batch], self.model.modulation_vectors(t, y))
 
     def _ditfast(self, model: ditfast.DiT) -> Loop:
-        run = Run(model, False, (-1.0, 1e9), self.config.guidance_channels, 0, BUDGET_BYTES)
+        run = Run(Denoiser(model), False, (-1.0, 1e9), self.config.guidance_channels, 0, BUDGET_BYTES)
         scale = torch.full((self.batch,), self.cfg_scale, device=self.device)
         return run.solved(self.steps, Batch(self.labels, range(self.batch), scale))
 
@@ -163,17 +168,17 @@ def measure(setting: Setting, names: Sequence[str], rounds: int, tick: Callable[
     latents: dict[str, Tensor] = {}
 
     def step(name: str, loop: Loop) -> float:
-        _synchronize(setting.device)
-        start = time.perf_counter()
-        try:
+        def advance() -> None:
             latents[name] = next(loop)
-            _synchronize(setting.device)
+
+        try:
+            return timer.host_seconds(advance, setting.device)[1]
         except Exception as error:  # a rival that cannot run must not take the others with it
             if name == REFERENCE:
                 raise
             notes.append(describe_failure("sampling", name, error))
             running.remove(name)
-        return time.perf_counter() - start
+            return 0.0
 
     for name in names:  # compiling, and first touches of memory
         step(name, rivals[name]())
@@ -219,15 +224,8 @@ def _whole(run: list[float]) -> float:
     return run[0] + (len(run) - 1) * statistics.median(run[1:])
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _table(rows: Sequence[Row]) -> Table:
-    table = narrow_table()
-    for column in ("ms a step", "1st step", "images/s", "x reference", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table("", right=("ms a step", "1st step", "images/s", "x reference", "error"))
     for row in rows:
         error = "other steps" if row.error is None else f"{row.error:.1e}"
         speed = (f"{row.ms_per_step:.1f}", f"{row.ms_first_step:.1f}", f"{row.images_per_s:.3g}", f"{row.over_reference:.2f}")
@@ -252,7 +250,7 @@ def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="benchmarks/sampling.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--width", choices=WIDTHS, default="XL")
     parser.add_argument("--patch", type=int, choices=(2, 4, 8), default=8)
     parser.add_argument("--depth", type=int, default=8, help="blocks; default %(default)s")
@@ -262,14 +260,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="whole runs of each rival; default %(default)s")
     parser.add_argument("--rivals", nargs="+", help="default: all")
     add_device_argument(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="writes sampling.json and sampling.png there")
+    parser.add_argument(
+        "--out", type=new_folder("sampling.json"), metavar="DIR", help="writes sampling.json and sampling.png there"
+    )
     args = parser.parse_args(argv)
     hidden_size, num_heads = WIDTHS[args.width]
     fix_precision()
     config = DiTConfig(depth=args.depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch)
+    needed = 4 * flops.parameters(config) + sampling_bytes(config, 2 * args.batch, torch.float32, "cuda")
+    if sizes := why_too_large(needed, args.device):
+        parser.exit(
+            1, f"{parser.prog}: the reference's run does not fit into memory ({sizes}): take a smaller --batch or --width\n"
+        )
     try:
         return _run(parser, args, config)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         parser.exit(1, f"{parser.prog}: the reference's run does not fit into memory: take a smaller --batch or --width\n")
 
 
@@ -283,39 +290,36 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, config: DiTC
     notes: list[str] = []
     if INT8 in names:
         try:
-            cpu.check(INT8, setting.model.parameters())
+            check_int8(INT8, setting.model.parameters())
         except ValueError as error:
             names = [name for name in names if name != INT8]
             notes.append(f"skipped: {error}")
     names = [REFERENCE, *(name for name in names if name != REFERENCE)]
-    console = Console()
+    console = make_console(piped=COLUMNS)
     results = new_results("sampling", setting.device)
     title = (
         f"{args.width} width, {args.depth} blocks, patch {args.patch}, {args.steps} steps, CFG {args.cfg:g}, batch {args.batch}"
     )
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("sampling", total=args.rounds * args.steps)
+    with track_progress("sampling", args.rounds * args.steps, "steps") as progress:
         try:
-            rows, failures = measure(setting, names, args.rounds, lambda: progress.advance(task))
+            rows, failures = measure(setting, names, args.rounds, progress.advance)
         except DeviceLost as error:
-            print(f"sampling: {error}", file=sys.stderr)
+            print(f"{parser.prog}: {error}", file=sys.stderr)
             return 1
     notes += failures
-    console.print(title, highlight=False, style="bold")
-    console.print(_table(rows))
-    console.print("error: of the final latents, against the reference loop's.", highlight=False)
+    print_table(_table(rows), console, title)
+    say("error: of the final latents, against the reference loop's.", console)
     for note in notes:
-        console.print(note, highlight=False)
+        say(note, console)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
         results.rows, results.notes = rows, [title, *notes]
         results.write(args.out / "sampling.json")
         _plot(args.out / "sampling.png", rows, title)
     wrong = [r for r in rows if r.error is not None and not r.error <= LOOSELY_ALLOWED.get(r.rival, ALLOWED_ERROR)]
     for row in wrong:
-        console.print(f"[red]{row.rival}: latents are off by {row.error:.1e}[/red]")
+        say(f"{row.rival}: latents are off by {row.error:.1e}", console, "red")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(interrupt.run("benchmarks/sampling.py", main))

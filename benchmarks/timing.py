@@ -6,21 +6,19 @@ import functools
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from ditfast import flops
+from ditfast import flops, timer
 from ditfast.config import DiTConfig, Flavour
 from ditfast.flops import DeviceSpec
+from ditfast.free_memory import is_out_of_memory
+from ditfast.timer import Call
 
 from .gauges import Gauges, Inputs, first_line
-from .gpu import Gpu
 from .rivals import COMPILED, GRAPH, LOOSE_BAR, Case, Run, kind_of, loose
 from .rows import Row, fill, new_row
 
@@ -30,8 +28,6 @@ ORACLE_FLOPS = 1e10  # of a batch that is compared whole: in bf16 the error of a
 SHORTEST_ROUND_S = 0.05
 HOST_CALLS = 11  # of which the host's time is the median
 OUT_OF_MEMORY = "out of memory: take a smaller batch, and look with nvidia-smi for others that use the GPU"
-
-Call = Callable[[], object]
 
 
 class DeviceLost(Exception):
@@ -100,7 +96,7 @@ def describe_failure(title: str, rival: str, error: Exception) -> str:
     if isinstance(error, torch.AcceleratorError):
         line = f"{title}: {rival} lost the GPU: {first_line(error)}; leave it out with --rivals to time the others"
         raise DeviceLost(line) from error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return f"{title}: {rival} skipped, {OUT_OF_MEMORY}"
     return f"{title}: {rival} failed: {type(error).__name__}: {first_line(error)}"
 
@@ -166,12 +162,11 @@ class _CaseBench:
         if gpu is not None:
             gpu.wait()
             gpu.reset_peak()
-        start = time.perf_counter()
-        output = run(*self.inputs)
+        outputs: list[Tensor] = []
+        _, seconds = timer.host_seconds(lambda: outputs.append(run(*self.inputs)), self.case.device)
+        (output,) = outputs
         if gpu is None:
-            return First(run, output, time.perf_counter() - start, 0, 0)
-        gpu.wait()
-        seconds = time.perf_counter() - start
+            return First(run, output, seconds, 0, 0)
         if name.endswith(GRAPH):  # whose capture is the one call that allocates
             captured = self.started[kind_of(name)]
             return First(run, output, seconds, captured.weights, gpu.peak_bytes() - before + captured.weights)
@@ -187,8 +182,8 @@ class _CaseBench:
         repeats: dict[str, int] = {}
         for name, call in list(self.calls.items()):
             try:
-                _timed(call, self.gpu, 1)
-                repeats[name] = max(1, math.ceil(SHORTEST_ROUND_S / _timed(call, self.gpu, 1)))
+                self._seconds(call, 1)
+                repeats[name] = max(1, math.ceil(SHORTEST_ROUND_S / self._seconds(call, 1)))
             except Exception as error:
                 self._fail(name, error)
         times: dict[str, list[float]] = {name: [] for name in self.calls}
@@ -199,7 +194,7 @@ class _CaseBench:
             meanwhile = functools.partial(self._read_clock, {0: self.clocks[0], rounds - 1: self.clocks[1]}.get(i))
             for name in order[first:] + order[:first]:
                 try:
-                    times[name].append(_timed(self.calls[name], self.gpu, repeats[name], meanwhile))
+                    times[name].append(self._seconds(self.calls[name], repeats[name], meanwhile))
                 except Exception as error:
                     self._fail(name, error)
                     del times[name]
@@ -207,6 +202,10 @@ class _CaseBench:
         for row in self.rows:
             if row.rival in times:
                 fill(row, times)
+
+    def _seconds(self, call: Call, repeats: int, meanwhile: Call | None = None) -> float:
+        """Return the seconds of one call."""
+        return timer.seconds(call, self.case.device, repeats, meanwhile) / repeats
 
     def _read_clock(self, clocks: list[int] | None) -> None:
         if self.gauges is not None and clocks is not None:
@@ -221,7 +220,7 @@ class _CaseBench:
         self.show(f"{row.rival}: host and energy")
         call = self.calls[row.rival]
         try:
-            row.host_us = 1e6 * statistics.median(_host_s(call, self.gpu) for _ in range(HOST_CALLS))
+            row.host_us = 1e6 * statistics.median(timer.host_seconds(call, self.gpu.device)[0] for _ in range(HOST_CALLS))
             busy = self.gauges.busy(call, self.seconds[row.rival])
         except Exception as error:
             self._fail(row.rival, error)
@@ -279,29 +278,5 @@ def _call(run: Run, rotation: itertools.cycle[Inputs]) -> Call:
     return lambda: run(*next(rotation))
 
 
-def _timed(call: Call, gpu: Gpu | None, repeats: int, meanwhile: Callable[[], object] | None = None) -> float:
-    if gpu is not None:
-        return gpu.seconds(call, repeats, meanwhile) / repeats
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def _host_s(call: Call, gpu: Gpu) -> float:
-    """Return the seconds until a call returns, from an idle device on."""
-    gpu.wait()
-    start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
-    gpu.wait()
-    return seconds
-
-
 def _error(out: Tensor, exact: Tensor) -> float:
     return ((out.double() - exact).norm() / exact.norm()).item()
-
-
-def progress_bar(console: Console) -> Progress:
-    columns = (SpinnerColumn(), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[phase]}"))
-    return Progress(*columns, console=console, transient=True)

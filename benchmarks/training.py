@@ -9,6 +9,9 @@ weights) and perhaps checkpoint, of activations: ditfast keeps the products' out
 
 from __future__ import annotations
 
+from ditfast import interrupt  # acts while the rest is imported
+
+# isort: split
 import argparse
 import dataclasses
 import multiprocessing
@@ -28,15 +31,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ditfast
-from ditfast import DiTConfig, flops, reference
+from ditfast import DiTConfig, flops, reference, timer
 from ditfast.benchmarks.precision import fix_precision
-from ditfast.benchmarks.report import narrow_table, number
-from ditfast.benchmarks.results import new_results
-from ditfast.benchmarks.timing import DeviceLost, describe_failure, progress_bar
+from ditfast.benchmarks.report import COLUMNS, number, print_notes
+from ditfast.benchmarks.results import new_folder, new_results
+from ditfast.benchmarks.timing import DeviceLost, describe_failure
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.config import MODEL_NAMES
 from ditfast.devices import add_device_argument, find_device
 from ditfast.dtypes import DTYPES
+from ditfast.free_memory import shortage_exits, why_too_large
+from ditfast.interrupt import keeping, shielding_children
+from ditfast.terminal import HelpFormatter, make_console, new_table, print_table, say, track_progress
 from ditfast.training import TrainSettings
 from ditfast.training.averages import Averages
 from ditfast.training.data import Batch, Record
@@ -44,6 +50,7 @@ from ditfast.training.objective import Objective
 from ditfast.training.speed import BACKWARD, peak_flops, peak_memory
 from ditfast.training.step import Stepper, freeze_label_dropout
 
+JSON = "training.json"
 KINDS = ("eager", "compile", "ditfast", "ditfast-compile")
 BASELINE = "eager:fp32"
 CPU_RIVALS = (BASELINE, "eager:bf16", "compile:bf16", "ditfast:fp32", "ditfast:bf16", "ditfast:bf16:checkpoint")
@@ -160,6 +167,9 @@ def measure(
     """
     rows, trainings, remarks = [], {}, []
     for rival in rivals:
+        if sizes := why_too_large(_least_peak(rival, config, batch), device):
+            remarks.append(f"{model}: {rival} skipped, as it takes {sizes}: take a smaller --batch")
+            continue
         try:
             memory = _peak_memory(rival, config, batch, device)
             training = Training(rival, config, batch, device)
@@ -180,31 +190,33 @@ def measure(
     return rows, remarks + failures
 
 
+def _least_peak(rival: Rival, config: DiTConfig, batch: int) -> int:
+    """Return bytes that a rival's step surely takes; what is kept by compilers and others' checkpointing is not counted."""
+    kept = 0 if rival.checkpointed or rival.kind not in ("eager", "ditfast") else batch
+    return flops.training_bytes(config, kept, DTYPES[rival.dtype], "keep").least_peak(accumulates=False)
+
+
 def _interleaved(
     model: str, trainings: dict[str, Training], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Return seconds of a step, a value each round, and remarks on failures; who begins a round moves on with each."""
     times: dict[str, list[float]] = {name: [] for name in trainings}
     remarks = []
-    with progress_bar(Console(stderr=True)) as progress:
-        task = progress.add_task("training", total=rounds, phase="")
+    with track_progress("training", rounds, "rounds") as progress:
         for i in range(-1, rounds):  # the first one warms up
             order = list(times)
             first = i % max(1, len(order))
             for name in order[first:] + order[:first]:
-                progress.update(task, phase=name)
+                progress.update(name)
                 try:
-                    _synchronize(device)
-                    start = time.perf_counter()
-                    trainings[name].step()
-                    _synchronize(device)
+                    _, seconds = timer.host_seconds(trainings[name].step, device)
                 except Exception as error:
                     remarks.append(describe_failure(model, name, error))
                     del times[name], trainings[name]
                     continue
                 if i >= 0:
-                    times[name].append(time.perf_counter() - start)
-            progress.advance(task, i >= 0)
+                    times[name].append(seconds)
+            progress.advance(i >= 0)
     return times, remarks
 
 
@@ -224,7 +236,9 @@ def _fill(row: Row, times: dict[str, list[float]], config: DiTConfig, device: to
 
 def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.device) -> int:
     """Bytes, of a process that does nothing else."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with shielding_children():
+        pool = multiprocessing.get_context("spawn").Pool(1)
+    with pool:
         try:
             return pool.apply(_steps_of_their_own, (rival, config, batch, str(device), torch.get_num_threads()))
         except torch.AcceleratorError as error:  # ends that process's use of the GPU, not ours
@@ -243,15 +257,8 @@ def _steps_of_their_own(rival: Rival, config: DiTConfig, batch: int, device: str
     return peak_memory(place)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _table(rows: Sequence[Row]) -> Table:
-    table = narrow_table()
-    for column in ("ms", "p20", "p80", "images/s", "MFU", "GB", "1st s", "x"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table("", right=("ms", "p20", "p80", "images/s", "MFU", "GB", "1st s", "x"))
     for row in rows:
         speed = [number(value) for value in (row.ms_median, row.ms_p20, row.ms_p80, row.images_per_s)]
         more = (f"{row.mfu:.0%}", f"{row.peak_memory_gb:.1f}", number(row.first_step_s))
@@ -261,14 +268,12 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _print(console: Console, rows: Sequence[Row]) -> None:
-    console.print(f"{rows[0].model}, batch {rows[0].batch}: a training step", highlight=False, style="bold")
-    console.print(_table(rows))
-    for line in (
-        "MFU: three forwards' products over what the device's take. GB: the most memory,",
-        f"of a process of its own. 1st s: the first step. x: times as fast as {rows[0].rival},",
-        "the median of the rounds' ratios.",
-    ):
-        console.print(line, highlight=False)
+    print_table(_table(rows), console, f"{rows[0].model}, batch {rows[0].batch}: a training step")
+    say(
+        "MFU: three forwards' products over what the device's take. GB: the most memory, of a process of its own. 1st s: the "
+        f"first step. x: times as fast as {rows[0].rival}, the median of the rounds' ratios.",
+        console,
+    )
 
 
 def _rounds(text: str) -> int:
@@ -277,8 +282,9 @@ def _rounds(text: str) -> int:
     return int(text)
 
 
+@shortage_exits("benchmarks/training.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="benchmarks/training.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODEL_NAMES, metavar="NAME", help="default: DiT-XL/2; on a CPU DiT-B/4")
     parser.add_argument("--depth", type=int, metavar="N", help="blocks, instead of the model's own")
     parser.add_argument("--batch", type=int, metavar="N", help="images; default: 32; on a CPU 8")
@@ -287,13 +293,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rounds", type=_rounds, default=7, metavar="N", help="steps that count, at least 2; default %(default)s"
     )
     add_device_argument(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="writes training.json there")
+    parser.add_argument("--out", type=new_folder("training.json"), metavar="DIR", help="writes training.json there")
     args = parser.parse_args(argv)
     fix_precision()
     on_cuda = args.device.type == "cuda"
     models, batch = args.models or ["DiT-XL/2" if on_cuda else "DiT-B/4"], args.batch or (32 if on_cuda else 8)
     rivals = args.rivals or [Rival.parse(text) for text in (CUDA_RIVALS if on_cuda else CPU_RIVALS)]
-    console = Console()
+    console = make_console(piped=COLUMNS)
     rows: list[Row] = []
     notes: list[str] = []
     for model in models:
@@ -301,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.depth is not None:
             config = dataclasses.replace(config, depth=args.depth)
         try:
-            found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
+            with keeping(partial(_kept, args.out, rows)):
+                found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
         except DeviceLost as error:
             notes.append(str(error))
             break
@@ -309,15 +316,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes += remarks
         if found:
             _print(console, found)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        results = new_results("training", args.device)
-        results.rows, results.notes = rows, notes
-        results.write(args.out / "training.json")
+        _write(args, rows, notes)
+    print_notes(console, notes)
+    _write(args, rows, notes)
     return 1 if notes else 0
 
 
+def _write(args: argparse.Namespace, rows: list[Row], notes: list[str]) -> None:
+    if args.out is not None:
+        results = new_results("training", args.device)
+        results.rows, results.notes = rows, notes
+        results.write(args.out / JSON)
+
+
+def _kept(out: Path | None, rows: list[Row]) -> str:
+    return f"rows in {out / JSON}: {len(rows)}" if out is not None and rows else "no row was written"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupt.run("benchmarks/training.py", main))

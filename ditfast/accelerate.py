@@ -15,13 +15,14 @@ from torch import nn
 
 from . import cpu
 from .argument_checks import as_bool, check_choice, check_type
+from .dispatch.override import ATTENTION_BACKENDS
 from .dtypes import INT8
-from .homes import BLOCKS, MODELS, NOTE, Home, Options, Swap, cost_of_int8
+from .homes import BLOCKS, MODELS, NOTE, Home, Options, Swap, cost_of_int8, swap_in
 from .homes.planning import Plan, is_unwrapped
 from .model import DiT
-from .ops.attention import ENGINES
+from .ops.cpu_chain import check_int8
 
-ATTENTION = {"auto": None, "native": "sdpa", **{name: name for name in ENGINES}}
+ATTENTION = {"auto": None, "native": "sdpa", **{name: name for name in ATTENTION_BACKENDS}}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 T = TypeVar("T")
@@ -38,11 +39,11 @@ class ReportRow(NamedTuple):
 
 
 class AccelerationReport(NamedTuple):
-    """What ``accelerate`` did, a row for each block and model it looked at; prints as a table."""
+    """Report of ``accelerate``: a row for each block and model it looked at; shows itself as a table."""
 
     rows: tuple[ReportRow, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [("module", "", "family", "engine, or why not")]
         for names, row in _runs(self.rows):
             lines.append((names, "swapped" if row.swapped else "left", row.family, _in_words(row)))
@@ -103,7 +104,7 @@ def accelerate(
             advice = "; for int8 it has quantize" if int8 else ""
             raise ValueError(f"model_or_pipeline: got a ditfast.DiT, which runs on the fused ops as it is{advice}")
     if int8:
-        cpu.check("dtype", ())
+        check_int8("dtype", ())
     before = _take_off(model_or_pipeline)
     try:
         plan = Plan(roots.values(), int8)
@@ -152,7 +153,7 @@ def _take_off(model_or_pipeline: object) -> dict[nn.Module, Swap | str]:
                 note.on = False
                 if note.options.int8:
                     cpu.forget(module.parameters())
-                if vars(module).get("forward") is note:
+                if swap_in(module) is not None:
                     del module.forward
     return notes
 
@@ -251,3 +252,6 @@ def _runs(rows: tuple[ReportRow, ...]) -> Iterator[tuple[str, ReportRow]]:
             first, last = rows[start].module, rows[end - 1].module
             yield first if end - start == 1 else f"{first} .. {last}", rows[start]
             start = end
+
+
+DiT._accelerate = accelerate

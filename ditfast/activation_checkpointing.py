@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .ops.dispatch import checkpoint_contexts
+from .dispatch.override import checkpoint_contexts
 
 Context: TypeAlias = contextlib.AbstractContextManager[Any]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import ops
 from .config import DiTConfig
 from .diffusion import FlowMatching, GaussianDiffusion, Step, steps
+from .dispatch.launchers import launchers, triton_kernels
+from .dispatch.override import backend
 from .model import DiT
 from .modulation_table import ROWS
-from .ops.dispatch import backend, kernels
+from .sampling.models import Denoiser
 from .sampling.run import Batch, Run
 
 
@@ -55,7 +57,7 @@ def launches(config: DiTConfig, arch: str, batches: Sequence[int], dtype: torch.
     for batch in batches:
         if batch < 1:
             raise ValueError(f"batch: got {batch}, expected at least 1")
-    kernels()
+    triton_kernels()
     from .kernels.ahead import compiling_for
 
     kinds = [Kind(dtype, None)] if dtype == torch.float32 else [Kind(dtype, None), Kind(torch.float32, dtype)]
@@ -77,7 +79,7 @@ class Launching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0  # a label, when the model checks its range
-        launcher = getattr(kernels(), func._schema.name.partition("::")[2], None) if func.namespace == "ditfast" else None
+        launcher = launchers().get(func._schema.name.partition("::")[2]) if func.namespace == "ditfast" else None
         return func(*args, **(kwargs or {})) if launcher is None else launcher(*args)
 
 
@@ -104,7 +106,7 @@ def _sample(model: DiT, batch: int, solvers: Sequence[Sequence[Step]]) -> None:
     x, t, y = _inputs(model, batch)
     output = model(x, t, y)  # [B, C', H, W]
     model.t_embedder(t.long())
-    if model.config.class_dropout_prob:
+    if model.config.has_null_class:
         model.forward_with_cfg(*_inputs(model, 2 * batch), cfg_scale=4.0)
     if model.config.modulation_vectors:
         _, many_t, many_y = _inputs(model, ROWS)
@@ -122,6 +124,9 @@ class _Answers:
     pos_embed: Tensor
     dtype: torch.dtype
 
+    def parameters(self) -> Iterator[Tensor]:
+        return iter([self.pos_embed])
+
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return x.new_empty(len(y), self.config.out_channels, *x.shape[2:], dtype=self.dtype)
 
@@ -129,9 +134,9 @@ class _Answers:
 def _denoise(model: _Answers, labels: Tensor, solvers: Sequence[Sequence[Step]]) -> None:
     """Steps as ``sampling`` takes them, and the one kernel in the step of a diffusers scheduler."""
     batch, config = len(labels), model.config
-    scales = [None, torch.empty(batch)] if config.class_dropout_prob else [None]
+    scales = [None, torch.empty(batch)] if config.has_null_class else [None]
     for clip, scale in itertools.product((False, True), scales):
-        run = Run(cast(DiT, model), clip, (-math.inf, math.inf), config.guidance_channels, seed=0, table_bytes=0)
+        run = Run(Denoiser(model), clip, (-math.inf, math.inf), config.guidance_channels, seed=0, table_bytes=0)
         for solver in solvers:
             for _ in run.solved(solver, Batch(labels, range(batch), scale)):
                 pass

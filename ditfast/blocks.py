@@ -1,20 +1,21 @@
 """The one data flow through the blocks, over views of their weights.
 
-Every home of a DiT hands its weights to ``run`` as views, so the flow is written once. A model is a chain of sublayers;
-the end of each (gate, residual) and the start of the next (norm, modulation) are one kernel, across block ends and into the
+Every home of a DiT hands its weights over as views, so the flow is written once. A model is a chain of sublayers; the end of
+each (gate, residual) and the start of the next (norm, modulation) are one kernel, across block ends and into the
 output layer, so a block reads and writes its [B, T, D] stream 8 times where eager PyTorch does 30 times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import cpu, ops
 from .config import FIRST_NORM_EPS
+from .ops import cpu_chain
 from .plain import plain_weights
 
 
@@ -30,27 +31,6 @@ class SeparateQKV(NamedTuple):
     q: Projection
     k: Projection
     v: Projection
-
-
-class CrossAttention(NamedTuple):
-    q: Projection
-    kv: Projection
-    proj: Projection
-
-
-class Block(NamedTuple):
-    """One block's weights."""
-
-    num_heads: int
-    mlp_norm_eps: float
-    qkv: Projection | SeparateQKV
-    proj: Projection
-    fc1: Projection
-    fc2: Projection
-    cross: CrossAttention | None = None
-    attn_norm_eps: float = FIRST_NORM_EPS
-    attention_engine: str | None = None  # None: the one expected to win
-    int8: bool = False  # products on the CPU engine
 
 
 class Modulation(NamedTuple):
@@ -74,56 +54,73 @@ class Sublayer(NamedTuple):
     """``x + gate * transform(norm(x))``"""
 
     norm: Norm
-    transform: SelfAttention | AttentionTo | Mlp
+    transform: SelfAttention | CrossAttention | Mlp | Called
     gate: Tensor | None
 
 
-Stop: TypeAlias = Sequence[Sublayer] | Callable[[Tensor], Tensor]  # a block to fuse with its neighbours, or one to call
+Segment: TypeAlias = Sequence[Sublayer] | Callable[[Tensor], Tensor]  # a block to fuse with its neighbors, or one to call
+Run: TypeAlias = Callable[[Tensor, Tensor, Sequence[Sublayer], Norm | None], tuple[Tensor, Tensor | None]]
 
 
-def run(x: Tensor, u: Tensor, chain: Sequence[Sublayer], following: Norm) -> tuple[Tensor, Tensor]:
-    """x [B, T, D] and u, x as the chain's first norm leaves it, through the chain; ``following`` is the norm behind it."""
-    norms = [sublayer.norm for sublayer in chain] + [following]
-    for sublayer, norm in zip(chain, norms[1:], strict=True):
-        h = sublayer.transform(u)  # [B, T, D]
-        x, u = ops.gated_residual_layer_norm_modulate(x, h, sublayer.gate, *norm)  # 2 x [B, T, D]
-    return x, u
+def run(x: Tensor, x_norm: Tensor, chain: Sequence[Sublayer], next_norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """Run x [B, T, D], and the same behind the chain's first norm, through the chain.
+
+    Returns:
+        The stream behind the chain, and the same behind ``next_norm``, if there is one.
+    """
+    norms = [sublayer.norm for sublayer in chain[1:]]
+    for sublayer, norm in zip(chain, [*norms, next_norm], strict=True):
+        h = sublayer.transform(x_norm)  # [B, T, D]
+        if norm is None:
+            return ops.gated_residual(x, h, sublayer.gate), None
+        x, x_norm = ops.gated_residual_layer_norm_modulate(x, h, sublayer.gate, *norm)  # 2 x [B, T, D]
+    return x, x_norm
 
 
-def run_alone(x: Tensor, chain: Sequence[Sublayer]) -> Tensor:
-    """x [B, T, D] through a chain that somebody else's code surrounds."""
-    if not chain:
+def run_through(x: Tensor, segments: Sequence[Segment], final: Norm | None = None, run: Run = run) -> Tensor:
+    """Run x [B, T, D] through blocks: called where they want to be, else fused with their neighbors.
+
+    Args:
+        x: the stream.
+        segments: a block each.
+        final: the norm behind the last block; None: what follows has its own.
+        run: ``run``, or a function that calls it: once for each block that is fused, on a CPU without gradients never.
+
+    Returns:
+        [B, T, D], behind the final norm if there is one.
+    """
+    on_cpu = cpu_chain.takes(x)
+    x_norm: Tensor | None = None  # x behind the norm that follows, where a fused block computed it
+    for segment, next_norm in fused(segments, final, join=on_cpu):
+        if callable(segment):
+            x, x_norm = segment(x), None  # [B, T, D]
+            continue
+        result = run_on_cpu(x, segment, next_norm) if x_norm is None else None
+        if result is None and x_norm is None:
+            x = x.contiguous()
+            x_norm = ops.layer_norm_modulate(x, *segment[0].norm)  # [B, T, D]
+        x, x_norm = result or run(x, cast(Tensor, x_norm), segment, next_norm)  # [B, T, D]
+    if final is None:
         return x
-    found = run_on_cpu(x, chain, Norm())
-    if found is not None:
-        return found[0]  # [B, T, D]
-    *others, last = chain
-    x = x.contiguous()
-    u = ops.layer_norm_modulate(x, *chain[0].norm)  # [B, T, D]
-    x, u = run(x, u, others, last.norm)  # 2 x [B, T, D]
-    return ops.gated_residual(x, last.transform(u), last.gate)  # [B, T, D]
+    return ops.layer_norm_modulate(x, *final) if x_norm is None else x_norm  # [B, T, D]
 
 
-def run_through(x: Tensor, stops: Sequence[Stop], final: Norm) -> Tensor:
-    """x [B, T, D] through a model's blocks and its final norm: chains side by side become one."""
-    chain: list[Sublayer] = []
-    for stop in stops:
-        if callable(stop):
-            x = stop(run_alone(x, chain))  # [B, T, D]
-            chain = []
+def fused(segments: Sequence[Segment], final: Norm | None, join: bool) -> list[tuple[Segment, Norm | None]]:
+    """Return each segment with the norm that follows it, if one does; ``join`` makes one of all that lie side by side."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if not join or callable(segment) or last is None or callable(last):
+            joined.append(segment)
         else:
-            chain += stop
-    found = run_on_cpu(x, chain, final)
-    if found is not None:
-        return found[1]  # [B, T, D]
-    x = x.contiguous()
-    u = ops.layer_norm_modulate(x, *(chain[0].norm if chain else final))  # [B, T, D]
-    return run(x, u, chain, final)[1]  # [B, T, D]
+            joined[-1] = [*last, *segment]
+    norms = [None if callable(segment) else segment[0].norm for segment in joined]
+    return list(zip(joined, [*norms[1:], final], strict=True))
 
 
-def run_on_cpu(x: Tensor, chain: Sequence[Sublayer], following: Norm) -> tuple[Tensor, Tensor] | None:
-    """``run`` in one call, by the CPU engine or on torch's kernels; None where that is not for x, or a linear to be called."""
-    if not cpu.takes(x):
+def run_on_cpu(x: Tensor, chain: Sequence[Sublayer], next_norm: Norm | None) -> tuple[Tensor, Tensor | None] | None:
+    """Run a chain in one call, by the CPU engine or on torch's kernels; None where that is not for x, or a linear to call."""
+    if not cpu_chain.takes(x):
         return None
     steps = []
     for (shift, scale, eps), transform, gate in chain:
@@ -131,7 +128,8 @@ def run_on_cpu(x: Tensor, chain: Sequence[Sublayer], following: Norm) -> tuple[T
         if products is None:
             return None
         steps.append(cpu.Step(products, shift, scale, gate, eps))
-    return cpu.run(x, steps, cpu.Final(*following))
+    result = cpu_chain.run(x, steps, cpu.Final(*(next_norm or Norm())))
+    return result if result is None or next_norm is not None else (result[0], None)
 
 
 def are_read(chain: Sequence[Sublayer]) -> bool:
@@ -139,69 +137,95 @@ def are_read(chain: Sequence[Sublayer]) -> bool:
     return all(sublayer.transform.products() is not None for sublayer in chain)
 
 
-def sublayers(block: Block, modulation: Modulation, context: Tensor | None = None) -> list[Sublayer]:
-    """A block as its two sublayers, or three with cross-attention to the context [B, 2, D]."""
+def sublayers(
+    modulation: Modulation,
+    attn: SelfAttention | Called,
+    mlp: Mlp | Called,
+    cross: CrossAttention | Called | None = None,
+    attn_norm_eps: float = FIRST_NORM_EPS,
+    mlp_norm_eps: float = FIRST_NORM_EPS,
+) -> list[Sublayer]:
+    """Return a block as its two sublayers, or three with cross-attention."""
     attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-    chain = [Sublayer(Norm(attn_shift, attn_scale, block.attn_norm_eps), SelfAttention(block), attn_gate)]
-    if block.cross is not None and context is not None:
-        chain.append(Sublayer(Norm(), AttentionTo(context, block.cross, block.num_heads, block.int8), None))
-    chain.append(Sublayer(Norm(mlp_shift, mlp_scale, block.mlp_norm_eps), Mlp(block), mlp_gate))
+    chain = [Sublayer(Norm(attn_shift, attn_scale, attn_norm_eps), attn, attn_gate)]
+    if cross is not None:
+        chain.append(Sublayer(Norm(), cross, None))
+    chain.append(Sublayer(Norm(mlp_shift, mlp_scale, mlp_norm_eps), mlp, mlp_gate))
     return chain
 
 
-class SelfAttention(NamedTuple):
-    block: Block
+class Called(NamedTuple):
+    """A sublayer's module that wants to be called, and what it is called with behind u [B, T, D]."""
+
+    module: Callable[..., Tensor]
+    others: tuple[Tensor, ...] = ()
 
     def __call__(self, u: Tensor) -> Tensor:
-        block = self.block
-        heads = (block.num_heads, -1)
-        qkv: Tensor | tuple[Tensor, Tensor, Tensor]
-        if isinstance(block.qkv, SeparateQKV):
-            q, k, v = (project(u, projection).unflatten(-1, heads) for projection in block.qkv)  # 3 x [B, T, H, d]
-            qkv = (q, k, v)
-        else:
-            qkv = project(u, block.qkv).unflatten(-1, (3, *heads))  # [B, T, 3, H, d]
-        return project(ops.attention(qkv, block.attention_engine), block.proj)  # [B, T, D]
+        return self.module(u, *self.others)  # [B, T, D]
 
     def products(self) -> cpu.Products | None:
-        block = self.block
-        first = linears(*block.qkv) if isinstance(block.qkv, SeparateQKV) else linears(block.qkv)
-        second = linears(block.proj)
-        if block.attention_engine is not None or not (first and second):
-            return None
-        return cpu.Products(cpu.SELF_ATTENTION, first, second, block.num_heads, int8=block.int8)
+        return None
 
 
-class AttentionTo(NamedTuple):
-    context: Tensor
-    weights: CrossAttention
+class SelfAttention(NamedTuple):
     num_heads: int
+    qkv: Projection | SeparateQKV
+    proj: Projection
+    engine: str | None = None  # None: the one expected to win
+    int8: bool = False  # products on the CPU engine
+
+    def __call__(self, u: Tensor) -> Tensor:
+        heads = (self.num_heads, -1)
+        qkv: Tensor | tuple[Tensor, Tensor, Tensor]
+        if isinstance(self.qkv, SeparateQKV):
+            q, k, v = (project(u, projection).unflatten(-1, heads) for projection in self.qkv)  # 3 x [B, T, H, d]
+            qkv = (q, k, v)
+        else:
+            qkv = project(u, self.qkv).unflatten(-1, (3, *heads))  # [B, T, 3, H, d]
+        return project(ops.attention(qkv, self.engine), self.proj)  # [B, T, D]
+
+    def products(self) -> cpu.Products | None:
+        first = linears(*self.qkv) if isinstance(self.qkv, SeparateQKV) else linears(self.qkv)
+        second = linears(self.proj)
+        if self.engine is not None or not (first and second):
+            return None
+        return cpu.Products(cpu.SELF_ATTENTION, first, second, self.num_heads, int8=self.int8)
+
+
+class CrossAttention(NamedTuple):
+    num_heads: int
+    q: Projection
+    kv: Projection
+    proj: Projection
+    context: Tensor  # [B, S, D]
     int8: bool = False
 
     def __call__(self, u: Tensor) -> Tensor:
-        q = project(u, self.weights.q).unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
-        kv = project(self.context, self.weights.kv).unflatten(-1, (2, self.num_heads, -1))  # [B, 2, 2, H, d]
-        return project(ops.cross_attention(q, kv), self.weights.proj)  # [B, T, D]
+        q = project(u, self.q).unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
+        kv = project(self.context, self.kv).unflatten(-1, (2, self.num_heads, -1))  # [B, S, 2, H, d]
+        return project(ops.cross_attention(q, kv), self.proj)  # [B, T, D]
 
     def products(self) -> cpu.Products | None:
-        first, second, kv = linears(self.weights.q), linears(self.weights.proj), linears(self.weights.kv)
+        first, second, kv = linears(self.q), linears(self.proj), linears(self.kv)
         if not (first and second and kv):
             return None
         return cpu.Products(cpu.CROSS_ATTENTION, first, second, self.num_heads, cpu.Context(self.context, *kv[0]), self.int8)
 
 
 class Mlp(NamedTuple):
-    block: Block
+    fc1: Projection
+    fc2: Projection
+    int8: bool = False
 
     def __call__(self, u: Tensor) -> Tensor:
-        fc1, fc2 = self.block.fc1, self.block.fc2
+        fc1, fc2 = self.fc1, self.fc2
         if isinstance(fc1, Linear) and isinstance(fc2, Linear):
             return ops.mlp(u, *fc1, *fc2)  # [B, T, D]
         return project(F.gelu(project(u, fc1), approximate="tanh"), fc2)  # [B, T, D]
 
     def products(self) -> cpu.Products | None:
-        first, second = linears(self.block.fc1), linears(self.block.fc2)
-        return cpu.Products(cpu.MLP, first, second, int8=self.block.int8) if first and second else None
+        first, second = linears(self.fc1), linears(self.fc2)
+        return cpu.Products(cpu.MLP, first, second, int8=self.int8) if first and second else None
 
 
 def linears(*projections: Projection) -> cpu.Linears:

@@ -56,6 +56,15 @@ def find_class(text: str, num_classes: int, names: Sequence[str] | None = None) 
         return int(text)
     if names is None:
         raise ClassNameError(f"got {text!r}, expected a number 0..{num_classes - 1}, or --labels with names")
+    return class_called(text, names)
+
+
+def class_called(text: str, names: Sequence[str]) -> int:
+    """Return the class that a name or one of its comma-separated synonyms stands for; case does not matter.
+
+    Raises:
+        ClassNameError: there is no such class, or several.
+    """
     numbers: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         for synonym in dict.fromkeys([_plain(name), *map(_plain, name.split(","))]):

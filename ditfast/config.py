@@ -6,12 +6,16 @@ Source: Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", table
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .argument_checks import wrong_type
+
+PREDICTIONS = ("epsilon", "x0", "v")  # of a Gaussian diffusion
+VELOCITY = "velocity"  # of flow matching
 CONDITIONINGS = ("in_context", "cross_attention", "adaln", "adaln_zero")
 TIMESTEP_FEATURES = 256
 FIRST_NORM_EPS = 1e-6
@@ -55,6 +59,8 @@ class DiTConfig:
         class_dropout_prob: how often training replaces the label by the null class; 0 leaves the null class out.
         conditioning: one of ``in_context``, ``cross_attention``, ``adaln``, ``adaln_zero``.
         flavour: whose arithmetic the weights were trained with: ``official``, ``diffusers`` or any other ``Flavour``.
+        prediction: what the weights were trained to predict: ``epsilon``, the noise; ``x0``, the clean image; ``v``
+            (Salimans & Ho 2022); or ``velocity``, flow matching's. Solvers read it; no forward does.
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and what is allowed.
@@ -72,6 +78,7 @@ class DiTConfig:
     class_dropout_prob: float = 0.1
     conditioning: str = "adaln_zero"
     flavour: str | Flavour = "official"
+    prediction: str = "epsilon"
 
     @classmethod
     def from_name(
@@ -128,6 +135,16 @@ class DiTConfig:
         if not isinstance(self.conditioning, str) or self.conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning: got {self.conditioning!r}, expected one of {', '.join(CONDITIONINGS)}")
         object.__setattr__(self, "flavour", _flavour(self.flavour))
+        if not isinstance(self.prediction, str) or self.prediction not in (*PREDICTIONS, VELOCITY):
+            raise ValueError(f"prediction: got {self.prediction!r}, expected one of {', '.join((*PREDICTIONS, VELOCITY))}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as a file or a run's record holds them: without ``prediction``, where it is the usual one.
+
+        So what earlier versions wrote means the same, and compares equal.
+        """
+        fields = asdict(self)
+        return fields if self.prediction != "epsilon" else {k: v for k, v in fields.items() if k != "prediction"}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -173,9 +190,14 @@ class DiTConfig:
         return self.num_classes
 
     @property
+    def has_null_class(self) -> bool:
+        """True if training drops labels, so that the label table has a row for no class and guidance can be used."""
+        return self.class_dropout_prob > 0
+
+    @property
     def label_rows(self) -> int:
-        """Rows of the label table: the null class has one only where training drops labels."""
-        return self.num_classes + (self.class_dropout_prob > 0)
+        """Rows of the label table, with that of the null class."""
+        return self.num_classes + self.has_null_class
 
     @property
     def arithmetic(self) -> Flavour:
@@ -186,6 +208,18 @@ class DiTConfig:
         """How many of the first channels classifier-free guidance acts on by default."""
         channels = self.arithmetic.guidance_channels
         return self.in_channels if channels is None else min(channels, self.in_channels)
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless a value is a ``DiTConfig``; the message says how to get one."""
+    if isinstance(config, DiTConfig):
+        return
+    hint = ""
+    if isinstance(config, str):
+        hint = f"; DiTConfig.from_name({config!r}) makes one"
+    elif isinstance(getattr(config, "config", None), DiTConfig):
+        hint = ", such as the model's own: pass model.config"
+    raise wrong_type("config", config, f"a ditfast.DiTConfig{hint}")
 
 
 def _pythons(value: object) -> object:

@@ -10,6 +10,8 @@ import warnings
 
 import torch
 
+from .argument_checks import check_type, describe
+
 AUTO = "auto"
 OLDEST = (8, 0)  # the compute capability that Triton supports
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
@@ -29,7 +31,7 @@ def add_device_argument(parser: argparse.ArgumentParser, group: argparse._Argume
 
     def parse(text: str) -> torch.device:
         try:
-            device = default_device() if text == AUTO else find_device(text)
+            device = default_device(parser.prog) if text == AUTO else find_device(text)
         except DeviceError as error:
             parser.exit(2, f"{parser.prog}: error: argument --device: {error}\n")
         if device.type == "cuda":
@@ -84,8 +86,30 @@ def find_gpu(index: int | None = None) -> torch.device:
     return device
 
 
-def default_device() -> torch.device:
+def as_device(name: str, value: torch.device | str | int) -> torch.device:
+    """Return the device that an argument of Python names.
+
+    Raises:
+        ValueError: there is no such device here, or it is too old.
+        TypeError: the value names no device.
+    """
+    check_type(name, value, (torch.device, str, int), "a device such as 'cuda' or 'cpu'")
+    try:
+        device = torch.device(value)
+        if device.type == "cuda":
+            return find_gpu(device.index)
+        torch.empty(0, device=device)
+    except (DeviceError, RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{name}: got {describe(str(value))}, but {reason}") from error
+    return device
+
+
+def default_device(program: str = "ditfast") -> torch.device:
     """Return this process's GPU, or the CPU where there is no GPU, or one that is too old, which a line on stderr says.
+
+    Args:
+        program: begins that line.
 
     Raises:
         DeviceError: torchrun started more processes than there are GPUs.
@@ -95,7 +119,7 @@ def default_device() -> torch.device:
     index = _own_index()
     reason = why_too_old(torch.device("cuda", index)) if index < torch.cuda.device_count() else ""
     if reason:
-        print(f"ditfast: warning: {reason}; the CPU is used", file=sys.stderr)
+        print(f"{program}: warning: {reason}; the CPU is used", file=sys.stderr)
         return torch.device("cpu")
     return find_device("cuda")
 

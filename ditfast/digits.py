@@ -23,7 +23,7 @@ def load_digits() -> DiT:
     ``ditfast convert run/model.safetensors digits.safetensors --to official --dtype bf16``.
     """
     with resources.as_file(resources.files("ditfast.data") / "digits.safetensors") as path:
-        return load_checkpoint(path).float()
+        return load_checkpoint(path.resolve()).float()  # an editable install is a link: one path for all who import it
 
 
 def real_digits() -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import math
 import os
 import secrets
 import shutil
@@ -23,6 +26,7 @@ LEFT_BEHIND = {
     "thumbs.db",
 }
 NO_HOME = Path("/nonexistent")  # as Debian calls it
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 def cache_folder(name: str) -> Path:
@@ -37,6 +41,29 @@ def _home() -> Path:
         return NO_HOME
 
 
+def format_bytes(size: int, digits: int = 3) -> str:
+    """Return a size in the unit that a person reads it in, such as ``410 kB``, rounded to three digits or more."""
+    rounded = float(f"{size:.{digits - 1}e}")
+    power = min(int(math.log10(max(rounded, 1))) // 3, len(UNITS) - 1)
+    return f"{rounded / 1000**power:.{digits}g} {UNITS[power]}"
+
+
+def check_room(path: Path, needed: int, content: str) -> None:
+    """Raise OSError (ENOSPC) if a disk has too little room for files that are to be written.
+
+    Args:
+        path: of a file or folder, which need not exist yet.
+        needed: bytes that the files take at most.
+        content: what they hold, a plural for the message.
+    """
+    folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        sizes = ((format_bytes(needed, digits), format_bytes(free, digits)) for digits in range(3, 20))
+        takes, has = next((both for both in sizes if both[0] != both[1]), (f"{needed} B", f"{free} B"))
+        raise OSError(errno.ENOSPC, f"the {content} take up to {takes}, but {has} are free")
+
+
 def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
     """List a folder in the order of names, without hidden entries and what systems and disks leave behind."""
     return sorted((entry for entry in os.scandir(folder) if not _is_left_behind(entry.name)), key=lambda entry: entry.name)
@@ -44,6 +71,12 @@ def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _is_left_behind(name: str) -> bool:
     return name.startswith(".") or name.casefold() in LEFT_BEHIND
+
+
+def free_path(path: Path) -> Path:
+    """Return the path, with a number behind its stem if there is something already."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 @contextmanager

@@ -25,7 +25,7 @@ _TURNS = {
 _ON_THEIR_SIDE = (5, 6, 7, 8)
 
 
-def find_images(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
+def find_images(folder: str | os.PathLike[str]) -> list[tuple[str, os.DirEntry[str]]]:
     """List the images in a folder and in the folders within it, by their names from there, in the order of names.
 
     Those whose format is ``NOT_READ`` are listed too, for the caller to name.
@@ -33,7 +33,7 @@ def find_images(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
     Raises:
         OSError: a folder cannot be read, or a link leads nowhere.
     """
-    return list(_find(folder, "", ()))
+    return list(_find(Path(folder), "", ()))
 
 
 def _find(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:

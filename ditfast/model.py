@@ -2,127 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import blocks, cpu, ops
-from .activation_checkpointing import checkpointed
-from .argument_checks import check_integer, check_number, check_tensor, wrong_type
-from .blocks import view
-from .conditioning import LabelEmbedder, TimestepEmbedder, pack_linears, packed_linear
-from .config import DiTConfig
+from .argument_checks import as_guidance_scale, check_device, check_dtype, check_integer, check_tensor
+from .conditioning import LabelEmbedder, TimestepEmbedder
+from .config import DiTConfig, check_config
 from .dtypes import INT8
-from .ops.checks import check_dtype
-from .ops.dispatch import computes_now
-from .plain import is_plain, is_silent
+from .layers import Block, FinalLayer, PatchEmbed, adaln_vectors, call_block, embed, is_read, run_checkpointed
+from .ops.classifier_free_guidance import torch_classifier_free_guidance
+from .ops.cpu_chain import check_int8
+from .plain import PLAIN_TYPES
+from .pretrained import PretrainedMixin
 
 EXAMPLE_TIMESTEPS = (50, 500, 950)
-ADALN_ORDER = ("attn_shift", "attn_scale", "mlp_shift", "mlp_scale")
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        if is_plain(self.proj):
-            return ops.patch_embed(x, self.proj.weight, cast(Tensor, self.proj.bias), positions, self.patch_size)  # [B, T, D]
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous() + positions  # [B, T, D]
-
-
-class Attention(nn.Module):
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.q = nn.Linear(config.hidden_size, config.hidden_size)
-        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def views(self) -> blocks.CrossAttention:
-        return blocks.CrossAttention(view(self.q), view(self.kv), view(self.proj))
-
-
-class Mlp(nn.Module):
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden_size)
-        self.fc2 = nn.Linear(config.mlp_hidden_size, config.hidden_size)
-
-
-class Block(nn.Module):
-    """One block; of its plain linears ``blocks`` reads the weights, those with hooks or another forward are called."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.mlp_norm_eps = config.arithmetic.mlp_norm_eps
-        self.attn = Attention(config)
-        self.cross_attn = CrossAttention(config) if config.conditioning == "cross_attention" else None
-        self.mlp = Mlp(config)
-        if config.modulation_vectors:
-            self.adaLN_modulation = _modulation(config, config.modulation_vectors)
-
-    def forward(
-        self, x: Tensor, u: Tensor, modulation: blocks.Modulation, following: blocks.Norm, context: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The stream x and u, its norm, both [B, T, D]: behind this block u is the norm ``following`` it."""
-        return blocks.run(x, u, blocks.sublayers(self.views(), modulation, context), following)  # 2 x [B, T, D]
-
-    def views(self, int8: bool = False) -> blocks.Block:
-        attn, mlp, cross_attn = self.attn, self.mlp, self.cross_attn
-        return blocks.Block(
-            num_heads=self.num_heads,
-            mlp_norm_eps=self.mlp_norm_eps,
-            qkv=view(attn.qkv),
-            proj=view(attn.proj),
-            fc1=view(mlp.fc1),
-            fc2=view(mlp.fc2),
-            cross=None if cross_attn is None else cross_attn.views(),
-            int8=int8,
-        )
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.linear = nn.Linear(config.hidden_size, config.patch_out_features)
-        if config.modulation_vectors:
-            self.adaLN_modulation = _modulation(config, 2)
-
-    def forward(self, u: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-        """What follows the final norm, which is the end of ``blocks.run``."""
-        if is_plain(self.linear):
-            return ops.linear_unpatchify(u, self.linear.weight, self.linear.bias, grid, patch_size)  # [B, C', H, W]
-        return ops.unpatchify(self.linear(u), grid, patch_size)  # [B, C', H, W]
-
-
-class DiT(nn.Module):
+class DiT(PretrainedMixin):
     """Drop-in for ``ditfast.reference.DiT``: the same parameter names and shapes, initialisation and calls; faster.
 
     Runs in fp32, bf16 and fp16; a model in float64 is the reference's job. In training mode labels are dropped with
     ``config.class_dropout_prob``.
     """
 
-    source: object = None  # a CheckpointSource, of a model that ``load_checkpoint`` made
     int8 = False  # products of blocks on the CPU engine; ``quantize`` switches it on
-    checkpoint_activations = False  # of blocks, in a forward whose gradients are wanted: less memory, a little more time
 
     def __init__(self, config: DiTConfig):
-        if not isinstance(config, DiTConfig):
-            hint = f"; DiTConfig.from_name({config!r}) makes one" if isinstance(config, str) else ""
-            raise wrong_type("config", config, f"a ditfast.DiTConfig{hint}")
+        check_config(config)
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config)
@@ -133,16 +45,14 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialize()
-        self.pack()
-        self.register_load_state_dict_post_hook(_pack_after_loading)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The noise that x holds, and with ``learn_sigma`` the interpolation between the variances.
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
+        """Return the noise that x holds, and with ``learn_sigma`` the interpolation between the variances.
 
         Args:
             x: [B, C, H, W] noised latents, of the model's dtype.
-            t: [B] timesteps, may be fractional.
-            y: [B] integer labels; ``config.null_class`` for none.
+            t: [B] timesteps, may be fractional; a number, a scalar tensor or [1] is that of all samples.
+            y: [B] integer labels; ``config.null_class`` for none. With a replaced ``y_embedder``, its input.
 
         Returns:
             [B, C', H, W] of the model's dtype; C' is 2C with ``learn_sigma``, else C.
@@ -150,18 +60,37 @@ class DiT(nn.Module):
         Raises:
             ValueError: a shape, dtype or label; the message names the argument.
         """
-        self._check(x, t, y)
+        t = self._check(x, t, y)
         t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # 2 x [B, D]
-        vectors = self._vectors(t_embedding + y_embedding, self.int8)  # depth + 1 x [B, up to 6 * D]
-        context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
-        return self._denoise(self.x_embedder(x, self.pos_embed), vectors, context)  # [B, C', H, W]
+        c = context = t_embedding + y_embedding  # [B, D]
+        read = self._read_layers()
+        if not self.config.modulation_vectors or any(block is None for block in read[:-1]):  # adaLN's own blocks read none
+            context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
+        del t_embedding, y_embedding  # no longer needed, for the whole forward
+        vectors: list[Tensor | None] = [None] * len(read)  # of each layer [B, up to 6 * D]
+        if self.config.modulation_vectors:
+            of_read = iter(adaln_vectors([layer for layer in read if layer is not None], c, self.int8))
+            vectors = [None if layer is None else next(of_read) for layer in read]
+        return self._denoise(x, read, vectors, c, context)  # [B, C', H, W]
 
-    def modulation_vectors(self, t: Tensor, y: Tensor) -> Tensor:
-        """[B, V]: what adaLN makes of t [B] and y [B], every block's vectors and the final norm's side by side; not in int8."""
-        check_tensor("t", t, "[B]")
+    def modulation_vectors(self, t: Tensor | float, y: Tensor) -> Tensor:
+        """Return what adaLN makes of t and y, [B, V]: each block's vectors and the final norm's, side by side; not in int8.
+
+        Args:
+            t: [B] timesteps; a number, a scalar tensor or [1] is that of all labels.
+            y: [B] labels.
+
+        Raises:
+            ValueError: a shape, dtype, device or label; the message names the argument.
+        """
+        _check_local("y", y)
         check_tensor("y", y, "[B]")
-        vectors = self._vectors(self.t_embedder(t) + self.y_embedder(y))
-        return torch.cat(list(vectors), dim=1)
+        if not y.dim():
+            raise ValueError("y: got shape (), expected [B] labels")
+        check_device("y", y, self.pos_embed, "the model")
+        t = _broadcast(t, y, "y")  # [B]
+        c = self.t_embedder(t) + self.y_embedder(y)  # [B, D]
+        return torch.cat(adaln_vectors([*self.blocks, self.final_layer], c), dim=1)
 
     def forward_modulated(self, x: Tensor, vectors: Tensor) -> Tensor:
         """``forward`` for timesteps and labels whose ``modulation_vectors`` are known (adaLN and adaLN-Zero).
@@ -174,40 +103,61 @@ class DiT(nn.Module):
             [B or 2B, C', H, W].
 
         Raises:
-            ValueError: x or the vectors' shape or dtype; the message names the argument.
+            ValueError: x or the vectors' shape or dtype, or a block or final layer that wants to be called with more than
+                its vectors; the message names it.
         """
         self._check_latents(x)
+        read = self._read_layers()
+        if None in read:
+            name = "final_layer" if read[-1] is None else f"blocks.{read.index(None)}"
+            raise ValueError(f"{name}: got a layer that was hooked, wrapped or replaced; call model(x, t, y), which calls it")
         B, V = x.shape[0], sum(sizes := [linear.out_features for linear in self.adaln_linears()])
         check_tensor("vectors", vectors, "[B, V]")
         if vectors.dim() != 2 or vectors.shape[0] not in (B, 2 * B) or vectors.shape[1] != V:
             raise ValueError(f"vectors: got shape {tuple(vectors.shape)}, expected [{B} or {2 * B}, {V}] for a batch of {B}")
-        tokens = self.x_embedder(x, self.pos_embed)  # [B, T, D]
-        if vectors.shape[0] != B:
-            tokens = tokens.repeat(2, 1, 1)  # [2B, T, D]
-        return self._denoise(tokens, vectors.split(sizes, dim=1), tokens)  # [B or 2B, C', H, W]
+        check_device("vectors", vectors, x)
+        return self._denoise(x, read, vectors.split(sizes, dim=1), vectors, vectors, vectors.shape[0] != B)
 
-    def _denoise(self, x: Tensor, vectors: Sequence[Tensor], context: Tensor) -> Tensor:
-        """From tokens [B, T, D]; the context [B, 2, D] is that of the designs without adaLN."""
-        modulations, final = self._modulations(vectors)  # depth x up to 6 x [B, D], 2 x [B, D]
+    def _read_layers(self) -> list[nn.Module | None]:
+        """Return the blocks and the final layer; None in place of those that somebody wants to be called."""
+        layers = [block if is_read(block, Block) else None for block in self.blocks]
+        return [*layers, self.final_layer if is_read(self.final_layer, FinalLayer) else None]
+
+    def _denoise(
+        self,
+        x: Tensor,
+        read: Sequence[nn.Module | None],
+        vectors: Sequence[Tensor | None],
+        c: Tensor,
+        context: Tensor,
+        twice: bool = False,
+    ) -> Tensor:
+        """Return the image [N, C', H, W] of latents [B, C, H, W]; N is B, or 2B if both halves denoise the same x.
+
+        Layers that are ``read`` take their ``vectors``. Where ``read`` has None, the layer is called with c and the context
+        [B, 2, D].
+        """
+        checkpoint = self.checkpoint_activations and torch.is_grad_enabled()
+        *layers, final = read
+        segments: list[blocks.Segment] = [
+            partial(call_block, block, c, context, checkpoint)
+            if layer is None
+            else cast(Block, layer).chain(of_layer, context, self.int8)
+            for block, layer, of_layer in zip(self.blocks, layers, vectors[:-1], strict=True)
+        ]
+        norm = None if final is None else cast(FinalLayer, final).norm(vectors[-1])
+        run = run_checkpointed if checkpoint else blocks.run
+        u = blocks.run_through(self._tokens(x, context, twice), segments, norm, run)  # [N, T, D], T + 2 in context
+        u = u[:, : self.config.num_tokens]  # [N, T, D]
+        if final is not None:
+            return cast(FinalLayer, final).image(u, self.config.grid, self.config.patch_size)  # [N, C', H, W]
+        return ops.unpatchify(self.final_layer(u, c).contiguous(), self.config.grid, self.config.patch_size)  # [N, C', H, W]
+
+    def _tokens(self, x: Tensor, context: Tensor, twice: bool) -> Tensor:
+        tokens = embed(self.x_embedder, x, self.pos_embed)  # [B, T, D]
         if self.config.conditioning == "in_context":
-            x = torch.cat([x, context], dim=1)  # [B, T+2, D]
-        if cpu.takes(x) and all(map(_is_silent_block, self.blocks)):
-            pairs = zip(self.blocks, modulations, strict=True)
-            chain = [s for block, vectors in pairs for s in blocks.sublayers(self._views(block), vectors, context)]
-            u = blocks.run_through(x, [chain], final)  # [B, T, D]
-        else:  # one by one, as modules that are called
-            first, *others = [blocks.Norm(modulation.attn_shift, modulation.attn_scale) for modulation in modulations]
-            u = ops.layer_norm_modulate(x, *first)  # [B, T, D]
-            checkpoints = self.checkpoint_activations and torch.is_grad_enabled()
-            for block, modulation, following in zip(self.blocks, modulations, [*others, final], strict=True):
-                # What is ours draws nothing; hooks and replaced linears, such as LoRA's with dropout, may.
-                run = checkpointed(block, draws=not self._is_read(block)) if checkpoints else block
-                x, u = run(x, u, modulation, following, context)  # 2 x [B, T, D]
-        u = u[:, : self.config.num_tokens]  # [B, T, D]
-        return self.final_layer(u, self.config.grid, self.config.patch_size)  # [B, C', H, W]
-
-    def _views(self, block: nn.Module) -> blocks.Block:
-        return cast(Block, block).views(self.int8)
+            return torch.cat([tokens, context], dim=1)  # [B, T+2, D]
+        return tokens.repeat(2, 1, 1) if twice else tokens  # [N, T, D]
 
     def quantize(self, dtype: str | None = INT8) -> DiT:
         """Has the CPU engine multiply the blocks' linears in int8, and prints what that gains and costs on a few random inputs.
@@ -234,8 +184,8 @@ class DiT(nn.Module):
                 self.int8 = False
                 cpu.forget(self.parameters())
             return self
-        cpu.check("dtype", self.parameters())
-        called = [i for i, block in enumerate(self.blocks) if not self._is_read(block)]
+        check_int8("dtype", self.parameters())
+        called = [i for i, block in enumerate(self.blocks) if not self._is_fusible(block)]
         if called:
             raise ValueError(f"dtype: got 'int8', but block {called[0]}, or a linear in it, was hooked, wrapped or replaced")
         modes = [(module, module.training) for module in self.modules()]
@@ -249,11 +199,9 @@ class DiT(nn.Module):
                 module.training = training
         return self
 
-    def _is_read(self, block: nn.Module) -> bool:
-        """Whether nobody wants a block or its linears to be called."""
-        return _is_silent_block(block) and blocks.are_read(
-            blocks.sublayers(self._views(block), blocks.Modulation(), self.pos_embed)
-        )
+    def _is_fusible(self, block: nn.Module) -> bool:
+        """Return True if neither a block nor one of its linears must be called."""
+        return is_read(block, Block) and blocks.are_read(cast(Block, block).chain(None, self.pos_embed))
 
     def _switch_int8(self, on: bool) -> None:
         self.int8 = on
@@ -267,85 +215,67 @@ class DiT(nn.Module):
         return [(x[i], t[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]
 
     def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guidance_channels: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        y: Tensor,
+        cfg_scale: float | Sequence[float] | Tensor,
+        guidance_channels: int | None = None,
     ) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022): ``unconditional + cfg_scale * (conditional - unconditional)``.
 
         Args:
             x: [2B, C, H, W]; both halves denoise the same images, so only the first is read.
-            t: [2B] timesteps.
+            t: [2B] timesteps, or one number for all.
             y: [2B] labels, the second half ``config.null_class``.
-            cfg_scale: 1 is the conditional model alone.
+            cfg_scale: 1 is the conditional model alone. One number, or a list or tensor of B, one for each image.
             guidance_channels: how many of the first channels are guided; the flavour's unless given (official: 3).
 
         Returns:
             [2B, C', H, W]: the guided channels twice, the others of either half.
+
+        Raises:
+            ValueError: a shape, or another number of scales; the message names the argument.
         """
-        if not self.config.class_dropout_prob:
+        if not self.config.has_null_class:
             raise ValueError("class_dropout_prob: got 0, so this model has no null class to guide away from")
         self._check_latents(x)
-        check_number("cfg_scale", cfg_scale)
         if x.shape[0] % 2:
             raise ValueError(f"x: got a batch of {x.shape[0]}, expected an even one: conditional, then unconditional")
         channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
         check_integer("guidance_channels", channels, 0, self.config.in_channels)
         half = x[: x.shape[0] // 2]  # [B, C, H, W]
+        scale = as_guidance_scale(cfg_scale, len(half), x)  # a number, or [B, 1, 1, 1]
         out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
-        return ops.classifier_free_guidance(out, cfg_scale, channels)  # [2B, C', H, W]
-
-    def _vectors(self, c: Tensor, int8: bool = False) -> Sequence[Tensor]:
-        """Each adaLN linear's output for the conditioning vector [B, D], in one GEMM; none in designs without."""
-        return packed_linear(F.silu(c), self.adaln_linears(), int8) if self.config.modulation_vectors else []
-
-    def _modulations(self, vectors: Sequence[Tensor]) -> tuple[list[blocks.Modulation], blocks.Norm]:
-        if not vectors:
-            return [blocks.Modulation()] * self.config.depth, blocks.Norm()
-        order = ADALN_ORDER if self.config.conditioning == "adaln" else blocks.Modulation._fields
-        *per_block, final = vectors
-        named = [dict(zip(order, block.chunk(len(order), dim=1), strict=True)) for block in per_block]
-        shift, scale = final.chunk(2, dim=1)
-        return [blocks.Modulation(**vectors) for vectors in named], blocks.Norm(shift, scale)
+        if isinstance(scale, Tensor):
+            return torch_classifier_free_guidance(out, scale, channels)  # [2B, C', H, W]
+        return ops.classifier_free_guidance(out, scale, channels)  # [2B, C', H, W]
 
     def adaln_linears(self) -> list[nn.Linear]:
         """Each block's, and the final layer's last."""
         return [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
 
-    def pack(self) -> None:
-        if self.config.modulation_vectors:
-            pack_linears(self.adaln_linears())
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DiT:
-        """Called by ``to``, ``half``, ``cuda`` and the like, which give every parameter a storage of its own."""
-        super()._apply(fn, recurse)
-        self.pack()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by deepcopy and unpickling, which do the same."""
-        super().__setstate__(state)
-        self.pack()
-
     def _check_latents(self, x: Tensor) -> None:
         check_tensor("x", x, "[B, C, H, W]")
+        _check_local("x", x)
+        _check_local("pos_embed", self.pos_embed, "gathered weights: call model(x, t, y), not its forward, for FSDP's hooks")
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.input_shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, self.config.input_shape))}]")
         check_dtype("x", x)
         dtype = self.pos_embed.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x: got {x.dtype}, expected the model's {dtype}")
+        check_device("x", x, self.pos_embed, "the model")
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+    def _check(self, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
+        """Return t as [B]; checks x, t and the number of labels, the rest of which is left to ``y_embedder``."""
         self._check_latents(x)
-        for name, value in (("t", t), ("y", y)):
-            check_tensor(name, value, "[B]")
-            if value.shape != x.shape[:1]:
-                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{x.shape[0]}], one for each sample of x")
-        if y.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"y: got {y.dtype}, expected integer labels, int64 or int32")
-        if type(y) is Tensor and y.device.type == "cpu" and computes_now() and y.numel():  # elsewhere looking would cost a sync
-            lowest, highest = (int(label) for label in y.aminmax())
-            if lowest < 0 or highest >= self.config.label_rows:
-                raise ValueError(f"y: got labels {lowest}..{highest}, expected 0..{self.config.label_rows - 1}")
+        _check_local("y", y)
+        if isinstance(y, Tensor):
+            if y.shape[:1] != x.shape[:1]:
+                raise ValueError(f"y: got shape {tuple(y.shape)}, expected [{x.shape[0]}], one for each sample of x")
+            check_device("y", y, x)
+        return _broadcast(t, x, "x")
 
     def _initialize(self) -> None:
         """As in the paper: Xavier linears; adaLN-Zero blocks start as the identity, the output at zero."""
@@ -366,6 +296,33 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
 
+def _check_local(name: str, value: object, expected: str = "a tensor of this process: call its full_tensor") -> None:
+    """Raise if a value is a DTensor, which torch's operators do not mix with other tensors."""
+    if type(value) not in PLAIN_TYPES and hasattr(value, "placements"):
+        raise TypeError(f"{name}: got a DTensor, expected {expected}")
+
+
+def _broadcast(t: object, like: Tensor, of: str) -> Tensor:
+    """Return timesteps [B], or one for all, as one for each row of another tensor, on its device: [B]."""
+    _check_local("t", t)
+    if isinstance(t, (int, float, np.number)) and not isinstance(t, bool):
+        dtype = torch.int64 if isinstance(t, (int, np.integer)) else torch.float32
+        return torch.full(like.shape[:1], t, dtype=dtype, device=like.device)  # type: ignore[arg-type] # [B]
+    check_tensor("t", t, "[B], or a number")
+    t = cast(Tensor, t)
+    if t.shape == like.shape[:1]:
+        check_device("t", t, like, of)
+        return t
+    if t.dim() > 1 or t.numel() != 1:
+        raise ValueError(
+            f"t: got shape {tuple(t.shape)}, expected [{like.shape[0]}], one for each sample of {of}, or one number for all"
+        )
+    return t.to(like.device).reshape(1).expand(like.shape[0])  # [B]
+
+
+DiT.__init__.__annotations__["config"] = DiTConfig  # the class, not its name: huggingface_hub's mixin reads it
+
+
 def sincos_positions(config: DiTConfig) -> Tensor:
     """[1, T, D] fp32 on the CPU: sines and cosines of each patch's column in the first half of D, of its row in the second."""
     h, w = config.grid
@@ -376,17 +333,3 @@ def sincos_positions(config: DiTConfig) -> Tensor:
         angles = torch.stack([column, row], dim=1)[:, :, None] * frequencies  # [T, 2, D/4]
         positions = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None].float()  # [1, T, D]
     return positions
-
-
-def _is_silent_block(module: nn.Module) -> bool:
-    """Whether a module is ours, and nobody would notice that it is not called."""
-    return type(module).forward is Block.forward and is_silent(module)
-
-
-def _modulation(config: DiTConfig, vectors: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, vectors * config.hidden_size))
-
-
-def _pack_after_loading(model: nn.Module, incompatible_keys: object) -> None:
-    """Loading with ``assign=True`` gives every parameter a storage of its own."""
-    cast(DiT, model).pack()

@@ -13,18 +13,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .conditioning import LabelEmbedder, TimestepEmbedder
+from .layers import Block, FinalLayer, is_read, is_silu_and_linear
 from .model import DiT
+from .plain import is_plain, is_silent
 
 # Of a product that fills the table. Always the same: a row's bits then depend neither on the batch nor on a resume.
 ROWS = 64
 BUDGET_BYTES = 2**29
 
 
+def can_tabulate(model: object) -> bool:
+    """Return True if a table may replace a model's conditioning: its forward and what the table skips need no call.
+
+    That is a DiT with adaLN whose forward, embedders, blocks and final layer are ours, without hooks, and whose adaLN linears
+    are plain.
+    """
+    if not isinstance(model, DiT) or not model.config.modulation_vectors:
+        return False
+    kind, final = type(model), model.final_layer
+    return (
+        kind.forward is DiT.forward
+        and kind.forward_modulated is DiT.forward_modulated
+        and kind.modulation_vectors is DiT.modulation_vectors
+        and type(model.t_embedder).forward is TimestepEmbedder.forward
+        and type(model.y_embedder).forward is LabelEmbedder.forward
+        and type(final).forward is FinalLayer.forward
+        and all(is_read(block, Block) for block in model.blocks)
+        and all(map(is_silent, (model, final, *model.t_embedder.modules(), *model.y_embedder.modules())))
+        and all(is_silu_and_linear(layer.adaLN_modulation) for layer in (*model.blocks, final))
+        and all(map(is_plain, model.adaln_linears()))
+    )
+
+
 class ModulationTable:
     """The vectors for each step of a run and each label of its batch, in windows of steps that fit a memory budget.
 
     Args:
-        model: with adaLN or adaLN-Zero, in eval mode.
+        model: one that ``can_tabulate``, in eval mode.
         timesteps: what the model is told at each step.
         labels: [B] integers on the model's device; with guidance both halves'.
         budget_bytes: the most that the table may take, beside one step.
@@ -87,4 +113,3 @@ def offloaded_conditioning(model: DiT) -> Iterator[None]:
     finally:
         for linear in linears:
             linear.to(device)
-        model.pack()

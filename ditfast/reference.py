@@ -7,6 +7,7 @@ checkpoints. Shapes: B images, C channels, H by W latent pixels, p patch side, T
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
-from .config import FIRST_NORM_EPS, TIMESTEP_FEATURES, DiTConfig
+from .argument_checks import as_guidance_scale
+from .config import FIRST_NORM_EPS, TIMESTEP_FEATURES, DiTConfig, check_config
 
 
 class TimestepEmbedder(nn.Module):
@@ -199,6 +201,7 @@ class DiT(nn.Module):
     """
 
     def __init__(self, config: DiTConfig):
+        check_config(config)
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config)
@@ -210,11 +213,13 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config)
         initialize(self)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x [B, C, H, W] noised latents; t [B] timesteps, may be fractional; y [B] labels, ``num_classes`` for none.
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor) -> Tensor:
+        """x [B, C, H, W] noised latents; t [B] timesteps, may be fractional, or one; y [B] labels, ``num_classes`` for none.
 
         Returns [B, C', H, W], C' = 2C with learn_sigma: the noise, then the interpolation between the variances.
         """
+        if not isinstance(t, Tensor) or t.shape != x.shape[:1]:
+            t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])  # [B]
         x = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # 2 x [B, D]
         c = t_embedding + y_embedding  # [B, D]
@@ -227,18 +232,25 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c))  # [B, C', H, W]
 
     def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guidance_channels: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        y: Tensor,
+        cfg_scale: float | Sequence[float] | Tensor,
+        guidance_channels: int | None = None,
     ) -> Tensor:
         """Classifier-free guidance: the first half of the batch is conditional, the second half unconditional.
 
-        Both halves denoise the same images, so only the first half of x [2B, C, H, W] is read. Guidance acts on the first
+        Both halves denoise the same images, so only the first half of x [2B, C, H, W] is read. ``cfg_scale`` is one number, or
+        a list or tensor of B, one for each image; another number of them is a ValueError. Guidance acts on the first
         ``guidance_channels`` channels (default: the flavour's, three for official weights); the rest pass through.
         """
         channels = self.config.guidance_channels if guidance_channels is None else guidance_channels
         half = x[: x.shape[0] // 2]  # [B, C, H, W]
+        scale = as_guidance_scale(cfg_scale, len(half), x)  # a number, or [B, 1, 1, 1]
         out = self(torch.cat([half, half]), t, y)  # [2B, C', H, W]
         conditional, unconditional = out[:, :channels].chunk(2)  # 2 x [B, channels, H, W]
-        guided = unconditional + cfg_scale * (conditional - unconditional)  # [B, channels, H, W]
+        guided = (unconditional + scale * (conditional - unconditional)).to(out.dtype)  # [B, channels, H, W]
         return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)  # [2B, C', H, W]
 
     def unpatchify(self, x: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,7 +54,7 @@ def load_vae(source: str | Path) -> VAE:
     return vae.float().eval()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # tensors of inference mode could not be trained on
 def decode(vae: VAE, latents: Tensor, slice_size: int = 1) -> Tensor:
     """[N, 3, H, W] fp32 in [-1, 1] on the VAE's device.
 
@@ -72,7 +74,7 @@ def decode(vae: VAE, latents: Tensor, slice_size: int = 1) -> Tensor:
     return _in_slices(lambda part: vae.decode(part, return_dict=False)[0].float().clamp(-1, 1), latents, size)
 
 
-@torch.no_grad()  # a tensor of inference mode could not be trained on
+@torch.no_grad()
 def encode_moments(vae: VAE, images: Tensor, slice_size: int = 1) -> Tensor:
     """[N, 2C, h, w] fp32 on the VAE's device: mean and standard deviation of the latents, as the encoder has them.
 
@@ -118,6 +120,22 @@ def scaling(vae: VAE) -> dict[str, float]:
     """What the VAE's latents are divided by, and what is then added."""
     _check_vae(vae)
     return {"scaling_factor": vae.config["scaling_factor"], "shift_factor": vae.config.get("shift_factor") or 0.0}
+
+
+def with_scaling(vae: VAE, scaling_factor: float, shift_factor: float) -> VAE:
+    """Return a VAE of the same weights whose latents have another scale; the VAE itself where they have this one."""
+    own, wanted = scaling(vae), {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+    if own == wanted:
+        return vae
+    warnings.warn(f"vae: scales latents by {_said(own)}, but the model was trained on those by {_said(wanted)}", stacklevel=3)
+    scaled = copy.copy(vae)
+    scaled.register_to_config(**wanted)
+    return scaled
+
+
+def _said(scale: dict[str, float]) -> str:
+    factor, shift = scale.values()
+    return f"{factor:g}" + (f" after a shift of {-shift:g}" if shift else "")
 
 
 def image_size(vae: VAE, latent_size: int) -> int:

@@ -93,10 +93,14 @@ def compile_all(builds: Sequence[Build], jobs: int) -> Iterator[Outcome]:
 
     knobs = triton.knobs.compilation
     before, knobs.listener = knobs.listener, listen
+    pool, wait = ThreadPoolExecutor(jobs), True
     try:
-        with ThreadPoolExecutor(jobs) as pool:
-            yield from pool.map(outcome, builds)
+        yield from pool.map(outcome, builds)
+    except KeyboardInterrupt:
+        wait = False  # those that have begun are compiled to their end, before the process ends
+        raise
     finally:
+        pool.shutdown(wait, cancel_futures=True)
         knobs.listener = before
 
 
@@ -132,8 +136,8 @@ def compiling_for(arch: str) -> Iterator[Sequence[Build]]:
     builds: dict[tuple[str, str], Build] = {}
     listed: list[Build] = []
 
-    def take(grid: int, kernel: Any, args: tuple[object, ...], options: dict[str, object]) -> None:
-        build = _specialise(arch, grid, kernel, args, options)
+    def take(kernel: Any, grid: int, arguments: dict[str, object]) -> None:
+        build = _specialise(arch, kernel, grid, arguments)
         if builds.setdefault(build.key, build) is build:
             listed.append(build)
 
@@ -144,15 +148,15 @@ def compiling_for(arch: str) -> Iterator[Sequence[Build]]:
         ahead.reset(token)
 
 
-def _specialise(arch: str, grid: int, kernel: Any, args: tuple[object, ...], options: dict[str, object]) -> Build:
+def _specialise(arch: str, kernel: Any, grid: int, arguments: dict[str, object]) -> Build:
     """What ``JITFunction.run`` does between its arguments and the compiler, without the driver that it asks for the target."""
-    options = options | {
-        "debug": options.get("debug", kernel.debug) or triton.knobs.runtime.debug,
-        "instrumentation_mode": triton.knobs.compilation.instrumentation_mode,
-    }
+    tensors = [argument for argument in arguments.values() if isinstance(argument, Tensor)]
+    passed = {name: Argument(argument) if isinstance(argument, Tensor) else argument for name, argument in arguments.items()}
+    passed["debug"] = passed.get("debug", kernel.debug) or triton.knobs.runtime.debug
+    passed["instrumentation_mode"] = triton.knobs.compilation.instrumentation_mode
     bind, backend = _binder(kernel, arch)
-    bound, specialization, _ = bind(*(Argument(arg) if isinstance(arg, Tensor) else arg for arg in args), **options)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
+    bound, specialization, options = bind(**passed)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, passed, bound, specialization, options)
     names = list(bound)
     return Build(
         kernel,
@@ -161,7 +165,7 @@ def _specialise(arch: str, grid: int, kernel: Any, args: tuple[object, ...], opt
         parsed.__dict__,
         {names[path[0]]: value for path, value in constants.items() if len(path) == 1},
         grid,
-        sum(arg.numel() * arg.itemsize for arg in args if isinstance(arg, Tensor)),
+        sum(tensor.numel() * tensor.itemsize for tensor in tensors),
     )
 
 

@@ -202,15 +202,17 @@ def _attention(inputs: Sequence[Tensor], training: bool) -> tuple[Tensor, Tensor
     launch(
         attention_kernel,
         triton.cdiv(T, tile.m) * B * H,
-        *strided(q, unit),
-        k,
-        *strided(v, unit),
-        out,
-        lse if training else None,
-        T,
-        S,
-        H,
-        LOG2_E * d**-0.5,
+        q_ptr=q,
+        **strides("q", q, unit),
+        k_ptr=k,
+        v_ptr=v,
+        **strides("kv", v, unit),
+        out_ptr=out,
+        lse_ptr=lse if training else None,
+        T=T,
+        S=S,
+        H=H,
+        log2_scale=LOG2_E * d**-0.5,
         UNIT=unit,
         EVEN_N=S % tile.n == 0,
         **blocks.options(),
@@ -224,6 +226,6 @@ def alignment(*tensors: Tensor) -> int:
     return math.gcd(16 // tensors[0].itemsize, *(n for tensor in tensors for n in (*tensor.stride()[:2], tensor.shape[3])))
 
 
-def strided(tensor: Tensor, unit: int) -> tuple[Tensor, int, int]:
-    """A [B, T, H, d] tensor as kernels take it: its pointer, batch stride and token stride."""
-    return tensor, tensor.stride(0) // unit, tensor.stride(1) // unit
+def strides(name: str, tensor: Tensor, unit: int) -> dict[str, int]:
+    """Return the kernel's ``<name>_batch_stride`` and ``<name>_token_stride`` of [B, T, H, d], in units of elements."""
+    return {f"{name}_batch_stride": tensor.stride(0) // unit, f"{name}_token_stride": tensor.stride(1) // unit}

@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import interpreted, launch, target
 from .linear_unpatchify import store_pixels
 from .patches import channel_last, image_shape
-from .rows import load, modulate, modulation_arguments, row_offset
+from .rows import load, modulate, modulation, row_offset
 from .tiles import INTERPRETER, GemmTile, first_that_fits, those_that_fit
 from .tuned import tuned
 
@@ -148,18 +148,19 @@ def final_layer(
     launch(
         final_layer_kernel,
         triton.cdiv(batch * tokens, tile.m),
-        x,
-        x.stride(0),
-        x.stride(1),
-        *modulation_arguments(shift),
-        *modulation_arguments(scale),
-        weight.contiguous(),
-        bias.contiguous(),
-        image,
-        *grid,
-        N // patch_size**2,
-        batch * tokens,
-        eps,
+        x_ptr=x,
+        x_batch_stride=x.stride(0),
+        x_token_stride=x.stride(1),
+        **modulation("shift", shift),
+        **modulation("scale", scale),
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        image_ptr=image,
+        grid_h=grid[0],
+        grid_w=grid[1],
+        channels=N // patch_size**2,
+        M=batch * tokens,
+        eps=eps,
         K=K,
         PATCH=patch_size,
         ONE_SAMPLE=per_sample and tokens % tile.m == 0,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .rows import in_tile, load, modulation_arguments, row_offset, row_tile, store
+from .rows import in_tile, load, modulation, row_offset, row_tile, store
 
 
 @triton.jit
@@ -58,16 +58,16 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     launch(
         gated_residual_kernel,
         tile.grid(batch * tokens),
-        x,
-        x.stride(0),
-        x.stride(1),
-        h,
-        h.stride(0),
-        h.stride(1),
-        *modulation_arguments(gate),
-        total,
-        batch * tokens,
-        tokens,
+        x_ptr=x,
+        x_batch_stride=x.stride(0),
+        x_token_stride=x.stride(1),
+        h_ptr=h,
+        h_batch_stride=h.stride(0),
+        h_token_stride=h.stride(1),
+        **modulation("gate", gate),
+        sum_ptr=total,
+        num_rows=batch * tokens,
+        num_tokens=tokens,
         **tile.options(width),
     )
     return total

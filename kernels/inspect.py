@@ -18,18 +18,16 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ditfast.terminal import HelpFormatter, make_console, new_table, print_table, say, track_progress
+
 from .ahead import TARGETS, Build, compiling_for
-from .hardware import DEVICES, SCHEDULERS, largest_shared_bytes, occupancy
+from .hardware import ARCHITECTURES, SCHEDULERS, largest_shared_bytes, occupancy
 from .inspect_cases import BARS, EXCEPTIONS, Bars, Case, cases, useful_multiply_adds
 from .machine_code import Code, MachineCode, machine_code
-from .static_counts import write_counts
 
 EXAMPLES = """examples:
   python -m ditfast.kernels.inspect                                  all kernels for all targets: some minutes
@@ -42,7 +40,6 @@ The exit status is 1 if a row misses a bar that is not a listed exception (docs/
 
 
 TILE_CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "FIRST", "SECOND", "CHUNK", "CHUNKS", "BLOCK")
-WIDTH_OF_A_FILE = 240  # characters, for tables that go to a pipe
 
 
 @dataclass(frozen=True)
@@ -179,16 +176,16 @@ def _takes_whole_rows(build: Build) -> bool:
 
 
 def _issue_share(build: Build, code: MachineCode, executed: Executed) -> float | None:
-    device = DEVICES.get(build.arch)
+    limits = ARCHITECTURES.get(build.arch)
     loop, num_warps = code.main_loop, build.compiled.metadata.num_warps
-    if device is None:
+    if limits is None:
         return None
     if loop is not None and loop.mma:
         products = loop.multiply_adds
-        return len(loop) / SCHEDULERS / (products / device.multiply_adds) if products else None
+        return len(loop) / SCHEDULERS / (products / limits.multiply_adds) if products else None
     if not executed.exact or code.mma:
         return None
-    return executed.instructions * num_warps * build.grid / (build.tensor_bytes * device.instructions_a_byte)
+    return executed.instructions * num_warps * build.grid / (build.tensor_bytes * limits.instructions_a_byte)
 
 
 def _work(build: Build, loop: Code | None) -> float | None:
@@ -241,9 +238,7 @@ def inspect_all(found: Found, jobs: int) -> Iterator[Row]:
         yield from pool.map(lambda pair: inspect(*pair), found)
 
 
-def table(arch: str, rows: Iterable[Row]) -> Table:
-    device = DEVICES.get(arch)
-    title = f"{arch} ({device.name})" if device else arch
+def table(rows: Iterable[Row]) -> Table:
     columns = (
         "kernel",
         "case",
@@ -260,7 +255,7 @@ def table(arch: str, rows: Iterable[Row]) -> Table:
         "work",
         "",
     )
-    shown = Table(*columns, title=title, title_justify="left")
+    shown = new_table(*columns)
     for row in rows:
         shown.add_row(
             row.kernel,
@@ -287,14 +282,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m ditfast.kernels.inspect",
         description="Compiles every kernel ahead of time and holds its machine code to bars. Needs no GPU.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--arch", nargs="+", default=list(TARGETS), metavar="ARCH", help=f"of {', '.join(TARGETS)}; default: all"
     )
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="default: all; a wrong one lists the names")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, instead of tables")
-    parser.add_argument("--counts", type=Path, metavar="PATH", help="also writes what ditfast.prediction reads, a JSON file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads that compile; default %(default)s")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -303,11 +297,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = collect(args.arch, args.kernel)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        rows = list(progress.track(inspect_all(found, args.jobs), total=len(found), description="compiling"))
-    if args.counts is not None:
-        write_counts(args.counts, rows, args.arch)
+    rows = []
+    try:
+        with track_progress("compiling", len(found), "kernels") as progress:
+            for row in inspect_all(found, args.jobs):
+                rows.append(row)
+                progress.advance()
+    except OSError as error:  # of Triton's cache
+        parser.exit(1, f"{parser.prog}: {error}\n")
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
@@ -316,16 +313,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(rows: Sequence[Row], archs: Sequence[str]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH_OF_A_FILE
+    console = make_console()
     for arch in archs:
-        console.print(table(arch, [row for row in rows if row.arch == arch]), "")
+        title = f"{arch} ({ARCHITECTURES[arch].gpu})" if arch in ARCHITECTURES else arch
+        print_table(table(row for row in rows if row.arch == arch), console, title)
+        console.print()
     for reason in dict.fromkeys(row.exception for row in rows if row.exception):
-        console.print(f"known: {reason}", style="yellow")
+        say(f"known: {reason}", console, "yellow")
     failing = sum(row.fails for row in rows)
     known = sum(row.exception is not None for row in rows)
-    console.print(f"{len(rows)} rows: {failing} miss a bar, {known} known exceptions")
+    say(f"{len(rows)} rows: {failing} miss a bar, {known} known exceptions", console)
 
 
 if __name__ == "__main__":

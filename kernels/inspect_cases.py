@@ -19,6 +19,7 @@ from .denoise_update import denoise_update
 from .final_layer import final_layer
 from .gated_residual import gated_residual
 from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
+from .grouped_linear import grouped_linear
 from .joint_backward import joint_backward
 from .layer_norm_modulate import layer_norm_modulate
 from .linear import linear
@@ -106,6 +107,8 @@ def cases() -> Iterator[Case]:
     for B, T in ((1, 16), (1, 256), (8, 256), (128, 256), (128, 16), (2048, 16)):
         yield from linear_cases(1024, B, T, bf16, f"M={B * T}" + (" T=16" if B > 1 and T == 16 else ""))
     yield from linear_cases(1024, 1, 256, fp32, "M=256 fp32")
+    yield from grouped_linear_cases(1152, 28, bf16, "D=1152")
+    yield from grouped_linear_cases(1152, 28, fp32, "D=1152 fp32")
     yield from linear_gradient_cases(1024)
     for head_dim in (32, 64, 72, 96, 128):
         yield from attention_cases(head_dim, 256)
@@ -158,6 +161,13 @@ def linear_cases(D: int, B: int, T: int, dtype: torch.dtype, label: str) -> Iter
     yield Case(f"{label} no gate", partial(linear_gated_residual, hidden, fc2, bias2, residual, None))
     yield Case(label, partial(input_gradient, hidden, fc1))
     yield Case(f"{label} through GELU", partial(input_gradient_through_gelu, x, fc2, z))
+
+
+def grouped_linear_cases(D: int, depth: int, dtype: torch.dtype, label: str) -> Iterator[Case]:
+    """The adaLN linears of all blocks and of the final layer, for few rows."""
+    widths = [6 * D] * depth + [2 * D]
+    weights, biases = [tensor(N, D, dtype=dtype) for N in widths], [tensor(N, dtype=dtype) for N in widths]
+    yield Case(label, partial(grouped_linear, tensor(2, D, dtype=dtype), weights, biases))
 
 
 def linear_gradient_cases(D: int) -> Iterator[Case]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .launch import interpreted, launch
 from .reduce import sum_partials
-from .rows import modulation_arguments
+from .rows import modulation
 
 
 class RowLoop(NamedTuple):
@@ -262,18 +262,20 @@ def joint_backward(
     launch(
         joint_backward_kernel,
         batch * programs_per_sample,
-        du,
-        dx_new,
-        *modulation_arguments(x),
-        stats,
-        *modulation_arguments(h),
-        *modulation_arguments(gate),
-        *modulation_arguments(scale),
-        dx,
-        dh,
-        *sums,
-        tokens,
-        programs_per_sample,
+        du_ptr=du,
+        dx_new_ptr=dx_new,
+        **modulation("x", x),
+        stats_ptr=stats,
+        **modulation("h", h),
+        **modulation("gate", gate),
+        **modulation("scale", scale),
+        dx_ptr=dx,
+        dh_ptr=dh,
+        dgate_ptr=sums[0],
+        dshift_ptr=sums[1],
+        dscale_ptr=sums[2],
+        num_tokens=tokens,
+        programs_per_sample=programs_per_sample,
         D=width,
         FIRST=tile.first,
         SECOND=tile.second,

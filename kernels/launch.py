@@ -10,31 +10,69 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.runtime import driver
 
 
 class Ahead(NamedTuple):
-    """Takes launches instead of a device, for kernels.ahead: their grid, kernel, arguments and options."""
+    """Takes launches instead of a device, for kernels.ahead: their kernel, grid and arguments."""
 
     arch: str
-    take: Callable[[int, Any, tuple[object, ...], dict[str, object]], None]
+    take: Callable[[Any, int, dict[str, object]], None]
+
+
+class Launch(NamedTuple):
+    """A kernel that was launched."""
+
+    compiled: Any
+    grid: int
+    arguments: list[object]  # in the order of the kernel's parameters, constants included
+
+    def __call__(self, stream: int) -> None:
+        compiled = self.compiled
+        compiled.run(self.grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *self.arguments)
 
 
 ahead: ContextVar[Ahead | None] = ContextVar("ditfast.ahead", default=None)
+recorder: ContextVar[Callable[[Callable[[], Launch | None]], None] | None] = ContextVar("ditfast.recorder", default=None)
 
 
-def launch(kernel: Any, grid: int, *args: object, **options: object) -> None:
-    """Starts ``grid`` programs of a jitted kernel on the current device and stream; none for an empty grid."""
+def launch(kernel: Any, grid: int, **arguments: object) -> None:
+    """Launch ``kernel[(grid,)](**arguments)`` on the current device and stream; nothing for an empty grid.
+
+    Arguments are named as the kernel's parameters, beside Triton's options. Inside ``recorder`` the launch is recorded too.
+    """
     if grid == 0:
         return
     # Triton 3.9 warns where the choice is left open; products and sums of our kernels are meant to fuse.
-    options["enable_fp_fusion"] = True
-    compiling = ahead.get()
+    arguments["enable_fp_fusion"] = True
+    compiling, record = ahead.get(), recorder.get()
     if compiling is not None:
-        compiling.take(grid, kernel, args, options)
-        return
-    kernel[(grid,)](*args, **options)
+        compiling.take(kernel, grid, arguments)
+    elif record is None:
+        kernel[(grid,)](**arguments)
+    else:
+        record(lambda: _launched(kernel, grid, arguments))
+
+
+def _launched(kernel: Any, grid: int, arguments: dict[str, object]) -> Launch | None:
+    """Launch a kernel through Triton; return the launch, or None under the interpreter, which compiles nothing."""
+    compiled = kernel[(grid,)](**arguments)
+    if compiled is None:
+        return None
+    return Launch(compiled, grid, [arguments[parameter.name] for parameter in kernel.params])
+
+
+def current_stream() -> Callable[[int], int]:
+    """Return what returns the handle of a device's current stream."""
+    return driver.active.get_current_stream
+
+
+_knobs = triton.knobs.runtime
+
+
+def needs_jit() -> bool:
+    """Return whether launches must go through Triton: it compiles ahead of time, or a profiler listens to launches."""
+    return bool(ahead.get() or _knobs.launch_enter_hook.calls or _knobs.launch_exit_hook.calls)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:
@@ -72,16 +110,16 @@ def warp_size() -> int:
     return 64 if amd else 32
 
 
-def check_launchable(tensor: Tensor) -> None:
-    """Raises RuntimeError unless Triton kernels can take this tensor here."""
-    if tensor.device.type == "cuda" or interpreted() or ahead.get() is not None:
+def check_launchable(device: torch.device) -> None:
+    """Raise RuntimeError unless Triton kernels can take tensors on a device here."""
+    if device.type == "cuda" or interpreted() or ahead.get() is not None:
         return
     try:
         takes_cpu = driver.active.get_active_torch_device().type == "cpu"
     except RuntimeError:
         takes_cpu = False
-    if tensor.device.type != "cpu" or not takes_cpu:
+    if device.type != "cpu" or not takes_cpu:
         raise RuntimeError(
-            f"Triton kernels cannot take a tensor on {tensor.device} here: set TRITON_INTERPRET=1 before the first import of "
+            f"Triton kernels cannot take a tensor on {device} here: set TRITON_INTERPRET=1 before the first import of "
             "ditfast, or move the tensor to a GPU"
         )

@@ -39,13 +39,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     launch(
         linear_kernel,
         tile.grid(M, N),
-        x.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        y,
-        M,
-        N,
-        K,
+        x_ptr=x.contiguous(),
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        y_ptr=y,
+        M=M,
+        N=N,
+        K=K,
         **tile.options(K),
     )
     return y

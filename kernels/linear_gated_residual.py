@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .gemm import linear_tile
 from .launch import launch
-from .rows import modulation_arguments
+from .rows import modulation
 from .tiles import gemm_tile
 
 
@@ -64,16 +64,16 @@ def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Ten
     launch(
         linear_gated_residual_kernel,
         tile.grid(M, N),
-        x.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        residual.contiguous(),
-        *modulation_arguments(gate),
-        y,
-        tokens,
-        M,
-        N,
-        K,
+        x_ptr=x.contiguous(),
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        residual_ptr=residual.contiguous(),
+        **modulation("gate", gate),
+        y_ptr=y,
+        num_tokens=tokens,
+        M=M,
+        N=N,
+        K=K,
         ONE_GATE=gate is not None and gate.dim() == 2 and tokens % tile.m == 0,
         **tile.options(K),
     )

@@ -60,14 +60,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tupl
     launch(
         linear_gelu_kernel,
         tile.grid(M, N),
-        x.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        y,
-        z if training else None,
-        M,
-        N,
-        K,
+        x_ptr=x.contiguous(),
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        y_ptr=y,
+        z_ptr=z if training else None,
+        M=M,
+        N=N,
+        K=K,
         **tile.options(K),
     )
     return y, z
@@ -79,10 +79,10 @@ def linear_gelu_backward(dy: Tensor, x: Tensor | None, z: Tensor, weight: Tensor
     launch(
         gelu_backward_kernel,
         triton.cdiv(z.numel(), ELEMENTS),
-        dy.contiguous(),
-        z,
-        dz,
-        z.numel(),
+        dy_ptr=dy.contiguous(),
+        z_ptr=z,
+        dz_ptr=dz,
+        count=z.numel(),
         BLOCK=ELEMENTS,
         num_warps=4,
     )

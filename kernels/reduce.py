@@ -56,18 +56,15 @@ def sum_partials(tensors: Sequence[Tensor], groups: int, dtypes: Sequence[torch.
         return []
     width = tensors[0].shape[1]
     sums = [torch.empty(groups, width, dtype=dtype, device=tensors[0].device) for dtype in dtypes]
-    missing = [None] * (3 - len(tensors))
     blocks = triton.cdiv(width, BLOCK)
     launch(
         sum_partials_kernel,
         groups * blocks,
-        *tensors,
-        *missing,
-        *sums,
-        *missing,
-        len(tensors[0]) // max(groups, 1),
-        width,
-        blocks,
+        **dict(zip(("first_ptr", "second_ptr", "third_ptr"), [*tensors, None, None], strict=False)),
+        **dict(zip(("first_sum_ptr", "second_sum_ptr", "third_sum_ptr"), [*sums, None, None], strict=False)),
+        partials=len(tensors[0]) // max(groups, 1),
+        width=width,
+        blocks=blocks,
         ROWS=ROWS,
         BLOCK=BLOCK,
         num_warps=4,

@@ -51,11 +51,14 @@ def row_tile(kernel: str, num_rows: int, width: int, dtype: torch.dtype) -> RowT
     return tuned(kernel, dtype, num_rows, (width,), builtin, lambda: others)
 
 
-def modulation_arguments(vector: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """Pointer, batch stride and token stride of a [B, D] or [B, T, D] modulation; one vector a sample has token stride 0."""
-    if vector is None:
-        return None, 0, 0
-    return vector, vector.stride(0), vector.stride(1) if vector.dim() == 3 else 0
+def modulation(name: str, vector: Tensor | None) -> dict[str, Tensor | int | None]:
+    """Return the kernel's ``<name>_ptr``, ``<name>_batch_stride`` and ``<name>_token_stride`` of a [B, D] or [B, T, D] vector.
+
+    One vector a sample has token stride 0.
+    """
+    batch_stride = 0 if vector is None else vector.stride(0)
+    token_stride = 0 if vector is None or vector.dim() == 2 else vector.stride(1)
+    return {f"{name}_ptr": vector, f"{name}_batch_stride": batch_stride, f"{name}_token_stride": token_stride}
 
 
 def empty_stats(x: Tensor, training: bool) -> Tensor:

@@ -71,19 +71,27 @@ OTHERS = (
 )
 
 
-def gemm_tile(kernel: str, M: int, N: int, K: int, dtype: torch.dtype, largest: tuple[GemmTile, ...] = WIDE) -> GemmTile:
+def gemm_tile(
+    kernel: str,
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    largest: tuple[GemmTile, ...] = WIDE,
+    full_precision: tuple[GemmTile, ...] = FULL_PRECISION,
+) -> GemmTile:
     """For [M, K] times [K, N]; a kernel whose epilogue needs registers says the ``largest`` tile that leaves it some."""
     if interpreted():
         return INTERPRETER
     arch = target()
-    choices = FULL_PRECISION
+    choices = full_precision
     if dtype != torch.float32:
         buckets = BY_ROWS.get(arch, BY_ROWS["default"])
         choices = next(choices for largest, choices in buckets if largest >= M)
         if choices is WIDE and N % WIDE[0].n:  # the last column of tiles would be half empty
             choices = MANY
         choices = min(choices, largest, key=lambda tiles: _area(tiles[0]))
-    others = FULL_PRECISION if dtype == torch.float32 else [tile for tile in OTHERS if _area(tile) <= _area(largest[0])]
+    others = full_precision if dtype == torch.float32 else [tile for tile in OTHERS if _area(tile) <= _area(largest[0])]
     builtin = first_that_fits(choices, dtype, arch)
     return tuned(kernel, dtype, M, (N, K), builtin, lambda: those_that_fit(others, dtype, arch))
 

@@ -28,6 +28,7 @@ class Key(NamedTuple):
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 
 TILES: dict[Key, tuple[int, ...]] = {}
+on_change: list[Callable[[], None]] = []  # called when launchers may choose other tiles than before
 # Not a ContextVar: the backward asks on a thread of autograd's.
 _asked: list[dict[Key, tuple[tuple[int, ...], ...]]] = []
 
@@ -51,23 +52,32 @@ def asking() -> Iterator[dict[Key, tuple[tuple[int, ...], ...]]]:
     """What launches inside the ``with`` block look up, on any thread: the tiles each could take, the built-in one first."""
     asked: dict[Key, tuple[tuple[int, ...], ...]] = {}
     _asked.append(asked)
+    _changed()
     try:
         yield asked
     finally:
         _asked.remove(asked)
+        _changed()
 
 
 @contextlib.contextmanager
 def trying(tiles: Mapping[Key, tuple[int, ...]]) -> Iterator[None]:
     """Launches inside the ``with`` block, on any thread, take these tiles, all others the built-in ones."""
     before = dict(TILES)
-    _replace(tiles)
+    replace(tiles)
     try:
         yield
     finally:
-        _replace(before)
+        replace(before)
 
 
-def _replace(tiles: Mapping[Key, tuple[int, ...]]) -> None:
+def replace(tiles: Mapping[Key, tuple[int, ...]]) -> None:
+    """Take these tiles from now on, and the built-in ones for all other launches."""
     TILES.clear()
     TILES.update(tiles)
+    _changed()
+
+
+def _changed() -> None:
+    for call in on_change:
+        call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from cuda_errors import pytest_configure, pytest_handlecrashitem, pytest_runtest
 from support import HAS_GPU, TARGETS, WHERE, Runner
 
 from ditfast import threads
+from ditfast.dispatch.plan import forget_plans
 
 __all__ = ["pytest_configure", "pytest_handlecrashitem", "pytest_runtest_makereport"]
 
@@ -69,6 +71,21 @@ def _seeded(_cuda: None) -> None:
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # functions compiled in one test must not count against another's limit of recompilations
+
+
+@pytest.fixture(autouse=True)
+def _plain_pipes() -> None:
+    """Let commands write to pipes of any width; pytest-xdist names one to its workers."""
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans() -> Iterator[None]:
+    """Let ops select anew, and forget what they selected while a test had patched something."""
+    forget_plans()
+    yield
+    forget_plans()
 
 
 @pytest.fixture

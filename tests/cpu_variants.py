@@ -9,7 +9,7 @@ from zlib import crc32
 
 import pytest
 
-from ditfast.cpu import dispatch, engine, library
+from ditfast.cpu import engine, library
 from ditfast.files import cache_folder
 
 EMULATION = Path(__file__).with_name("cpu") / "avx512_emulation.h"
@@ -52,5 +52,5 @@ def take(variant: str, monkeypatch: pytest.MonkeyPatch) -> engine.Engine:
     chosen = built(variant)
     if isinstance(chosen, str):
         pytest.skip(chosen)
-    monkeypatch.setattr(dispatch, "found", lambda: (chosen, ""))
+    monkeypatch.setattr(engine, "found", lambda: (chosen, ""))
     return chosen

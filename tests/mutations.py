@@ -50,8 +50,8 @@ MUTATIONS = (
     Mutation(
         "an un-centred variance",
         "kernels/rows.py",
-        "squares += xs[i] * xs[i]",
-        "squares += (xs[i] + mean) * (xs[i] + mean)",
+        "squares += centred[i] * centred[i]",
+        "squares += (centred[i] + mean) * (centred[i] + mean)",
         f"{ROW_TESTS}::test_kernel",
     ),
     Mutation(
@@ -64,8 +64,8 @@ MUTATIONS = (
     Mutation(
         "shift and scale swapped",
         "kernels/layer_norm_modulate.py",
-        "*modulation_arguments(shift),\n        *modulation_arguments(scale),",
-        "*modulation_arguments(scale),\n        *modulation_arguments(shift),",
+        '**modulation("shift", shift),\n        **modulation("scale", scale),',
+        '**modulation("scale", shift),\n        **modulation("shift", scale),',
         f"{ROW_TESTS}::test_kernel",
     ),
     Mutation(
@@ -214,6 +214,13 @@ MUTATIONS = (
         "sample = (tl.min(rows, 0) // num_tokens).to(tl.int64)",
         "sample = (tl.min(rows, 0) * 0).to(tl.int64)",
         "tests/ops/test_linear_gated_residual.py::test_many_rows_take_the_large_tile",
+    ),
+    Mutation(
+        "the first linear's bias for all",
+        "kernels/grouped_linear.py",
+        "bias_ptr = tl.load(row_ptr + 1)",
+        "bias_ptr = tl.load(table_ptr + 1)",
+        "tests/ops/test_grouped_linear.py::test_kernel",
     ),
 )
 

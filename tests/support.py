@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ditfast
+from ditfast.dispatch.plan import forget_plans
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -72,12 +73,14 @@ def _simulator(arch: int, checks: bool) -> Iterator[None]:
     import ptxsim
 
     ptxsim.install(arch)
+    forget_plans()  # which launch the binaries of another architecture
     looking = {"check_race": True, "check_init": True, "check_global": True} if checks else {"stats": False, "threads": 2}
     try:
         with ptxsim.set_options(strict_views=True, **looking):
             yield
     finally:
         ptxsim.uninstall()
+        forget_plans()
 
 
 @contextlib.contextmanager

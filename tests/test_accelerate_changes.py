@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,27 @@ def new_eps(model: nn.Module) -> None:
     model.blocks[1].norm1.eps = 0.5
 
 
+def halve(name: str) -> Callable[[nn.Module], None]:
+    """As patches that merge tokens do it: another class, whose forward calls the one before."""
+
+    def change(model: nn.Module) -> None:
+        part = model.get_submodule(name)
+
+        def forward(self: nn.Module, *given: Any, **named: Any) -> Tensor:
+            return super(kind, self).forward(*given, **named) / 2
+
+        kind = type("Halved", (type(part),), {"forward": forward})
+        part.__class__ = kind
+
+    return change
+
+
 CHANGES = {
+    "class of the model": halve(""),
+    "class of a block": halve("blocks.1"),
+    "class of attention": halve("blocks.1.attn"),
+    "class of a norm": halve("blocks.0.norm2"),
+    "class of a linear": halve("blocks.2.mlp.fc1"),
     "activation": replace("blocks.1.mlp.act", nn.ReLU),
     "norm": replace("blocks.1.norm2", lambda: nn.LayerNorm(64)),
     "attention": replace("blocks.1.attn", lambda: nn.Linear(64, 64)),

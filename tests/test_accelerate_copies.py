@@ -17,7 +17,7 @@ from support import error, randomize
 from torch import Tensor, nn
 
 import ditfast
-from ditfast.homes import Swap, caches
+from ditfast.homes import caches, home
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -264,9 +264,9 @@ def test_copies_of_weights_are_made_once_and_freed(monkeypatch: pytest.MonkeyPat
 def test_cached_modulation_has_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = KINDS[kind].build()
     batches = [KINDS[kind].example(torch.float32) for _ in range(3)]
-    linears = []
-    plain = Swap.vectors
-    monkeypatch.setattr(Swap, "vectors", lambda swap, *args: (linears.append(1), plain(swap, *args))[1])
+    linears: list[object] = []
+    plain = home.project
+    monkeypatch.setattr(home, "project", lambda c, each, *args: (linears.extend(each), plain(c, each, *args))[1])
     with torch.no_grad():
         ditfast.accelerate(model)
         linears.clear()

@@ -219,7 +219,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "meta device" in refused("model_or_pipeline", official().to("meta"))
     with ditfast.backend("torch"):
         assert "forced" in refused("dtype", model)
-    monkeypatch.setattr("ditfast.cpu.dispatch.found", lambda: (None, "the CPU engine needs a compiler"))
+    monkeypatch.setattr("ditfast.cpu.engine.found", lambda: (None, "the CPU engine needs a compiler"))
     assert refused("dtype", model) == "dtype: got int8, but the CPU engine needs a compiler"
     assert swap_of(model) is None
 

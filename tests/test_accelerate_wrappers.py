@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import socket
 import threading
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -143,6 +145,28 @@ def test_exported_inspected_and_differentiated_forwards(kind: str) -> None:
     expected = tangent()
     ditfast.accelerate(model)
     assert error(tangent(), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", DITS)
+def test_forward_bound_to_its_module(kind: str) -> None:
+    """Accelerate's unwrap_model binds what it finds in ``forward`` to the model, whose copies then share it."""
+    model, inputs = KINDS[kind].build(), KINDS[kind].example(torch.float32)
+    with torch.no_grad():
+        expected = run(model, inputs)[0]
+        ditfast.accelerate(model)
+        for module in (model, *(getattr(model, "blocks", None) or model.transformer_blocks)):
+            module.forward = MethodType(module.forward, module)
+        copied = copy.deepcopy(model)
+        assert error(run(model, inputs)[0], expected) <= 1e-5
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert error(run(copied, inputs)[0], expected) <= 1e-5
+        for row in ditfast.acceleration_report(copied).rows:
+            assert row.swapped, row
+            assert (row.fast_calls, row.original_calls) == (1, 0)
+        assert torch.equal(run(ditfast.restore(copied), inputs)[0], expected)
+        assert all("forward" not in vars(module) for module in copied.modules())
+        assert error(run(ditfast.accelerate(copied), inputs)[0], expected) <= 1e-5
 
 
 def test_a_block_used_twice() -> None:

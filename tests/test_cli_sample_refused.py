@@ -40,7 +40,6 @@ from ditfast.cli import main
         (["--out", "a", "--solver", "dopri"], "invalid choice: 'dopri'"),
         (["--out", "a", "--device", "nonsense"], "argument --device: got 'nonsense', expected cpu, cuda or cuda:N"),
         (["--out", "a", "--device", "meta"], "argument --device: got 'meta', expected cpu, cuda or cuda:N"),
-        ([], "--out"),
     ],
 )
 def test_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,22 +60,28 @@ def test_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFix
         ),
         (["--labels", "{few}"], "--labels: got 2 names, expected 10, one for each class"),
         (["--labels", "nowhere"], "nowhere: cannot be read: No such file or directory"),
-        (["--steps", "ddim51"], "--steps: respacing: got 'ddim51'"),
-        (["--steps", "ddim50", "--solver", "heun"], "--steps: got 'ddim50', expected a positive integer with heun"),
+        (["--steps", "ddim51"], "--steps: got 'ddim51'"),
         (
-            ["--steps", "9" * 20, "--solver", "euler"],
+            ["--steps", "ddim50", "--solver", "heun", "--force-solver"],
+            "--steps: got 'ddim50', expected a positive integer with",
+        ),
+        (
+            ["--steps", "9" * 20, "--solver", "euler", "--force-solver"],
             "--steps: got '99999999999999999999', expected a positive integer with euler",
         ),
-        (["--steps", "9" * 5000], "--steps: respacing: got a str of length 5000, expected like '250'"),
+        (["--steps", "9" * 5000], "--steps: got a str of length 5000, expected like '250'"),
         (["--per-class", "1000001"], "--per-class: got 10000010 images in all, expected at most 10000000"),
         (["--num", "100000000000", "--out", "folder"], "--num: got 100000000000 images in all, expected at most 10000000"),
-        (["--steps", "0", "--solver", "sde"], "--steps: got '0', expected a positive integer with sde"),
+        (["--steps", "0", "--solver", "sde", "--force-solver"], "--steps: got '0', expected a positive integer with sde"),
         (["--cfg-interval", "3", "1"], "--cfg-interval: got 3 1, expected LO <= HI"),
         (["--vae", "./nowhere"], "vae: ./nowhere: there is no such folder"),
         (["--checkpoint", "nowhere.pt"], "--classes or --num: got neither, expected one with --checkpoint"),
         (["--checkpoint", "nowhere.pt", "--num", "3"], "nowhere.pt: there is no such file or folder"),
         (["--checkpoint", "{latent}", "--num", "3", "--vae", "none"], "--vae: got none, but the model makes 4 channels"),
-        (["--checkpoint", "{without}", "--num", "3"], "--cfg: got 4, expected 1, as this model has no null class"),
+        (
+            ["--checkpoint", "{without}", "--num", "3", "--cfg", "4"],
+            "--cfg: got 4, expected 1, as this model has no null class",
+        ),
         (["--checkpoint", "{pixel}", "--num", "3", "--vae", "{vae}"], "vae: decodes 4 channels, but the model makes 3"),
     ],
 )
@@ -115,10 +120,10 @@ def test_a_grid_alone_is_no_folder(option: list[str], tmp_path: Path, capsys: py
 def test_int8_is_for_a_cpu_with_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ditfast.cpu.dispatch.found", lambda: (None, "the CPU engine needs a compiler"))
+    monkeypatch.setattr("ditfast.cpu.engine.found", lambda: (None, "the CPU engine needs a compiler"))
     assert draw(tmp_path / "run", "--dtype", "int8") == 2
     assert capsys.readouterr().err == "ditfast sample: --dtype: got int8, but the CPU engine needs a compiler\n"
-    monkeypatch.setattr("ditfast.devices.default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr("ditfast.devices.default_device", lambda program: torch.device("meta"))
     assert draw(tmp_path / "run", "--dtype", "int8") == 2
     message = "--dtype: got int8 for weights of torch.float32 on meta, expected fp32 or bf16 weights on the CPU"
     assert capsys.readouterr().err == f"ditfast sample: {message}\n"

@@ -13,10 +13,10 @@ from fake_cuda import fake_cuda
 
 from ditfast.cli import main
 from ditfast.devices import DeviceError, add_device_argument, default_device, find_device, find_gpu, with_index
-from ditfast.ops import decisions
-from ditfast.ops.dispatch import check_possible, choose
-from ditfast.ops.routes import Choice
-from ditfast.problem import Problem
+from ditfast.dispatch import selection
+from ditfast.dispatch.backends import Choice
+from ditfast.dispatch.selection import check_possible, choose
+from ditfast.dispatch.shapes import OpShape
 
 TURING = {"name": "NVIDIA T4", "capability": (7, 5)}
 
@@ -34,6 +34,7 @@ WITH_DEVICE = {
     "train": command("train", "--data", "digits", "--steps", "1", "--out", "run"),
     "extract-latents": command("extract-latents", "images", "latents"),
     "bench.py": bench("bench"),
+    "host.py": bench("host"),
     "sampling.py": bench("sampling"),
     "training.py": bench("training"),
 }
@@ -188,15 +189,15 @@ def test_tune_needs_a_gpu(gpus: dict[str, object], message: str, capsys: pytest.
 def test_ops_of_an_old_gpu_stay_with_torch() -> None:
     reason = "NVIDIA T4 has compute capability 7.5, and Triton needs 8.0 or later"
     device = torch.device("cuda", 0)
-    decisions.forget()
+    selection.forget()
     try:
         with fake_cuda(**TURING):
-            assert choose(device, Problem("gated_residual", torch.float16, 512, (256, 384))) == Choice("torch", reason)
-            assert choose(device, Problem("attention", torch.float16, 512, (256, 6, 64))).route == "sdpa"
+            assert choose(device, OpShape("gated_residual", torch.float16, 512, (256, 384))) == Choice("torch", reason)
+            assert choose(device, OpShape("attention", torch.float16, 512, (256, 6, 64))).backend == "sdpa"
             with pytest.raises(RuntimeError, match=reason):
-                check_possible("triton", device, Problem("attention", torch.float16, 512, (256, 6, 64)))
+                check_possible("triton", device, OpShape("attention", torch.float16, 512, (256, 6, 64)))
     finally:
-        decisions.forget()
+        selection.forget()
 
 
 def test_amd_has_other_capabilities() -> None:

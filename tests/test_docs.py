@@ -1,4 +1,4 @@
-"""The guides' promises that a machine can check: their commands are ones, their examples run, their tables are computed so."""
+"""Promises of README and guides: their commands parse, their tables are computed so (test_guides.py runs them)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from guides import GUIDES
 from torch.distributed.run import get_args_parser
 
-from ditfast.benchmarks import bench, predictions
+from ditfast.benchmarks import bench
 from ditfast.cli import _parser
+from ditfast.flops import memory_table
 
-ROOT = Path(__file__).resolve().parents[1]
-GUIDES = {path.name: path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 TRAINING = GUIDES["training.md"]
 MODULE = "ditfast"
 
@@ -64,38 +64,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return _parser().parse_args(arguments)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_the_trainings_examples_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("sklearn")
-    monkeypatch.chdir(tmp_path)
-    train, read_log = re.findall(r"```python\n(.*?)```", TRAINING, re.DOTALL)
-    exec(train.replace("steps=5000, batch=128", "steps=2, batch=4"), names := {})
-    assert names["weights"].is_file()
-    exec(read_log, {})
-    assert 0.5 < float(capsys.readouterr().out) < 2
-
-
-def test_the_trainings_tables_are_as_computed(capsys: pytest.CaptureFixture[str]) -> None:
-    command, *arguments = ["benchmarks/predictions.py", "--training"]
-    assert f"`python {command} {' '.join(arguments)}`" in TRAINING
-    assert predictions.main(arguments) == 0
-    for table in capsys.readouterr().out.strip().split("\n\n"):
-        assert table in TRAINING
-
-
-def test_the_predictions_are_as_computed(capsys: pytest.CaptureFixture[str]) -> None:
-    command = "`python benchmarks/predictions.py --out docs/predictions.md`"
-    assert command in GUIDES["predictions.md"]
-    assert predictions.main([]) == 0
-    assert capsys.readouterr().out == GUIDES["predictions.md"]
-
-
-def test_the_readme_s_predictions_are_as_computed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "`python benchmarks/predictions.py --summary`" in GUIDES["README.md"].replace("\n", " ")
-    assert predictions.main(["--summary"]) == 0
-    assert capsys.readouterr().out.strip() in GUIDES["README.md"]
+def test_the_memory_table_is_as_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`python -m ditfast.flops.memory_table`" in TRAINING
+    assert memory_table.main([]) == 0
+    assert capsys.readouterr().out in TRAINING
 
 
 def test_each_guide_has_commands() -> None:

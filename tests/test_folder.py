@@ -127,7 +127,7 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
         started(tmp_path, seed=1, model={"depth": 3, "flavour": "official"}, interval=[0.5, 3.0])
     assert str(caught.value) == (
         f"{tmp_path}: holds a run with other settings: "
-        "seed: was 0, is 1; model.depth: was 2, is 3; interval: was [0.5, 2.0], is [0.5, 3.0]"
+        "seed: was 0, is 1; model.depth: was 2, is 3; interval: was [0.5, 2.0], is [0.5, 3.0]; give another folder"
     )
     assert content(tmp_path) == before
 
@@ -147,11 +147,11 @@ def test_differences() -> None:
 
 
 def test_of_two_runs_that_begin_at_once_one_is_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def first(self: ImageFolder, needed: int) -> None:  # at the last moment before the record is written
+    def first(path: Path, needed: int, content: str) -> None:  # at the last moment before the record is written
         monkeypatch.undo()
         started(tmp_path, seed=7)
 
-    monkeypatch.setattr(ImageFolder, "_check_room", first)
+    monkeypatch.setattr("ditfast.sampling.folder.check_room", first)
     with pytest.raises(FolderError, match="seed: was 7, is 0"):
         started(tmp_path)
 
@@ -211,7 +211,7 @@ def test_too_little_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     needed = 10 * (64 * 64 * 3 + 4096)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(FolderError, match=r"the images take up to 0\.00 GB, but 0\.00 GB are free"):
+    with pytest.raises(FolderError, match=r"the images take up to 163\.84 kB, but 163\.839 kB are free"):
         started(tmp_path)
     assert content(tmp_path) == {}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))

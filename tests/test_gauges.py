@@ -11,6 +11,7 @@ import torch
 from fake_cuda.fixtures import cut_ceilings, fake_gpu
 from support import HAS_GPU
 
+from ditfast import timer
 from ditfast.benchmarks import ahead, gauges, gpu
 from ditfast.benchmarks.ceilings import measure_ceilings
 from ditfast.benchmarks.gauges import MOST_COPIES, SLOWDOWNS, Gauges, count_kernels
@@ -45,7 +46,7 @@ def test_inputs_are_rotated_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("fake_gpu")
 def test_ceilings_count_reads_writes_and_two_operations_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Gpu, "seconds", lambda self, run, repeats: repeats * 0.25)
+    monkeypatch.setattr(timer, "seconds", lambda run, device: 0.25)
     found = measure_ceilings(Gpu(CUDA), DEVICES["H100"], largest_copy=1000, largest_side=64)
     assert found.name == "measured"
     assert found.bandwidth == 2 * 1000 / 0.25
@@ -54,7 +55,7 @@ def test_ceilings_count_reads_writes_and_two_operations_a_mac(monkeypatch: pytes
 
 @pytest.mark.usefixtures("fake_gpu")
 def test_ceilings_take_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Gpu, "seconds", lambda self, run, repeats: repeats * 0.25)
+    monkeypatch.setattr(timer, "seconds", lambda run, device: 0.25)
     monkeypatch.setattr(Gpu, "free_bytes", lambda self: 2**18)
     found = measure_ceilings(Gpu(CUDA), DEVICES["H100"])
     assert found.bandwidth == 2 * (2**18 // 4) / 0.25
@@ -93,7 +94,7 @@ def dotted_names(module: Any) -> set[str]:
 
 
 def test_torch_has_all_that_is_called() -> None:
-    names = {name for name in dotted_names(gpu) if name.startswith("torch.")}
+    names = {name for module in (gpu, timer) for name in dotted_names(module) if name.startswith("torch.")}
     assert {"torch.cuda.Event", "torch.cuda.mem_get_info", "torch.cuda.reset_peak_memory_stats"} <= names
     for name in names:
         found: Any = torch
@@ -137,7 +138,7 @@ def test_a_gpu_answers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     gauges = Gauges(device, DEVICES["H100"])
     x = torch.randn(1024, 1024, device="cuda")
     assert gauges.launches(lambda: x @ x) >= 1
-    busy = gauges.busy(lambda: x @ x, device.seconds(lambda: x @ x, 10) / 10)
+    busy = gauges.busy(lambda: x @ x, timer.seconds(lambda: x @ x, CUDA, 10) / 10)
     assert busy.joules > 0
     assert busy.clock_mhz > 0
     assert device.l2_bytes() > 0

@@ -14,19 +14,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from environments import make_environment
 from support import outside_pytest
 
 from ditfast.benchmarks import gpu_first
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks/gpu.sh"
-STEPS = ["install", "doctor", "forward", "tests", "compiler32", "compiler1", "micro", "compile", "kernels", "training"]
+STEPS = ["install", "doctor", "forward", "tests", "compiler32", "compiler1", "micro", "host", "compile", "kernels", "training"]
 RESULTS = [
     "summary.txt",
     "logs.txt",
     "facts.jsonl",
     "tests.jsonl",
     "forward.json",
+    "host.json",
     "compile.json",
     "kernels.json",
     "training.json",
@@ -48,6 +50,7 @@ case "$*" in
   *"bench --"*"/forward "*) name=forward ;;
   *"bench --"*"/compile "*) name=compile ;;
   *"bench --"*"/compiler"*) name=compiler ;;
+  *"benchmarks.host "*) name=host ;;
   *training*) name=training ;;
   *micro) name=micro ;;
   *summary) name=summary ;;
@@ -140,15 +143,6 @@ def without_network() -> list[str]:
     return command if permitted else []
 
 
-def make_environment(folder: Path) -> None:
-    """Make a virtual environment that has this one's packages, but not its ditfast."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    (packages,) = folder.glob("lib/python3*/site-packages")
-    (packages / "packages.pth").write_text(
-        "\n".join(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
-    )
-
-
 # ------------------------------------------------------------------------------------------------ steps
 def test_every_step_runs_once_in_order(script: Path) -> None:
     done = run_script(script)
@@ -157,7 +151,7 @@ def test_every_step_runs_once_in_order(script: Path) -> None:
     calls = [line.split()[0] for line in (script / "calls").read_text().splitlines()]
     assert sorted(calls) == sorted([*(re.sub(r"\d", "", step) for step in STEPS), "summary"])
     assert calls[:3] == ["install", "doctor", "forward"]
-    assert calls[-5:] == ["micro", "compile", "kernels", "training", "summary"]
+    assert calls[-6:] == ["micro", "host", "compile", "kernels", "training", "summary"]
     assert list(Path(script).glob("out/*.log")) == []
 
 
@@ -232,12 +226,19 @@ def test_a_step_without_time_is_skipped(script: Path) -> None:
     assert statuses(script) == dict.fromkeys(STEPS[1:], 0)
 
 
-def test_results_of_an_earlier_run_are_removed(script: Path) -> None:
-    (script / "out").mkdir()
+def test_results_of_earlier_runs_are_kept(script: Path) -> None:
+    (script / "out/earlier-1").mkdir(parents=True)
     for name in [*RESULTS, "notes.txt"]:
         (script / "out" / name).write_text("old")
     assert run_script(script).returncode == 0
-    assert {path.name for path in (script / "out").iterdir()} == {"summary.txt", "logs.txt", "notes.txt"}
+    assert {path.name for path in (script / "out").iterdir()} == {
+        "summary.txt",
+        "logs.txt",
+        "notes.txt",
+        "earlier-1",
+        "earlier-2",
+    }
+    assert {path.name: path.read_text() for path in (script / "out/earlier-2").iterdir()} == dict.fromkeys(RESULTS, "old")
     assert "old" not in (script / "out/summary.txt").read_text() + (script / "out/logs.txt").read_text()
 
 
@@ -297,7 +298,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_summary_of_nothing_says_that_no_test_ran(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_first.main("summary", []) == 0
+    assert gpu_first.main(["summary"]) == 0
     assert capsys.readouterr().out == "tests    none ran\n"
 
 
@@ -311,7 +312,7 @@ def test_a_summary_has_what_broken_files_still_hold(out: Path, capsys: pytest.Ca
     (out / "tests.jsonl").write_text(
         "\n".join([json.dumps({"test": "a::b", "outcome": "passed", "seconds": 1, "reason": ""}), *failures])
     )
-    assert gpu_first.main("summary", []) == 0
+    assert gpu_first.main(["summary"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "fact     measured host time, host_us 5.5",
         "tests    1 passed, 3 failed",

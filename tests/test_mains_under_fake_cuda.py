@@ -20,11 +20,11 @@ from fake_cuda.fixtures import cut_ceilings, fake_gpu
 from support import outside_pytest, randomize
 
 from ditfast import DiT, DiTConfig, load_checkpoint, save_checkpoint
-from ditfast.benchmarks import bench, digits_quality, gauges, predictions, sampling, training
+from ditfast.benchmarks import bench, digits_quality, gauges, host, host_cases, sampling, training
 from ditfast.cli import main
-from ditfast.ops import decisions
+from ditfast.dispatch import selection
 from ditfast.training import evaluation
-from ditfast.tuning import clock
+from ditfast.tuning import graph_timer
 
 __all__ = ["fake_gpu"]
 
@@ -46,9 +46,9 @@ def h200(fake_gpu: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     for name, value in fake_cuda.environment().items():
         monkeypatch.setenv(name, value)
-    decisions.forget()
+    selection.forget()
     yield fake_gpu
-    decisions.forget()
+    selection.forget()
 
 
 @pytest.fixture
@@ -89,8 +89,9 @@ def sample_digits(out: Path, *arguments: str) -> None:
 
 
 @DEVICES
-def test_sample_into_a_folder(device: list[str], h200: FakeCuda, tmp_path: Path) -> None:
+def test_sample_into_a_folder(device: list[str], h200: FakeCuda, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample_digits(tmp_path / "images", *device)
+    assert capsys.readouterr().out.endswith("seed 0, bf16\n")
     assert h200.launches > 0
     assert h200.captures > 0
 
@@ -104,7 +105,8 @@ def test_sample_in_half_precision(dtype: str, h200: FakeCuda, tmp_path: Path) ->
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "euler", "heun", "sde"])
 def test_sample_a_grid_with_each_solver(solver: str, h200: FakeCuda, tmp_path: Path) -> None:
     arguments = ["--classes", "3", "--per-class", "2", "--steps", "2", "--solver", solver, "--device", "cuda"]
-    assert main(["sample", "--out", str(tmp_path / "grid.png"), *arguments]) == 0
+    insists = [] if solver in ("ddpm", "ddim") else ["--force-solver"]  # the digits predict noise
+    assert main(["sample", "--out", str(tmp_path / "grid.png"), *arguments, *insists]) == 0
     assert (tmp_path / "grid.png").exists()
     assert h200.launches > 0
 
@@ -178,9 +180,9 @@ def test_extract_latents(device: list[str], h200: FakeCuda, tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("tiny_models")
 def test_tune(h200: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "MOST_COPIES", 1)
-    monkeypatch.setattr(clock, "ROUNDS", 1)
-    monkeypatch.setattr(clock.GraphClock, "seconds", lambda self: time.process_time())  # on a busy machine the same tests
+    monkeypatch.setattr(graph_timer, "MOST_COPIES", 1)
+    monkeypatch.setattr(graph_timer, "ROUNDS", 1)
+    monkeypatch.setattr(graph_timer.GraphTimer, "seconds", lambda self: time.process_time())  # on a busy machine the same tests
     assert main(["tune", "--model", "DiT-S/8", "--batch", "1", "--budget", "3"]) == 0
     (path,) = (tmp_path / "cache" / "ditfast" / "tuning").iterdir()
     assert path.name == "nvidia-h200.json"
@@ -238,6 +240,18 @@ def test_training(device: list[str], tmp_path: Path) -> None:
     assert all(row["peak_memory_gb"] > 0 for row in rows)
 
 
+@DEVICES
+def test_host(device: list[str], h200: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("layer_norm_modulate", "grouped_linear")
+    monkeypatch.setattr(host_cases, "OPS", {name: host_cases.OPS[name] for name in names})
+    monkeypatch.setattr(host_cases, "OP_CALLS", 2)
+    assert host.main(["--quick", "--depth", "1", "--rounds", "2", "--out", str(tmp_path), *device]) == 0
+    rows = rows_on_the_gpu(tmp_path / "host.json")
+    assert {row["name"] for row in rows} == {"ditfast", "eager", "aten.layer_norm", *names}
+    assert {row["device"] for row in rows} == {"cuda"}
+    assert h200.launches > 0
+
+
 @pytest.mark.usefixtures("small", "tiny_models")
 def test_kernels(h200: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ.keys() - outside_pytest().keys():
@@ -254,12 +268,6 @@ def test_digits_quality(tmp_path: Path) -> None:
     arguments = ["--seeds", "2", "--images", "80", "--steps", "ddim2", "--variants", "bf16", "--out", str(tmp_path)]
     assert digits_quality.main(arguments) in (0, 1)  # 1: a distance of so few images is not within noise
     assert [row["variant"] for row in json.loads((tmp_path / "digits_quality.json").read_text())["rows"]] == ["fp32", "bf16"]
-
-
-@pytest.mark.parametrize("what", ["--inference", "--training", "--summary"])
-def test_predictions(what: str, tmp_path: Path) -> None:
-    assert predictions.main([what, "--out", str(tmp_path / "predictions.md")]) == 0
-    assert "H100" in (tmp_path / "predictions.md").read_text()
 
 
 def rows_on_the_gpu(path: Path) -> list[dict[str, Any]]:

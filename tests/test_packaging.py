@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from environments import copy_checkout, make_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORT_DIFFUSERS = "import diffusers; print(diffusers.DiTTransformer2DModel.__name__)"
 
 SAMPLE_AND_EVALUATE = """
 import socket
@@ -25,23 +25,21 @@ assert main(["evaluate", "samples", "--reference", "digits"]) == 0
 """
 
 
-def run_python(code: str, *, cwd: Path = ROOT, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, *, cwd: Path = ROOT, path: Path | None = None, python: Path = Path(sys.executable)
+) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ)
     environment.pop("PYTHONSAFEPATH", None)
     if path is not None:
         environment["PYTHONPATH"] = str(path)
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run([str(python), "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes((ROOT / name).read_bytes())
+    source = copy_checkout(folder / "source")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (path,) = (folder / "dist").glob("*.whl")
@@ -56,7 +54,6 @@ def test_the_wheel_holds_no_top_level_kernels(wheel: Path) -> None:
         "benchmarks/bench.py",
         "ops/attention.py",
         "data/digits.safetensors",
-        "prediction/counts.json",
         "py.typed",
     ):
         assert f"ditfast/{expected}" in names
@@ -73,11 +70,100 @@ def test_the_wheel_samples_and_evaluates_without_a_network(wheel: Path, tmp_path
     assert "Frechet distance" in done.stdout
 
 
-def test_kernels_import_as_ours_only() -> None:
+# ------------------------------------------------------------------------------------------------ editable installs
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment in which a copy of the checkout is installed as README says, without a network."""
+    pytest.importorskip("pip")
+    folder = tmp_path_factory.mktemp("editable")
+    python = make_environment(folder / "environment")
+    source = copy_checkout(folder / "clone")
+    options = ["-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-index"]
+    command = [str(python), "-m", "pip", "install", *options, "-e", str(source)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return python
+
+
+def test_an_editable_install_is_a_path_to_a_folder_that_holds_ditfast_alone(editable: Path) -> None:
+    (pth,) = editable.parents[1].glob("lib/python3*/site-packages/__editable__*.pth")
+    (entry,) = pth.read_text().split()
+    assert os.listdir(entry) == ["ditfast"]
+    for name in ("", "ops", "kernels", "benchmarks"):  # as type checkers look: they run no import hook
+        assert (Path(entry) / "ditfast" / name / "__init__.py").is_file()
+
+
+def test_an_editable_install_adds_one_top_level_module(editable: Path, tmp_path: Path) -> None:
+    code = """
+import importlib.util, ditfast.benchmarks, ditfast.kernels
+specs = [importlib.util.find_spec(name) for name in ("ditfast", "kernels", "benchmarks", "tests")]
+print(*(spec.origin for spec in specs if spec))
+if importlib.util.find_spec("diffusers"):
+    import diffusers
+    diffusers.DiTTransformer2DModel
+"""
+    done = run_python(code, cwd=tmp_path, python=editable)
+    assert done.returncode == 0, done.stderr
+    clone = editable.parents[2] / "clone"
+    assert [path for path in done.stdout.split() if path.startswith(str(clone))] == [
+        str(clone / ".editable/ditfast/__init__.py")
+    ]
+
+
+def test_an_editable_install_runs_from_the_clone(editable: Path) -> None:
+    clone = editable.parents[2] / "clone"
+    done = run_python("import ditfast.kernels; print(ditfast.kernels.__file__)", cwd=clone, python=editable)
+    assert done.stdout == f"{clone / 'ditfast' / 'kernels' / '__init__.py'}\n", done.stderr
+    command = [str(editable), "benchmarks/bench.py", "--help"]
+    assert subprocess.run(command, cwd=clone, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.full
+def test_a_users_script_passes_mypy_strict_after_an_editable_install(editable: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "script.py").write_bytes((ROOT / "examples/train_on_digits.py").read_bytes())
+    (tmp_path / "misspelled.py").write_text('import ditfast\n\nditfast.training.TrainSettings(steps="1")\nditfast.trainin\n')
+    command = [str(editable), "-m", "mypy", "--strict", "script.py", "misspelled.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    *faults, summary = done.stdout.splitlines()
+    assert summary == "Found 2 errors in 1 file (checked 2 source files)", done.stdout + done.stderr
+    assert 'misspelled.py:3: error: Argument "steps" to "TrainSettings" has incompatible type "str"' in faults[0]
+    assert 'misspelled.py:4: error: Module has no attribute "trainin"; maybe "training"?' in faults[1]
+
+
+# ------------------------------------------------------------------------------------------------ imports
+# As a person writes them, and as libraries guard them: nothing is installed under that name, and the error says what was found.
+IMPORTS_OF_KERNELS = """
+import importlib, importlib.util, pickle, sys
+message = "Ours is `ditfast.kernels`; for Hugging Face's package `kernels`, run `pip install kernels`"
+
+def refused(code, kind=ModuleNotFoundError):
+    try:
+        exec(code)
+    except kind as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(code)
+
+statements = ["import kernels", "from kernels import get_kernel", "import kernels.attention", "import kernels as k",
+              "from kernels.layer import Linear", "importlib.util.find_spec('kernels.layer')"]
+for statement in statements * 2:
+    refused(statement)
+assert "kernels" not in sys.modules
+empty = importlib.import_module("kernels")  # transformers' last resort
+refused("empty.attention", AttributeError)
+refused("from kernels import get_kernel")
+refused("importlib.import_module('kernels.layer')")
+assert pickle.loads(pickle.dumps(sum)) is sum
+print(hasattr(empty, "attention"), "torch" in sys.modules)
+"""
+
+
+def test_from_the_root_kernels_imports_nothing_of_ours() -> None:
     done = run_python("import ditfast.kernels; print(ditfast.kernels.__file__)")
     assert done.returncode == 0, done.stderr
-    shadowed = run_python("import kernels")
-    assert "Ours is `ditfast.kernels`" in shadowed.stderr
+    done = run_python(IMPORTS_OF_KERNELS)
+    assert done.stdout == "False False\n", done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn imports triton")
@@ -92,21 +178,53 @@ def test_pytest_does_not_put_the_root_on_the_path(request: pytest.FixtureRequest
     assert request.config.getoption("importmode") == "importlib"
 
 
+def install_kernels(folder: Path) -> None:
+    """Install a stand-in for Hugging Face's package ``kernels``."""
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text("from .utils import get_kernel\n")
+    (folder / "kernels" / "utils.py").write_text("def get_kernel(*args, **kwargs): ...\n")
+    (folder / "kernels-0.17.2.dist-info").mkdir()
+    (folder / "kernels-0.17.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+
+
+LOOK_FOR_KERNELS = """
+import importlib, importlib.metadata, importlib.util
+
+# transformers asks for the distribution's version, and without one for the module's.
+version = "N/A"
+if importlib.util.find_spec("kernels"):
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        version = getattr(importlib.import_module("kernels"), "__version__", version)
+get_kernel = None
+if version not in ("N/A", "0"):
+    from kernels import get_kernel
+    from kernels.utils import get_kernel as same
+    assert get_kernel is same
+"""
+
+
+# Each imports a model, which loads what the library looks at; diffusers and peft load transformers where it is installed.
+LIBRARIES = {"transformers": "CLIPTextModel", "diffusers": "DiTTransformer2DModel", "peft": "LoraConfig"}
+
+
 @pytest.mark.parametrize("present", [False, True], ids=["absent", "present"])
-@pytest.mark.parametrize("cwd", [ROOT, ROOT.parent], ids=["root", "elsewhere"])
-def test_diffusers_imports_with_hugging_faces_kernels(present: bool, cwd: Path, tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
+@pytest.mark.parametrize("cwd", [ROOT, pytest.param(ROOT.parent, marks=pytest.mark.full)], ids=["root", "elsewhere"])
+def test_who_looks_for_kernels_finds_hugging_faces(present: bool, cwd: Path, tmp_path: Path) -> None:
     if present:
-        (tmp_path / "kernels").mkdir()
-        (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(*args, **kwargs): ...\n")
-        (tmp_path / "kernels-0.17.2.dist-info").mkdir()
-        (tmp_path / "kernels-0.17.2.dist-info" / "METADATA").write_text(
-            "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n"
-        )
-    done = run_python(IMPORT_DIFFUSERS, cwd=cwd, path=tmp_path)
-    assert done.stdout.strip() == "DiTTransformer2DModel", done.stderr
-    done = run_python("from kernels import get_kernel; print(get_kernel.__name__)", cwd=cwd, path=tmp_path)
-    if cwd == ROOT:
-        assert "Ours is `ditfast.kernels`; for Hugging Face's package `kernels`, leave this directory" in done.stderr
-    else:
-        assert (done.stdout.strip() == "get_kernel") == present
+        install_kernels(tmp_path)
+    installed = [library for library in LIBRARIES if importlib.util.find_spec(library)]
+    imports = "".join(f"from {library} import {LIBRARIES[library]}\n" for library in installed)
+    after = "import ditfast.kernels\nprint(version, get_kernel is not None, callable(ditfast.kernels.attention))"
+    done = run_python(LOOK_FOR_KERNELS + imports + after, cwd=cwd, path=tmp_path)
+    version = "0.17.2" if present else "0" if cwd == ROOT else "N/A"
+    assert done.stdout == f"{version} {present} True\n", done.stderr
+
+
+def test_two_clones_on_the_path_both_step_aside(tmp_path: Path) -> None:
+    (tmp_path / "clone" / "kernels").mkdir(parents=True)
+    for name in ("__init__.py", "name_clash.py"):
+        (tmp_path / "clone" / "kernels" / name).write_text((ROOT / "kernels" / name).read_text())
+    done = run_python(LOOK_FOR_KERNELS + "print(version)", path=tmp_path / "clone")
+    assert done.stdout == "0\n", done.stderr

@@ -17,6 +17,7 @@ import ditfast
 from ditfast import DiT, DiTConfig, cpu
 from ditfast.config import CONDITIONINGS
 from ditfast.diffusion import GaussianDiffusion, steps
+from ditfast.layers import adaln_vectors
 from ditfast.sampling import sample
 
 pytestmark = [
@@ -38,6 +39,10 @@ def _measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def new_model(**settings: object) -> DiT:
     return randomize(DiT(DiTConfig(**{**SMALL, **settings}))).eval()
+
+
+def vectors_of(model: DiT, c: Tensor, int8: bool = False) -> list[Tensor]:
+    return adaln_vectors([*model.blocks, model.final_layer], c, int8)
 
 
 def inputs(model: DiT, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +97,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = model.blocks[1].mlp.fc1.register_forward_hook(lambda *_: None)
     assert "block 1, or a linear in it" in raises_naming("dtype", model.quantize)
     handle.remove()
-    monkeypatch.setattr("ditfast.cpu.dispatch.found", lambda: (None, "the CPU engine needs a compiler"))
+    monkeypatch.setattr("ditfast.cpu.engine.found", lambda: (None, "the CPU engine needs a compiler"))
     assert raises_naming("dtype", model.quantize) == "dtype: got int8, but the CPU engine needs a compiler"
     assert not model.int8
 
@@ -185,15 +190,15 @@ def test_the_conditioning() -> None:
     """Its weights are rounded, where no table of its vectors was made beforehand; never for gradients."""
     model = new_model().quantize()
     x, t, y = inputs(model)
-    exact = model._vectors(model.t_embedder(t) + model.y_embedder(y))
-    rounded = model._vectors(model.t_embedder(t) + model.y_embedder(y), model.int8)
+    exact = vectors_of(model, model.t_embedder(t) + model.y_embedder(y))
+    rounded = vectors_of(model, model.t_embedder(t) + model.y_embedder(y), model.int8)
     assert all(1e-3 < error(*both) < 2e-2 for both in zip(rounded, exact, strict=True))
     assert torch.equal(model.modulation_vectors(t, y), torch.cat(list(exact), dim=1))
     tabulated = model.forward_modulated(x, model.modulation_vectors(t, y))
     assert 0 < error(tabulated, model(x, t, y)) < HIGHEST
     with torch.enable_grad():
         c = model.t_embedder(t).requires_grad_()
-        assert all(map(torch.equal, model._vectors(c, int8=True), model._vectors(c)))
+        assert all(map(torch.equal, vectors_of(model, c, int8=True), vectors_of(model, c)))
 
 
 @torch.no_grad()

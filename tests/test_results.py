@@ -18,7 +18,8 @@ from support import outside_pytest, randomize
 import ditfast
 from ditfast.benchmarks import bench, digits_quality, results, sampling, training
 from ditfast.benchmarks.precision import fix_precision, precision
-from ditfast.benchmarks.results import Results, free_path, new_results, read, results_path, rows_as
+from ditfast.benchmarks.results import Results, new_results, read, results_path, rows_as
+from ditfast.files import free_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]

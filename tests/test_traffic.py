@@ -140,9 +140,9 @@ def test_a_whole_block_against_the_plan(target: str) -> None:
     x = torch.randn(1, config.num_tokens, D).bfloat16()
     weight = {size: blocks.Linear(torch.zeros(size, D).bfloat16(), torch.zeros(size).bfloat16()) for size in (D, 3 * D, H)}
     fc2 = blocks.Linear(torch.zeros(D, H).bfloat16(), torch.zeros(D).bfloat16())
-    block = blocks.Block(config.num_heads, 1e-6, weight[3 * D], weight[D], weight[H], fc2)
+    attn = blocks.SelfAttention(config.num_heads, weight[3 * D], weight[D])
     modulation = blocks.Modulation(*torch.randn(1, 6 * D).bfloat16().chunk(6, dim=1))
-    chain = blocks.sublayers(block, modulation, torch.empty(0))
+    chain = blocks.sublayers(modulation, attn, blocks.Mlp(weight[H], fc2))
     norm = blocks.Norm(modulation.attn_shift, modulation.attn_scale)
     with (
         Runner.open(target, checks=False),

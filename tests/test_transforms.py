@@ -68,6 +68,8 @@ def test_every_public_op_has_a_case() -> None:
 @EVERY_OP
 @pytest.mark.parametrize("transform", ["jvp", "grad", "vmap", "forward-mode"])
 def test_kernels_refuse_transforms(op: str, call: Any, tensors: dict[str, Tensor], transform: str) -> None:
+    if (op, transform) == ("grouped_linear", "grad"):
+        pytest.skip("its gradients are torch's on any backend")
     name, value = next(iter(tensors.items()))
 
     def of_one(value: Tensor) -> Tensor:

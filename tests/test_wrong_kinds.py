@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from tiny_vae import tiny as tiny_vae
 from torch import nn
 
 import ditfast
-from ditfast import DiT, DiTConfig, diffusion, evaluation, sampling, vae
+from ditfast import DiT, DiTConfig, diffusion, evaluation, flops, images, reference, sampling, vae
 from ditfast.diffusion import FlowMatching, GaussianDiffusion, Update
 from ditfast.evaluation import ImageSet
 from ditfast.training import RunOptions, Trainer, TrainSettings
@@ -39,11 +40,16 @@ FUNCTIONS = {"a module", "a function", "a class"}
 # Kinds that an argument of this name, or of this function, may have; None is right for each whose default it is.
 RIGHT: dict[str, set[str]] = {
     "Inception.weights": {"None", "a text"},
+    "Sampler.model": {"a module", "a function"},  # which a config has to describe
+    "callback": FUNCTIONS,
     "cfg_scale": {"a fraction"},
     "config": {"a config"},
     "decode": FUNCTIONS,
     "device": {"a text"},
     "diffusion_norm": {"a fraction"},
+    "features_a": {"an array"},
+    "features_b": {"an array"},
+    "gaussian.features": {"an array"},
     "image_noise.images": {"integers"},
     "labels": {"integers"},
     "max_norm": {"a fraction"},
@@ -52,9 +58,12 @@ RIGHT: dict[str, set[str]] = {
     "on_step": FUNCTIONS,
     "out": {"a text"},
     "path": {"a text"},
+    "prefix": {"a text"},
     "path_or_state_dict": {"a dict", "a text"},
     "rate": {"a fraction"},
     "respacing": {"None"},
+    "sample.model": {"a module", "a function"},
+    "sample.vae": {"a text"},
     "scaling_factor": {"a fraction"},
     "shape": {"integers"},
     "shift_factor": {"a fraction"},
@@ -94,6 +103,33 @@ def of_models() -> Cases:
         (ditfast.restore, {"model_or_pipeline": model}),
         (ditfast.load_checkpoint, {"path_or_state_dict": model.state_dict(), "config": CONFIG}),
         (ditfast.save_checkpoint, {"model": model, "path": Path("nowhere/x.pt")}),
+        (DiT, {"config": CONFIG}),
+        (reference.DiT, {"config": CONFIG}),
+    ]
+
+
+def of_flops() -> Cases:
+    work = {"config": CONFIG, "batch": 2, "dtype": torch.float32, "plan": "keep"}
+    return [
+        (flops.macs, {"config": CONFIG}),
+        (flops.flops, {"config": CONFIG}),
+        (flops.parameters, {"config": CONFIG}),
+        (flops.activation_bytes, work),
+        (flops.training_bytes, work),
+        (flops.operations, work),
+        (flops.floor_ms, work | {"device": flops.DEVICES["H100"]}),
+    ]
+
+
+def of_images() -> Cases:
+    path, pixels = Path(tempfile.gettempdir(), "refused"), np.zeros((2, 4, 4, 3), np.uint8)
+    return [
+        (images.to_pixels, {"images": torch.zeros(2, 3, 4, 4)}),
+        (images.from_pixels, {"pixels": pixels}),
+        (images.labelled_grid, {"rows": {1: torch.zeros(2, 3, 4, 4)}}),
+        (images.save_png, {"path": path, "pixels": pixels[0]}),
+        (images.load_png, {"path": path}),
+        (images.save_npz, {"path": path, "images": pixels, "labels": [1, 2]}),
     ]
 
 
@@ -101,6 +137,7 @@ def of_sampling() -> Cases:
     model, schedule = DiT(CONFIG).eval(), diffusion.steps(GaussianDiffusion("2"), "ddim")
     given = {"model": model, "steps": schedule}
     return [
+        (ditfast.sample, {"model": model, "labels": [1, 2], "num_steps": 2}),
         (sampling.sample, given | {"labels": [1, 2]}),
         (sampling.Sampler, given),
         (sampling.Sampler(**given).__call__, {"labels": [1, 2]}),
@@ -147,14 +184,14 @@ def of_training() -> Cases:
 
 def of_evaluation() -> Cases:
     images = ImageSet("nothing", (9, 8, 8, 1), None, lambda size: iter(()))
-    features, normal = torch.randn(9, 3), {"mean1": torch.zeros(3), "covariance1": torch.eye(3)}
+    features = torch.randn(9, 2)
     return [
         (evaluation.compare, {"images": images, "reference": images, "inception": SimpleNamespace(features=print)}),
         (evaluation.compare_with_digits, {"images": images}),
         (evaluation.open_images, {"path": "nowhere"}),
         (evaluation.Inception, {"weights": None, "device": "cpu"}),
         (evaluation.gaussian, {"features": features}),
-        (evaluation.frechet_distance, normal | {"mean2": torch.zeros(3), "covariance2": torch.eye(3)}),
+        (evaluation.frechet_distance, {"features_a": features, "features_b": features}),
         (evaluation.precision_recall, {"features": features, "reference": features}),
         (evaluation.inception_score, {"probabilities": features.softmax(1)}),
     ]
@@ -174,7 +211,7 @@ def of_vae() -> Cases:
     ]
 
 
-GROUPS = [of_models, of_sampling, of_diffusion, of_training, of_evaluation, of_vae]
+GROUPS = [of_models, of_flops, of_images, of_sampling, of_diffusion, of_training, of_evaluation, of_vae]
 
 
 def why_wrong(function: Callable[..., object], given: Mapping[str, Any], name: str) -> str:
@@ -193,7 +230,7 @@ def test_a_wrong_kind_is_refused_by_the_arguments_name(group: Callable[[], Cases
     faults, calls = [], 0
     for function, given in group():
         for name, parameter in inspect.signature(function).parameters.items():
-            if name in MODELS_OWN or parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            if name in MODELS_OWN or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
             right = (
                 RIGHT.get(name, set())
@@ -210,7 +247,53 @@ def test_a_wrong_kind_is_refused_by_the_arguments_name(group: Callable[[], Cases
 
 def test_every_public_function_is_asked() -> None:
     asked = {function.__qualname__ for group in GROUPS for function, _ in group()}
-    records = {"ImageSet", "Report", "Score", "Step", "Update", "EvaluationError", "add_arguments", "run"}
-    for module in (sampling, diffusion, evaluation):
+    records = {
+        "ImageSet",
+        "Report",
+        "Samples",
+        "Score",
+        "Step",
+        "Update",
+        "EvaluationError",
+        "Gaussian",
+    }
+    records |= {"DeviceSpec", "Op", "TrainingBytes", "add_arguments", "run"}
+    for module in (sampling, diffusion, evaluation, flops):
         public = {name for name in module.__all__ if callable(getattr(module, name))}
         assert public - records <= asked, public - records - asked
+
+
+@pytest.mark.parametrize(("function", "wrong"), [(f, w) for f in (flops.macs, DiT, reference.DiT) for w in ("model", "name")])
+def test_a_model_or_a_name_in_place_of_its_config_says_what_to_pass(function: Callable[..., object], wrong: str) -> None:
+    given, hint = {"model": (DiT(CONFIG), "pass model.config"), "name": ("DiT-S/2", "DiTConfig.from_name")}[wrong]
+    with pytest.raises(TypeError, match=f"config: got .*, expected a ditfast.DiTConfig.*{hint}"):
+        function(given)
+
+
+def test_a_tensor_on_another_device_is_refused_by_its_name() -> None:
+    model, names = DiT(CONFIG).eval(), set()
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.tensor([1, 2])
+    model_calls: Cases = [
+        (model, {"x": x, "t": t, "y": y}),
+        (model.modulation_vectors, {"t": t, "y": y}),
+        (model.forward_modulated, {"x": x, "vectors": model.modulation_vectors(t, y)}),
+    ]
+    for function, given in [*of_diffusion(), *model_calls]:
+        for name, value in given.items():
+            if not isinstance(value, torch.Tensor) or (name in MODELS_OWN and function is not model):
+                continue
+            names.add(name)
+            with pytest.raises(ValueError, match=r": got a tensor on (cpu|meta), expected (cpu|meta), as") as error:
+                function(**{**given, name: value.to("meta")})
+            # The other arguments are held to x, wherever it is.
+            assert str(error.value).startswith(f"{name}: ") or name in ("x", "x0"), (function, name)
+    assert {"x", "x0", "t", "y", "noise", "model_output", "output", "velocity", "vectors"} <= names
+
+
+def test_paths_may_be_text(tmp_path: Path) -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    images.save_png(f"{tmp_path}/1.png", pixels)
+    images.save_npz(f"{tmp_path}/1.npz", [pixels], torch.tensor([7]))
+    np.testing.assert_array_equal(images.load_png(f"{tmp_path}/1.png"), pixels)
+    for name in ("", "/1.npz"):
+        assert evaluation.open_images(f"{tmp_path}{name}").shape == (1, 4, 4, 3)

@@ -1,10 +1,10 @@
-"""The number of heads that a training script's saved arguments tell, as no shape of the weights does."""
+"""Facts in a training script's saved arguments that no shape of the weights tells: the number of heads, SiT's path."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
 from torch import Tensor
@@ -34,9 +34,7 @@ def heads_in_arguments(content: object, metadata: Mapping[str, str], width: int)
         metadata: of a safetensors file.
         width: of the model, which the width of a head divides.
     """
-    level: list[object] = [content, metadata]
-    for _ in range(_DEEPEST):
-        items = [item for values in map(_plain, level) if isinstance(values, Mapping) for item in _by_name(values)]
+    for items in _levels(content, metadata):
         heads, dims = (
             {number for name, value in items if name in names and (number := _number(value)) is not None}
             for names in (_HEADS, _HEAD_DIMS)
@@ -44,8 +42,29 @@ def heads_in_arguments(content: object, metadata: Mapping[str, str], width: int)
         heads = heads or {_heads_of(dim, width) for dim in dims}
         if heads:
             return sorted(heads, key=lambda number: (isinstance(number, str), number))
-        level = [value for name, value in items if name in _PARTS]
     return []
+
+
+def flow_path_in_arguments(content: object, metadata: Mapping[str, str]) -> str | None:
+    """Return the path of flow matching, ``linear`` or ``gvp``, that SiT's arguments in a checkpoint tell; None of others.
+
+    REPA's, in lower case, are of a velocity from the image to the noise, which has no solver here.
+    """
+    for items in _levels(content, metadata):
+        values = {name: value for name, value in items if isinstance(value, str)}
+        if "path_type" in values:
+            predicts_velocity = values.get("prediction", "velocity") == "velocity"
+            return {"Linear": "linear", "GVP": "gvp"}.get(values["path_type"]) if predicts_velocity else None
+    return None
+
+
+def _levels(content: object, metadata: Mapping[str, str]) -> Iterator[list[tuple[str, object]]]:
+    """Yield names and values of a checkpoint and its metadata, then of the arguments in them, and so on."""
+    level: list[object] = [content, metadata]
+    for _ in range(_DEEPEST):
+        items = [item for values in map(_plain, level) if isinstance(values, Mapping) for item in _by_name(values)]
+        yield items
+        level = [value for name, value in items if name in _PARTS]
 
 
 def _by_name(values: Mapping[object, object]) -> list[tuple[str, object]]:

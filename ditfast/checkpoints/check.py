@@ -9,8 +9,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..argument_checks import DTYPES
 from ..config import DiTConfig
-from ..ops.checks import DTYPES
 from .arguments import Heads
 from .errors import CheckpointError, listed
 from .infer import grid_of, infer_config, outline
@@ -47,7 +47,7 @@ def checked(
         "unexpected": [name for name in state if name not in expected],
         "no dense tensor": [name for name in expected if name in state and name not in tensors],
         "misshapen": [] if config is None else _misshapen(tensors, expected),
-        "not finite": _not_finite(tensors),
+        "not finite": not_finite(tensors),
         "of another dtype": _wrong_dtypes(tensors),
     }
     told = [f"{fault} {listed(names)}" for fault, names in faults.items() if names]
@@ -82,7 +82,7 @@ def _misshapen(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
     ]
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [
         f"{name} ({int((~value.isfinite()).sum())} of {value.numel()} values)"
         for name, value in tensors.items()

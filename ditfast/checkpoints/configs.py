@@ -1,4 +1,4 @@
-"""A config as it is written beside weights: in a safetensors file's metadata, and in diffusers' config.json."""
+"""A config as it is written beside weights: in safetensors metadata, a key of a ``.pt``, our config.json and diffusers'."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from torch import Tensor
 
 from ..config import FLAVOURS, DiTConfig
 from .errors import CheckpointError, one_line
-from .files import read_json
+from .files import OFFICIAL_FILE, Stored, read_json
+from .trained_for import TRAINED_FOR_KEY, TrainedFor, training_from_json, training_to_json
 
-METADATA_KEY = "config"
+CONFIG_KEY = "config"
+WEIGHTS_KEY = "ema"  # where the official code looks for weights first
 PRIVATE_KEY = "_ditfast"  # diffusers passes over keys that begin with an underscore
+PRIVATE_TRAINED_FOR_KEY = f"{PRIVATE_KEY}_{TRAINED_FOR_KEY}"
 SAVED_BY_DIFFUSERS = "_diffusers_version"
 _FIELDS = {field.name for field in dataclasses.fields(DiTConfig)}
 _FIXED = {
@@ -31,32 +36,97 @@ _NUMBERS = {  # with the values that diffusers' class takes for those a file lea
     "patch_size": 2,
     "sample_size": 32,
 }
-_TOLD_BY_NO_SHAPE = ("input_size", "num_heads")
+_TOLD_BY_NO_SHAPE = ("input_size", "num_heads", "prediction")
 
 
-def to_metadata(config: DiTConfig) -> dict[str, str]:
-    """One entry: of several, safetensors writes now one first, now another, and files of the same weights would differ."""
-    return {METADATA_KEY: json.dumps(dataclasses.asdict(config))}
+def to_metadata(config: DiTConfig, trained_for: TrainedFor | None = None) -> dict[str, str]:
+    """Return the metadata of a safetensors file; accelerate and transformers read no file that does not say its format."""
+    metadata = {CONFIG_KEY: json.dumps(to_json(config)), "format": "pt"}
+    return metadata if trained_for is None else {**metadata, TRAINED_FOR_KEY: json.dumps(training_to_json(trained_for))}
 
 
-def from_metadata(metadata: Mapping[str, str]) -> DiTConfig | None:
-    """The config in a safetensors file's metadata; None if there is none of ours.
+def to_content(state: Mapping[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None = None) -> dict[str, object]:
+    """Return what a ``.pt`` file holds: the weights, and the rest in plain values, which every reader of torch loads."""
+    content: dict[str, object] = {WEIGHTS_KEY: dict(state), CONFIG_KEY: to_json(config)}
+    return content if trained_for is None else {**content, TRAINED_FOR_KEY: training_to_json(trained_for)}
+
+
+def to_json(config: DiTConfig) -> dict[str, Any]:
+    """Return a config's fields as JSON holds them, also those that are tuples."""
+    return json.loads(json.dumps(config.as_dict()))
+
+
+def is_own_content(content: object) -> TypeGuard[Mapping[str, Any]]:
+    """True if a file holds what ``to_content`` returned, whose one set of weights is an EMA's or not."""
+    keys = content.keys() - {TRAINED_FOR_KEY} if isinstance(content, Mapping) else ()
+    return keys == {WEIGHTS_KEY, CONFIG_KEY} and _is_own(content[CONFIG_KEY])  # type: ignore[index]  # a mapping
+
+
+def stated_config(stored: Stored, layout: str, prediction: str | None = None) -> DiTConfig | None:
+    """Return the config that a checkpoint states; None if it states none, or another program's.
+
+    Args:
+        stored: the checkpoint.
+        layout: of its weights.
+        prediction: what the weights predict if the config does not say; None for epsilon.
+
+    Raises:
+        CheckpointError: the config is ours, or diffusers', and wrong.
+    """
+    if layout == "diffusers":
+        beside = stored.config_file
+        return _from_metadata(stored.metadata, prediction) if beside is None else _from_diffusers_config(beside, prediction)
+    config = _from_metadata(stored.metadata, prediction)
+    if config is None and isinstance(stored.content, Mapping) and _is_own(fields := stored.content.get(CONFIG_KEY)):
+        config = _parsed(fields, prediction)
+    if config is None and stored.config_file is not None and stored.file is not None and stored.file.name == OFFICIAL_FILE:
+        config = _from_own_file(stored.config_file, prediction)
+    return config
+
+
+def stated_training(stored: Stored, layout: str) -> TrainedFor | None:
+    """Return what a checkpoint of ours states about its training; None if it states nothing.
 
     Raises:
         CheckpointError: it is ours, and wrong.
     """
+    beside = stored.config_file if layout == "diffusers" else None
+    if beside is not None:
+        written = read_json(beside)
+        fields = None if SAVED_BY_DIFFUSERS in written else written.get(PRIVATE_TRAINED_FOR_KEY)
+    elif TRAINED_FOR_KEY in stored.metadata:
+        fields = _parsed_json(stored.metadata[TRAINED_FOR_KEY])
+    else:
+        content = stored.content if isinstance(stored.content, Mapping) else {}
+        fields = content.get(TRAINED_FOR_KEY) if _is_own(content.get(CONFIG_KEY)) else None
+    return None if fields is None else training_from_json(fields)
+
+
+def _from_metadata(metadata: Mapping[str, str], prediction: str | None) -> DiTConfig | None:
+    """Return the config in a safetensors file's metadata; None if there is none of ours.
+
+    Raises:
+        CheckpointError: it is ours, and wrong.
+    """
+    fields = _parsed_json(metadata.get(CONFIG_KEY, "null"))
+    is_part_of_ours = isinstance(fields, dict) and "depth" in fields and fields.keys() <= _FIELDS
+    return _parsed(fields, prediction) if is_part_of_ours or _is_own(fields) else None
+
+
+def _parsed_json(text: str) -> Any:
+    """Return a JSON text's value; None for one that is damaged."""
     try:
-        fields = json.loads(metadata.get(METADATA_KEY, "null"))
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return _parsed(fields) if isinstance(fields, dict) and "depth" in fields and fields.keys() <= _FIELDS else None
 
 
-def to_diffusers_config(config: DiTConfig) -> dict[str, Any]:
+def to_diffusers_config(config: DiTConfig, trained_for: TrainedFor | None = None) -> dict[str, Any]:
     """diffusers' config.json, which holds ours too, for what diffusers has no word for."""
     return {
         "_class_name": "DiTTransformer2DModel",
-        PRIVATE_KEY: dataclasses.asdict(config),
+        PRIVATE_KEY: config.as_dict(),
+        **({} if trained_for is None else {PRIVATE_TRAINED_FOR_KEY: training_to_json(trained_for)}),
         **_FIXED,
         "attention_head_dim": config.head_dim,
         "dropout": 0.0,
@@ -73,8 +143,8 @@ def to_diffusers_config(config: DiTConfig) -> dict[str, Any]:
     }
 
 
-def from_diffusers_config(file: Path) -> DiTConfig:
-    """What a diffusers model's config.json says; its flavour is diffusers' with that file's ``norm_eps``.
+def _from_diffusers_config(file: Path, prediction: str | None) -> DiTConfig:
+    """Return what a diffusers model's config.json says; its flavour is diffusers' with that file's ``norm_eps``.
 
     A file that ``save_checkpoint`` wrote gives back the model's own flavour, until diffusers saves the model again.
 
@@ -84,8 +154,8 @@ def from_diffusers_config(file: Path) -> DiTConfig:
     written = read_json(file)
     try:
         if PRIVATE_KEY not in written or SAVED_BY_DIFFUSERS in written:
-            return _from_public(written)
-        config = _parsed(written[PRIVATE_KEY])
+            return _from_public(written, prediction)
+        config = _parsed(written[PRIVATE_KEY], prediction)
         for key, value in to_diffusers_config(config).items():
             if not key.startswith("_") and written.get(key, value) != value:
                 raise CheckpointError(f"{key}: got {written[key]!r}, but {PRIVATE_KEY} says {value!r}")
@@ -109,7 +179,20 @@ def check_agreement(given: DiTConfig, stated: DiTConfig) -> None:
         raise CheckpointError(f"config: got {', '.join(differing)}")
 
 
-def _from_public(written: Mapping[str, Any]) -> DiTConfig:
+def _is_own(fields: object) -> bool:
+    """True if fields are a DiTConfig's; other programs share its other names."""
+    return isinstance(fields, Mapping) and "flavour" in fields
+
+
+def _from_own_file(file: Path, prediction: str | None) -> DiTConfig | None:
+    fields = read_json(file)
+    try:
+        return _parsed(fields, prediction) if _is_own(fields) else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.name}: {error}") from error
+
+
+def _from_public(written: Mapping[str, Any], prediction: str | None) -> DiTConfig:
     for key, expected in _FIXED.items():
         if written.get(key, expected) != expected:
             raise CheckpointError(f"{key}: got {written[key]!r}, expected {expected!r}")
@@ -133,12 +216,13 @@ def _from_public(written: Mapping[str, Any]) -> DiTConfig:
             "num_classes": number["num_embeds_ada_norm"],
             "learn_sigma": out_channels != channels,
             "flavour": flavour._replace(mlp_norm_eps=written.get("norm_eps", flavour.mlp_norm_eps)),
-        }
+        },
+        prediction,
     )
 
 
-def _parsed(fields: Any) -> DiTConfig:
+def _parsed(fields: Any, prediction: str | None) -> DiTConfig:
     try:
-        return DiTConfig(**fields)
+        return DiTConfig(**(fields if prediction is None else {"prediction": prediction, **fields}))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{METADATA_KEY}: {one_line(str(error))}") from error
+        raise CheckpointError(f"{CONFIG_KEY}: {one_line(str(error))}") from error

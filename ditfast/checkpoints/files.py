@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from ..files import visible_entries
 from . import pickles
 from .errors import CheckpointError, listed, one_line
+from .runs import RunWeights, find_run_weights, read_run_weights
 
 CONFIG_FILE = "config.json"
+SCHEDULER_FILE = "scheduler_config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 WEIGHTS_FILES = (
     WEIGHTS_FILE,
@@ -25,6 +27,8 @@ WEIGHTS_FILES = (
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
 )
+TRANSFORMER = "transformer"  # the folder of the model in a pipeline's
+OFFICIAL_FILE = "model.safetensors"  # the official layout in a folder, as huggingface_hub's mixin and the Trainer name it
 _VARIANT = re.compile(r"diffusion_pytorch_model\.((safetensors|bin)\.index\.)?(?P<variant>[\w-]+)\.(safetensors|bin|json)")
 _PLAIN_PICKLE = "torch.storage._load_from_bytes"
 _ZIP = b"PK\x03\x04"
@@ -34,29 +38,45 @@ _WHAT_FILES = "a file written by torch.save or safetensors"
 
 
 class Stored(NamedTuple):
-    """What was read: the tensors, memory-mapped where possible, a safetensors file's metadata, the config.json beside."""
+    """Tensors, memory-mapped where possible, a safetensors file's metadata, and the file (None: a state dict in memory).
+
+    ``place`` is where the weights of a training run were found: its exported file, or a checkpoint's folder.
+    """
 
     content: object
     metadata: Mapping[str, str]
-    config_file: Path | None
+    file: Path | None
+    place: Path | None = None
+
+    @property
+    def config_file(self) -> Path | None:
+        """The config.json beside, if there is one."""
+        beside = None if self.file is None else self.file.with_name(CONFIG_FILE)
+        return beside if beside is not None and beside.is_file() else None
 
 
-def read(path: Path, variant: str | None = None) -> Stored:
-    """Read a file, a diffusers model folder or the folder of a diffusers pipeline with a transformer.
+def read(path: Path, variant: str | None = None, weights: str = "auto") -> Stored:
+    """Read a file, a folder of ``save_pretrained`` or diffusers or a pipeline with a transformer, or of a training run.
 
     Args:
         path: of the file or folder.
         variant: of a folder's weights, part of their files' names.
+        weights: of a run's checkpoint: its first average, or ``model``.
 
     Raises:
         CheckpointError: it is none of these, cannot be read, is damaged, or holds code.
     """
     try:
         if path.is_dir():
-            return _read_folder(path, variant)
+            found = find_run_weights(path, OFFICIAL_FILE) if variant is None else None
+            if found is None:
+                return _read_folder(path, variant)
+            if found.path.is_file():
+                return Stored(*_read_member(found.path), found.path, found.path)
+            return Stored(_read_checkpoint(found, path, weights), {}, None, found.path)
         if not path.is_file():
             raise CheckpointError("there is no such file or folder" if not path.exists() else f"expected {_WHAT_FILES}")
-        return Stored(*_read_file(path), config_file=path.parent / CONFIG_FILE)
+        return Stored(*_read_file(path), path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or one_line(str(error))}") from error
 
@@ -76,43 +96,64 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_folder(folder: Path, variant: str | None) -> Stored:
-    expected = [_of_variant(name, variant) for name in WEIGHTS_FILES]
-    for name in expected:
-        if (folder / name).is_file():
-            read_weights = _read_shards if name.endswith(".json") else _read_member
-            return Stored(read_weights(folder / name), {}, folder / CONFIG_FILE)
-    if (folder / "transformer").is_dir():
-        return _read_folder(folder / "transformer", variant)
-    names = [entry.name for entry in visible_entries(folder)]
-    variants = sorted({found["variant"] for name in names if (found := _VARIANT.fullmatch(name))})
-    hint = "".join(f"; give variant={other!r}, or the file's own path" for other in variants[:1])
-    held = listed(names) or "nothing"
-    raise CheckpointError(f"got a folder that holds {held}, expected {' or '.join(expected)}, or transformer/ with one{hint}")
+def find_weights(folder: Path, variant: str | None) -> Path | None:
+    """Return the weights, or the index of their shards, in a folder or in its ``transformer``; None if there are none."""
+    names = _weights_files(variant)
+    return next((file for place in _places(folder) for name in names if (file := place / name).is_file()), None)
 
 
-def _of_variant(name: str, variant: str | None) -> str:
+def with_variant(name: str, variant: str | None) -> str:
     """Return a file's name with the variant before its last ending, as diffusers writes it."""
     stem, _, ending = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
-def _read_shards(index: Path) -> dict[str, object]:
+def _weights_files(variant: str | None) -> list[str]:
+    return [with_variant(name, variant) for name in WEIGHTS_FILES] + ([OFFICIAL_FILE] if variant is None else [])
+
+
+def _places(folder: Path) -> list[Path]:
+    return [folder, folder / TRANSFORMER]
+
+
+def _read_checkpoint(found: RunWeights, path: Path, weights: str) -> dict[str, object]:
+    try:
+        return read_run_weights(found, weights)
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if found.path == path else f"{found.path.name}: {error}") from error
+
+
+def _read_folder(folder: Path, variant: str | None) -> Stored:
+    file = find_weights(folder, variant)
+    if file is not None:
+        return Stored(*(_read_shards(file) if file.suffix == ".json" else _read_member(file)), file)
+    folder = next(place for place in reversed(_places(folder)) if place.is_dir())
+    expected = _weights_files(variant)
+    names = [entry.name for entry in visible_entries(folder)]
+    variants = sorted({found["variant"] for name in names if (found := _VARIANT.fullmatch(name))})
+    hint = "".join(f"; give variant={other!r}, or the file's own path" for other in variants[:1])
+    if "log.jsonl" in names:
+        raise CheckpointError("got a training run without a checkpoint yet: it writes one every --save-every steps")
+    held = listed(names) or "nothing"
+    raise CheckpointError(f"got a folder that holds {held}, expected {' or '.join(expected)}, or transformer/ with one{hint}")
+
+
+def _read_shards(index: Path) -> tuple[dict[str, object], Mapping[str, str]]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
         raise CheckpointError(f"{index.name}: expected a weight_map from tensors to files beside it")
     content: dict[str, object] = {}
     for file in sorted(set(files.values())):
-        shard = _read_member(index.parent / file)
+        shard, _ = _read_member(index.parent / file)
         if not isinstance(shard, dict):
             raise CheckpointError(f"{file}: got a {type(shard).__name__}, expected a dict of tensors")
         content |= shard
-    return content
+    return content, {}
 
 
-def _read_member(file: Path) -> object:
+def _read_member(file: Path) -> tuple[object, Mapping[str, str]]:
     try:
-        return _read_file(file)[0]
+        return _read_file(file)
     except (CheckpointError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{file.name}: {reason}") from error

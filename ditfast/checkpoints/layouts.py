@@ -60,7 +60,7 @@ def find_layout(state: Mapping[str, object]) -> tuple[str, str]:
         return found[0]
     if found:
         prefixes_found = " and ".join(repr(prefix) for _, prefix in found)
-        raise CheckpointError(f"got several models, under {prefixes_found}, expected one: give the state dict of one")
+        raise CheckpointError(f"got several models, under {prefixes_found}, expected one: give its prefix=")
     looked_for = " or ".join(f"{', '.join(signs)} ({layout})" for layout, signs in _SIGNS.items())
     raise CheckpointError(f"this is no DiT: looked for {looked_for}, found {listed(list(state)) or 'nothing'}")
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -14,20 +17,26 @@ from torch import Tensor
 
 from ..argument_checks import check_choice, check_type
 from ..config import DiTConfig
-from ..files import whole_file
+from ..files import PART, check_room, whole_file
 from ..model import DiT
 from .check import POSITIONS, checked
-from .configs import to_diffusers_config, to_metadata
+from .configs import to_content, to_diffusers_config, to_json, to_metadata
 from .errors import CheckpointError, one_line
-from .files import CONFIG_FILE, WEIGHTS_FILE
+from .files import CONFIG_FILE, OFFICIAL_FILE, WEIGHTS_FILE, WEIGHTS_FILES, read_json
 from .layouts import LAYOUTS, largest_difference, positions_like, same_bits, to_diffusers
+from .source import stated_training_of
+from .trained_for import TrainedFor
+
+Writer: TypeAlias = Callable[[Path, dict[str, Tensor], DiTConfig, TrainedFor | None], None]
 
 
 def save_checkpoint(model: DiT, path: str | os.PathLike[str], *, layout: str = "official") -> None:
-    """Writes a model's weights as official code or as diffusers reads them.
+    """Write a model's weights as official code or as diffusers reads them.
 
-    A ``.safetensors`` file and a diffusers folder hold the config too, flavour included, and load back exactly; a ``.pt``
-    file holds tensors only. Nothing is written unless all of it is: what was at ``path`` stays until then.
+    Every file holds the config too, flavour included, and loads back exactly: safetensors in its metadata, a ``.pt`` file
+    beside its weights, which are under ``ema``, where official code looks first. Beside it stands what the model was trained
+    for, where its ``source`` states that. Nothing is written unless all of it is:
+    what was at ``path`` stays until then.
 
     Args:
         model: its weights and its config.
@@ -46,22 +55,67 @@ def save_checkpoint(model: DiT, path: str | os.PathLike[str], *, layout: str = "
     check_type("path", path, (str, os.PathLike), "a path")
     check_choice("layout", layout, LAYOUTS)
     path = Path(path)
-    try:
-        write = _file_writer(path) if layout == "official" else _write_folder
+    with _one_error(path):
+        write = _file_writer(path) if layout == "official" else _write_diffusers_folder
         _check_place(path, layout)
-        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        checked(state, "official", model.config)
+        state = checked_state(model)
         if layout == "diffusers":
-            _check_expressible(state, model.config)
+            check_expressible(state, model.config)
+        _check_room(path, state)
         with whole_file(path) as temporary:
-            write(temporary, state, model.config)
+            write(temporary, state, model.config, stated_training_of(model))
+
+
+def save_folder(model: DiT, folder: str | os.PathLike[str]) -> None:
+    """Write a folder in diffusers' layout, or in the official one with its config.json where diffusers cannot hold the model.
+
+    Args:
+        model: its weights and its config.
+        folder: made with its parents; in one that exists the model's files are replaced, one after the other, and others stay.
+
+    Raises:
+        CheckpointError: the model's weights are not a DiT's own, or not finite; or the folder cannot be written.
+        TypeError: the folder is no path.
+    """
+    check_type("folder", folder, (str, os.PathLike), "a path")
+    folder = Path(folder)
+    with _one_error(folder):
+        state = checked_state(model)
+        write = _write_diffusers_folder if _is_expressible(state, model.config) else _write_official_folder
+        _check_room(folder, state)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = {shard for name in WEIGHTS_FILES if name.endswith(".index.json") for shard in _shards(folder / name)}
+        with tempfile.TemporaryDirectory(prefix=".", suffix=PART, dir=folder) as temporary:
+            write(written := Path(temporary) / "new", state, model.config, stated_training_of(model))
+            names = {file.replace(folder / file.name).name for file in written.iterdir()}
+        for stale in {*WEIGHTS_FILES, OFFICIAL_FILE, *shards} - names:  # which would be read first
+            (folder / stale).unlink(missing_ok=True)
+
+
+def checked_state(model: DiT) -> dict[str, Tensor]:
+    """Return a model's state dict on the CPU, a whole and finite one of a DiT.
+
+    Raises:
+        CheckpointError: it is not; the message names what is missing, unexpected, misshapen or not finite.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    checked(state, "official", model.config)
+    return state
+
+
+@contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+    """Raise what goes wrong as a CheckpointError that begins with the path."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these, depending on who writes
-        raise CheckpointError(f"{path}: cannot be written: {one_line(str(error))}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise CheckpointError(f"{path}: cannot be written: {one_line(reason)}") from error
 
 
-def _file_writer(path: Path) -> Callable[[Path, dict[str, Tensor], DiTConfig], None]:
+def _file_writer(path: Path) -> Writer:
     writers = {".safetensors": _write_safetensors, ".pt": _write_torch, ".pth": _write_torch}
     if path.suffix not in writers:
         raise CheckpointError(f"expected a name that ends in {', '.join(writers)} for the official layout")
@@ -77,8 +131,12 @@ def _check_place(path: Path, layout: str) -> None:
         raise CheckpointError("exists already, expected the name of a new folder")
 
 
-def _check_expressible(state: dict[str, Tensor], config: DiTConfig) -> None:
-    """Whether diffusers' ``DiTTransformer2DModel`` has a place for everything that the model is."""
+def _check_room(path: Path, state: dict[str, Tensor]) -> None:
+    check_room(path, sum(value.nbytes for value in state.values()), "weights")
+
+
+def check_expressible(state: dict[str, Tensor], config: DiTConfig) -> None:
+    """Raise CheckpointError unless diffusers' ``DiTTransformer2DModel`` has a place for everything that the model is."""
     height, width = config.grid
     if config.conditioning != "adaln_zero":
         raise CheckpointError(f"conditioning: got {config.conditioning!r}, but diffusers' class has 'adaln_zero' only")
@@ -86,7 +144,7 @@ def _check_expressible(state: dict[str, Tensor], config: DiTConfig) -> None:
         raise CheckpointError(f"input_size: got {config.input_size}, but diffusers' class has square grids only")
     if config.mlp_hidden_size != 4 * config.hidden_size:
         raise CheckpointError(f"mlp_ratio: got {config.mlp_ratio}, but diffusers' class has 4 only")
-    if not config.class_dropout_prob:
+    if not config.has_null_class:
         raise CheckpointError("class_dropout_prob: got 0, but diffusers' class always has a row for no class")
     recomputed = positions_like(state[POSITIONS], config)
     if not same_bits(state[POSITIONS], recomputed):
@@ -96,26 +154,66 @@ def _check_expressible(state: dict[str, Tensor], config: DiTConfig) -> None:
         )
 
 
-def _write_safetensors(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:
-    _save_safetensors(state, path, to_metadata(config))
+def _is_expressible(state: dict[str, Tensor], config: DiTConfig) -> bool:
+    try:
+        check_expressible(state, config)
+    except CheckpointError:
+        return False
+    return True
 
 
-def _save_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def _write_safetensors(path: Path, state: dict[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None) -> None:
     """Write a file with the permissions that the umask leaves, where safetensors gives some to the user alone."""
     path.touch()
     mode = path.stat().st_mode & 0o777
-    save_file(state, path, metadata=metadata)
+    save_file(state, path, metadata=to_metadata(config, trained_for))
+    _sort_metadata(path)
     path.chmod(mode)
 
 
-def _write_torch(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:
-    # Views of packed storage would drag all of it along wherever one of them is saved again.
-    cloned = {name: value.clone() for name, value in state.items()}
+def _sort_metadata(path: Path) -> None:
+    """Order the metadata of a safetensors file, which is written in any order: the same weights are the same bytes."""
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise CheckpointError(f"cannot be written: its header took {len(text)} bytes, expected at most {size}")
+        stream.seek(8)
+        stream.write(text.ljust(size))
+
+
+def _write_torch(path: Path, state: dict[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None) -> None:
+    # Of a view torch would write the whole storage, as where somebody has put all parameters into one.
+    whole = {
+        name: value if value.untyped_storage().nbytes() == value.nbytes else value.clone() for name, value in state.items()
+    }
     with path.open("wb") as stream:  # not by its name, which would be part of the bytes
-        torch.save(cloned, stream)
+        torch.save(to_content(whole, config, trained_for), stream)
 
 
-def _write_folder(path: Path, state: dict[str, Tensor], config: DiTConfig) -> None:
+def _write_diffusers_folder(path: Path, state: dict[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None) -> None:
     path.mkdir()
-    _save_safetensors(to_diffusers(state), path / WEIGHTS_FILE, {"format": "pt"})
-    (path / CONFIG_FILE).write_text(json.dumps(to_diffusers_config(config), indent=2) + "\n", "utf-8")
+    _write_safetensors(path / WEIGHTS_FILE, to_diffusers(state), config, trained_for)
+    _write_json(path / CONFIG_FILE, to_diffusers_config(config, trained_for))
+
+
+def _write_official_folder(path: Path, state: dict[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None) -> None:
+    path.mkdir()
+    _write_safetensors(path / OFFICIAL_FILE, state, config, trained_for)
+    _write_json(path / CONFIG_FILE, to_json(config))  # as huggingface_hub's mixin writes it
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the names of weights beside an index that it lists; none if there is no index, or it cannot be read as one."""
+    try:
+        files = read_json(index).get("weight_map")
+    except (CheckpointError, OSError):
+        return set()
+    listed = files.values() if isinstance(files, dict) else ()
+    return {f for f in listed if isinstance(f, str) and Path(f).name == f and f.endswith((".safetensors", ".bin"))}
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import FLAVOURS, DiTConfig
+from .trained_for import TrainedFor
+
+if TYPE_CHECKING:
+    from ..model import DiT
 
 PIPELINE_NULL_CLASS = 1000
 
@@ -17,25 +22,47 @@ class CheckpointSource(NamedTuple):
         layout: ``official`` or ``diffusers``.
         weights: ``ema``, ``model`` or, where the checkpoint holds one set without a name, ``unnamed``.
         flavour: whose arithmetic the model follows, in words.
+        trained_for: objective and data of the training: what solvers, images and labels depend on.
     """
 
     path: str | None
     layout: str
     weights: str
     flavour: str
+    trained_for: TrainedFor = TrainedFor()
 
     def __str__(self) -> str:
         place = "a state dict" if self.path is None else self.path
         return f"{self.weights} weights, {self.layout} layout, from {place}; {self.flavour}"
 
 
+def training_of(source: CheckpointSource | None, config: DiTConfig) -> TrainedFor:
+    """Return what a model was trained for: as its source has it, with what is usual where its config says otherwise."""
+    usual = TrainedFor.of_config(config)
+    if source is None:
+        return usual
+    stated = source.trained_for
+    if stated.prediction == config.prediction:
+        return stated
+    return dataclasses.replace(
+        usual, image_size=stated.image_size, latent_scale=stated.latent_scale, class_names=stated.class_names
+    )
+
+
+def stated_training_of(model: DiT) -> TrainedFor | None:
+    """Return what a model's file is to say about its training; None where nobody knows more than the config says."""
+    trained_for = training_of(model.source, model.config)
+    return trained_for if trained_for.stated or trained_for != TrainedFor.of_config(model.config) else None
+
+
 def describe_flavour(config: DiTConfig) -> str:
     name = config.flavour if isinstance(config.flavour, str) else "own"
     divisor, eps, _ = config.arithmetic
-    null_class = f"null class {config.null_class}" if config.class_dropout_prob else "no null class"
+    null_class = f"null class {config.null_class}" if config.has_null_class else "no null class"
+    prediction = "" if config.prediction == "epsilon" else f", predicts {config.prediction}"
     return (
         f"{name} flavour: timestep frequencies over {divisor}, second norm eps {eps:g}, "
-        f"guidance on {config.guidance_channels} channels, {null_class}"
+        f"guidance on {config.guidance_channels} channels, {null_class}{prediction}"
     )
 
 
@@ -55,4 +82,5 @@ def differences(config: DiTConfig, layout: str) -> str:
         points.append(("second norm eps", theirs.mlp_norm_eps, ours.mlp_norm_eps))
     else:
         points.append(("null class", PIPELINE_NULL_CLASS, config.null_class))
-    return ", ".join(f"{what} {value:g}, not {our_value:g}" for what, value, our_value in points if value != our_value)
+    found = [f"{what} {value:g}, not {our_value:g}" for what, value, our_value in points if value != our_value]
+    return ", ".join(found if config.prediction == "epsilon" else [*found, f"prediction epsilon, not {config.prediction}"])

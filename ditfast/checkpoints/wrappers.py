@@ -77,6 +77,21 @@ def strip_wrappers(state: Mapping[object, object]) -> dict[str, object]:
     return _renamed(state, names, "module. or _orig_mod.")
 
 
+def under_prefix(state: Mapping[str, object], prefix: str) -> dict[str, object]:
+    """Return the part of a state dict whose names begin with a prefix, without it; names of wrappers in it do not count.
+
+    Raises:
+        CheckpointError: no name begins with it; the message says how names begin.
+    """
+    parts = [part for part in prefix.split(".") if part and part not in _WRAPPERS]
+    start = "".join(f"{part}." for part in parts)
+    taken = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    if not taken:
+        first = sorted({f"{name.split('.')[0]}." for name in state})
+        raise CheckpointError(f"prefix: got {prefix!r}, but names begin with {listed(first) or 'nothing'}")
+    return taken
+
+
 def strip_prefix(state: Mapping[str, object], prefix: str) -> dict[str, object]:
     """Return the state dict with names without a prefix, where they have it.
 

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..argument_checks import LARGEST_FP32, LARGEST_SEED, describe
+from ..model import DiT
 from ..sampling.ranks import Ranks
+from ..terminal import say
 
 LARGEST_INT = 2**63 - 1  # that a tensor holds
 MOST_IN_BATCH = 2**20
@@ -97,3 +99,9 @@ def ended(command: str, ranks: Ranks, message: str, status: int) -> int:
 
 def _prefix(command: str, ranks: Ranks) -> str:
     return f"ditfast {command} (rank {ranks.rank})" if ranks.world > 1 else f"ditfast {command}"
+
+
+def say_which(checkpoint: str, model: DiT, ranks: Ranks) -> None:
+    """Print on the first rank which weights a run's folder stood for."""
+    if ranks.rank == 0 and model.source is not None and model.source.path != checkpoint:
+        say(str(model.source))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..ahead import launches
 from ..config import CONDITIONINGS, MODEL_NAMES, DiTConfig
 from ..digits import DIGITS_CONFIG
 from ..dtypes import DTYPES
+from ..interrupt import keeping
+from ..terminal import fold, make_console, new_table, print_table, say, track_progress
 from .arguments import batch_size, image_size, positive
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="targets: sm_80, sm_90, gfx942 and so on; a wrong one lists all",
     )
     parser.add_argument("--model", choices=[*MODEL_NAMES, DIGITS], required=True, metavar="NAME", help="as DiT-XL/2; or digits")
-    parser.add_argument("--conditioning", choices=CONDITIONINGS, default="adaln_zero", help="default %(default)s")
+    parser.add_argument(
+        "--conditioning", choices=CONDITIONINGS, metavar="KIND", default="adaln_zero", help="default %(default)s"
+    )
     parser.add_argument("--image-size", type=image_size, default=256, metavar="N", help="pixels; default %(default)s")
     parser.add_argument(
         "--batch", type=batch_size, nargs="+", default=[1], metavar="N", help="images in a forward; guided, each is two samples"
@@ -66,13 +69,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"ditfast compile: {error}", file=sys.stderr)
         return 2
     outcomes = _compiled([build for builds in found for build in builds], args.jobs)
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(_table(outcomes))
-    console.print(_summary(outcomes, time.perf_counter() - start), highlight=False, soft_wrap=True)
+    console = make_console()
+    print_table(_table(outcomes), console, "Kernels in Triton's cache")
+    say(_summary(outcomes, time.perf_counter() - start), console)
     failed = [outcome for outcome in outcomes if outcome.error]
-    for outcome in failed:
-        print(f"ditfast compile: {outcome.build.name} for {outcome.build.arch}: {outcome.error}", file=sys.stderr)
+    for line in fold((f"{outcome.build.name} for {outcome.build.arch}", _alike(outcome.error)) for outcome in failed):
+        print(f"ditfast compile: {line}", file=sys.stderr)
     return int(bool(failed))
+
+
+def _alike(error: str) -> str:
+    """Return an error without the files of Triton's cache that it names, which are others for each kernel."""
+    import triton
+
+    return re.sub(rf"({re.escape(str(triton.knobs.cache.dir))})[^\s'\"]*", r"\1", error)
 
 
 def _named(args: argparse.Namespace) -> DiTConfig:
@@ -82,23 +92,29 @@ def _named(args: argparse.Namespace) -> DiTConfig:
 def _compiled(builds: Sequence[Build], jobs: int) -> list[Outcome]:
     from ditfast.kernels.ahead import compile_all
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        return list(progress.track(compile_all(builds, jobs), total=len(builds), description="compiling"))
+    outcomes: list[Outcome] = []
+    with keeping(lambda: _kept(outcomes, builds)), track_progress("compiling", len(builds), "kernels") as progress:
+        for outcome in compile_all(builds, jobs):
+            outcomes.append(outcome)
+            progress.advance()
+    return outcomes
+
+
+def _kept(outcomes: Sequence[Outcome], builds: Sequence[Build]) -> str:
+    import triton
+
+    done = sum(not outcome.error for outcome in outcomes)
+    return f"{done} of {len(builds)} kernels are in {triton.knobs.cache.dir}; the same command compiles the rest"
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table(title="Kernels in Triton's cache", title_justify="left")
-    table.add_column("target")
-    table.add_column("kernel")
-    for column in ("specialisations", "compiled now", "already there", "seconds"):
-        table.add_column(column, justify="right")
+    table = new_table("kernel", "target", right=("specialisations", "compiled now", "already there", "seconds"))
     for arch, name in dict.fromkeys((outcome.build.arch, outcome.build.name) for outcome in outcomes):
         own = [outcome for outcome in outcomes if (outcome.build.arch, outcome.build.name) == (arch, name)]
         cached = sum(outcome.cached for outcome in own)
         compiled = sum(not outcome.cached and not outcome.error for outcome in own)
         seconds = sum(outcome.seconds for outcome in own)
-        table.add_row(arch, name, str(len(own)), str(compiled), str(cached), f"{seconds:.1f}")
+        table.add_row(name, arch, str(len(own)), str(compiled), str(cached), f"{seconds:.1f}")
     return table
 
 

@@ -8,20 +8,23 @@ import itertools
 import platform
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .. import __version__, cpu, reference
+from .. import cpu, reference
 from ..config import DiTConfig
 from ..cpu import library
 from ..devices import default_device
+from ..dispatch import tuning_cache
+from ..dispatch.backends import Choice
+from ..dispatch.launchers import triton_kernels
+from ..dispatch.selection import choose
+from ..dispatch.shapes import SIZES, OpShape
 from ..model import DiT
 from ..ops.cpu_products import OPS_WITH_PRODUCTS, in_fp32
-from ..ops.dispatch import choose, kernels
-from ..ops.routes import Choice
-from ..problem import SIZES, Problem
-from ..tuning import record
-from ..tuning.collect import problems
+from ..terminal import make_console, new_table, print_table, say
+from ..tuning.collect import model_shapes
+from ..version import __version__
 
 FP32_PRODUCTS = "fp32 products: this CPU has no bf16 ones"
 BATCHES = (1, 32)
@@ -37,29 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console(width=None if Console().is_terminal else 160)
-    device = default_device()
-    console.print(_versions_table(device))
-    console.print(_engines_table(device))
-    console.print(
-        _record(torch.cuda.get_device_name(device) if device.type == "cuda" else None), highlight=False, soft_wrap=True
-    )
+    console = make_console()
+    device = default_device(args.prog)
+    print_table(_versions_table(device), console, "Installed")
+    say("", console)
+    print_table(_engines_table(device), console, f"Engines for DiT-XL/2 in bf16 on {device}")
+    say("", console)
+    say(_tuning_cache(torch.cuda.get_device_name(device) if device.type == "cuda" else None), console)
     if device.type == "cpu":
-        console.print(f"blocks without gradients: {_cpu_engine()}", highlight=False)
+        say(f"blocks without gradients: {_cpu_engine()}", console)
     healthy, line = _parity(device)
-    console.print(line, highlight=False)
+    say(line, console)
     return 0 if healthy else 1
 
 
 def _versions_table(device: torch.device) -> Table:
-    table = Table("", "version", title="Installed", title_justify="left")
+    table = new_table("", "version")
     table.add_row("ditfast", __version__)
     table.add_row("python", platform.python_version())
     for package in ("torch", "triton", "flash-attn", "numpy", "safetensors", "diffusers", "matplotlib", "scikit-learn"):
         try:
             table.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            table.add_row(package, "[dim]not installed[/dim]")
+            table.add_row(package, Text("not installed", "dim"))
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else f"none; {torch.get_num_threads()} CPU threads"
     table.add_row("GPU", cuda)
     return table
@@ -67,33 +70,32 @@ def _versions_table(device: torch.device) -> Table:
 
 def _engines_table(device: torch.device) -> Table:
     """What the ops of DiT-XL/2 take."""
-    title = f"Engines for DiT-XL/2 in bf16 on {device}"
-    table = Table("op", "sizes", "batch", "takes", "why", title=title, title_justify="left")
-    for (problem, choice), batches in _choices(device).items():
-        sizes = " ".join(f"{name}={size}" for name, size in zip(SIZES[problem.op], problem.sizes, strict=True))
-        op = f"{problem.op}, in training" if problem.training else problem.op
+    table = new_table("op", "sizes", "batch", "takes", "why")
+    for (shape, choice), batches in _choices(device).items():
+        sizes = " ".join(f"{name}={size}" for name, size in zip(SIZES[shape.op], shape.sizes, strict=True))
+        op = f"{shape.op}, in training" if shape.training else shape.op
         table.add_row(op, sizes, ", ".join(map(str, dict.fromkeys(batches))), *_named(choice))
     return table
 
 
-def _choices(device: torch.device) -> dict[tuple[Problem, Choice], list[int]]:
-    """By problem (but for its rows) and choice, the batches that make it."""
+def _choices(device: torch.device) -> dict[tuple[OpShape, Choice], list[int]]:
+    """Return the batches that make each pair of a shape (but for its rows) and a choice."""
     config = DiTConfig.from_name("DiT-XL/2")
-    found: dict[tuple[Problem, Choice], list[int]] = {}
+    found: dict[tuple[OpShape, Choice], list[int]] = {}
     for training, batch in itertools.product((False, True), BATCHES):
-        for problem in problems(config, batch, torch.bfloat16, training):
-            found.setdefault((problem._replace(rows=0), _choice(device, problem)), []).append(batch)
+        for shape in model_shapes(config, batch, torch.bfloat16, training):
+            found.setdefault((shape._replace(rows=0), _choice(device, shape)), []).append(batch)
     return found
 
 
-def _choice(device: torch.device, problem: Problem) -> Choice:
-    choice = choose(device, problem)
-    widened = problem.op in (*OPS_WITH_PRODUCTS, "attention") and in_fp32(torch.empty(0, device=device, dtype=problem.dtype))
+def _choice(device: torch.device, shape: OpShape) -> Choice:
+    choice = choose(device, shape)
+    widened = shape.op in (*OPS_WITH_PRODUCTS, "attention") and in_fp32(torch.empty(0, device=device, dtype=shape.dtype))
     return choice._replace(why=FP32_PRODUCTS) if widened else choice
 
 
 def _named(choice: Choice) -> tuple[str, str]:
-    return f"triton ({kernels().target()})" if choice.route == "triton" else choice.route, choice.why
+    return f"triton ({triton_kernels().target()})" if choice.backend == "triton" else choice.backend, choice.why
 
 
 def _cpu_engine() -> str:
@@ -108,17 +110,15 @@ def _products(features: frozenset[str]) -> str:
     return f"fp32, {bf16}, int8 by {'VNNI' if '-mavx512vnni' in options else 'pairs'}"
 
 
-def _record(device_name: str | None) -> str:
+def _tuning_cache(device_name: str | None) -> str:
     if device_name is None:
-        return "tuning record: none, without a CUDA device"
-    path = record.path_of(device_name)
+        return "tuning cache: none, without a CUDA device"
+    path = tuning_cache.path_of(device_name)
     if path is None:
-        return f"tuning record: not read, since {record.VARIABLE}={record.OFF}"
-    entries = record.of_device(device_name)
+        return f"tuning cache: not read, since {tuning_cache.VARIABLE}={tuning_cache.OFF}"
+    entries = tuning_cache.of_device(device_name)
     return (
-        f"tuning record: {path}, {len(entries)} problems"
-        if entries
-        else f"tuning record: none at {path}; `ditfast tune` makes one"
+        f"tuning cache: {path}, {len(entries)} shapes" if entries else f"tuning cache: none at {path}; `ditfast tune` makes one"
     )
 
 

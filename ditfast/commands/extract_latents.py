@@ -6,15 +6,17 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
-
 from .. import vae as autoencoder
 from ..devices import add_device_argument
+from ..free_memory import MemoryShortage
+from ..interrupt import keeping
 from ..sampling.folder import FolderError, RunStopped
 from ..sampling.ranks import Ranks, RanksError
+from ..terminal import say
 from ..training.data import DataError, ImageFolder, Latents
 from ..training.extract import Extraction
 from .arguments import BadArgument, batch_size, ended, image_size, positive, ranks_from_environment, warnings_on_one_line
+from .memory import encoding_memory
 from .progress import image_progress
 
 NAME = "extract-latents"
@@ -46,12 +48,8 @@ def run(args: argparse.Namespace) -> int:
             _extract(args, ranks)
     except (BadArgument, DataError, FolderError, autoencoder.VAEError) as error:
         return ended(NAME, ranks, str(error), 2)
-    except (FloatingPointError, RanksError, RunStopped) as error:
+    except (FloatingPointError, MemoryShortage, RanksError, RunStopped) as error:
         return ended(NAME, ranks, str(error), 1)
-    except torch.OutOfMemoryError:
-        return ended(NAME, ranks, f"--batch: got {args.batch}, for which the device has too little memory", 1)
-    except KeyboardInterrupt:
-        return ended(NAME, ranks, "interrupted", 130)
     return 0
 
 
@@ -60,13 +58,11 @@ def _extract(args: argparse.Namespace, ranks: Ranks) -> None:
     vae = autoencoder.load_vae(args.vae).to(args.device)
     readers = args.readers or min(16, os.cpu_count() or 1)
     extraction = Extraction(images, vae, args.out, args.batch, args.shard, readers)
-    extraction.claim({"images": str(args.images), "vae": args.vae})
+    extraction.claim({"images": str(args.images), "vae": args.vae, "class_names": images.class_names})
     missing = len(extraction.folder.missing())
     if ranks.rank == 0 and 0 < missing < len(extraction.blocks):
-        print(
-            f"{args.out}: {len(extraction.blocks) - missing} of {len(extraction.blocks)} shards are there already", flush=True
-        )
-    with ranks.joined() as barrier:
+        say(f"{args.out}: {len(extraction.blocks) - missing} of {len(extraction.blocks)} shards are there already")
+    with keeping(lambda: _kept(extraction)), encoding_memory(args, vae), ranks.joined() as barrier:
         shards = extraction.unfinished(ranks)
         with image_progress("encoding", sum(len(extraction.blocks[shard]) for shard in shards), ranks) as advance:
             extraction.write(shards, advance)
@@ -74,4 +70,9 @@ def _extract(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.rank == 0:
         extraction.folder.tidy()
         latents = Latents(args.out)
-        print(f"{args.out}: {len(latents)} images of {latents.num_classes} classes, {latents.unreadable} unreadable")
+        say(f"{args.out}: {len(latents)} images of {latents.num_classes} classes, {latents.unreadable} unreadable")
+
+
+def _kept(extraction: Extraction) -> str:
+    shards, missing = len(extraction.blocks), len(extraction.folder.missing())
+    return f"{extraction.folder.path}: {shards - missing} of {shards} shards are there; the same command writes the rest"

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..images import Pixels, from_pixels, labelled_grid, load_png, save_npz, save_png
+from ..interrupt import keeping
 from ..sampling.folder import ImageFolder, RunStopped
 from ..sampling.painter import Painter
 from ..sampling.ranks import Ranks
+from ..terminal import say
 from .progress import image_progress
 
 GRID = "grid.png"
@@ -28,7 +30,7 @@ def draw_grid(path: Path, painter: Painter, classes: Sequence[int], per_class: i
     """
     num = len(classes) * per_class
     parts = []
-    with image_progress("sampling", num, Ranks()) as advance:
+    with keeping(lambda: f"{path} was not written"), image_progress("sampling", num, Ranks()) as advance:
         for start in range(0, num, batch):
             block = range(start, min(start + batch, num))
             parts.append(painter.paint(block, advance))
@@ -63,14 +65,19 @@ def fill_folder(
     folder.claim(settings, about, height * width * channels, npz_bytes)
     missing = len(folder.missing())
     if ranks.rank == 0 and 0 < missing < num:
-        print(f"{path}: {num - missing} of {num} images are there already", flush=True)
-    with ranks.joined() as barrier:
+        say(f"{path}: {num - missing} of {num} images are there already")
+    with keeping(lambda: _kept(folder, num)), ranks.joined() as barrier:
         blocks = folder.unfinished(ranks)
         with image_progress("sampling", sum(map(len, blocks)), ranks) as advance:
             folder.fill(blocks, lambda block: painter.paint(block, advance))
         barrier()
         if ranks.rank == 0:
             _finish(folder, painter, num, grid, npz)
+
+
+def _kept(folder: ImageFolder, num: int) -> str:
+    missing = len(folder.missing())
+    return f"{folder.path}: {num - missing} of {num} images are there; the same command makes the rest"
 
 
 def _finish(folder: ImageFolder, painter: Painter, num: int, grid: tuple[Sequence[int], int] | None, npz: bool) -> None:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.dispatch import autocast_dtype
+from ..plain import PLAIN_TYPES
+from ..torch_modes import autocast_dtype
 from .packed import Linears
 
 SELF_ATTENTION, CROSS_ATTENTION, MLP = range(3)  # kinds, as engine.cpp numbers them
@@ -103,5 +104,5 @@ def _check_alike(tensors: tuple[Tensor, ...], dtype: torch.dtype | None) -> None
 
 
 def is_here(tensor: Tensor) -> bool:
-    """Whether it is a plain array in this machine's memory."""
-    return tensor.is_cpu and tensor.layout == torch.strided
+    """Return True for a plain array in this machine's memory; subclasses may have none, or want to see each op."""
+    return tensor.is_cpu and tensor.layout == torch.strided and type(tensor) in PLAIN_TYPES

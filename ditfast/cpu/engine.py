@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import struct
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.dispatch import autocast_dtype
+from ..files import cache_folder
+from ..torch_modes import autocast_dtype
 from . import library
 from .chain import Context, DoesNotFit, Final, Products, Step, check_context, check_vector, check_weights, dtype_of_weights
 from .packed import BYTE, BYTE_ROWS, FULL, PRODUCTS, Linears, PackedChains, PackedLinear
@@ -57,23 +61,25 @@ class Engine:
             raise MemoryError(f"the CPU engine found no memory for {B} x {T} tokens of width {D}")
         return x_out, u_out
 
-    def linear_of_few(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x [M, K] through a weight [N, K], for a few rows: in the time that reading the weight takes."""
-        biases = bias.float().contiguous()
-        return self._few_rows(PRODUCTS[weight.dtype], x, weight.data_ptr(), None, biases.data_ptr(), len(weight))
+    def grouped_linear(self, x: Tensor, linears: Linears) -> Tensor:
+        """Return [M, N of all linears], x [M, K] through weights [N, K] that are read where they lie, each once."""
+        fields = [field for weight, bias in linears for field in (weight.data_ptr(), bias.data_ptr(), 0, len(weight))]
+        return self._few_rows(PRODUCTS[x.dtype], x, fields)
 
     def int8_weights_linear(self, x: Tensor, linears: Linears) -> Tensor:
-        """x [M, K] through linears side by side: their weights rounded to int8, which are a quarter to read; x as it is."""
+        """Return ``grouped_linear`` with weights rounded to int8, which are a quarter to read; x stays as it is."""
         tensors = [tensor for linear in linears for tensor in linear]
         (packed,) = self._chains.find(tensors, BYTE_ROWS) or self._chains.pack(tensors, [linears], BYTE_ROWS)
         weight, bias, scale, _, outputs, _ = packed.fields
-        return self._few_rows(BYTE, x, weight, scale, bias, outputs)
+        return self._few_rows(BYTE, x, [weight, bias, scale, outputs])
 
-    def _few_rows(self, product: int, x: Tensor, weight: int, scale: int | None, bias: int, outputs: int) -> Tensor:
+    def _few_rows(self, product: int, x: Tensor, fields: Sequence[int]) -> Tensor:
+        """Multiply by linears, whose fields follow each other as ``library.FEW_ROWS_LINEAR`` has them."""
         M, K = x.shape
+        outputs, count = sum(fields[3::4]), len(fields) // 4
         rows, y = x.float().contiguous(), torch.empty(M, outputs, dtype=torch.float32, device=x.device)
-        pointers = rows.data_ptr(), weight, scale, bias, y.data_ptr()
-        self._functions.ditfast_few_rows(product, *pointers, M, outputs, K, torch.get_num_threads())
+        linears = struct.pack(library.FEW_ROWS_LINEAR * count, *fields)
+        self._functions.ditfast_few_rows(product, rows.data_ptr(), linears, count, y.data_ptr(), M, K, torch.get_num_threads())
         return y.to(x.dtype)
 
     def forget(self, weights: Iterable[Tensor]) -> None:
@@ -116,3 +122,15 @@ class _Vectors:
             self.alive.append(vector)
             strides = vector.stride()
         return vector.data_ptr(), strides[0], strides[1] if len(strides) == 3 else 0, vector.dtype == torch.bfloat16
+
+
+@functools.cache
+def found() -> tuple[Engine | None, str]:
+    """Return this machine's engine, built at the first call; or None, and why, with a warning if the user could help."""
+    try:
+        options = library.options_for(library.cpu_features())
+        return Engine(library.load(library.build(options, cache_folder("cpu")))), ""
+    except library.Unavailable as error:
+        if isinstance(error, library.NotBuilt):
+            warnings.warn(f"{error}; without it blocks run on torch's kernels, slower", stacklevel=2)
+        return None, str(error)

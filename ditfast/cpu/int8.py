@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import timer
 from ..dtypes import DTYPES
-from . import dispatch
+from . import engine
 from .packed import PRODUCTS
 
+CPU = torch.device("cpu")
 LEAST_SECONDS = 0.2  # of forwards behind each median
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -34,18 +36,6 @@ class Cost(NamedTuple):
         return f"int8: {gain:.2f} times as fast as {plain} ({times}), {error}"
 
 
-def check(name: str, parameters: Iterable[Tensor]) -> None:
-    """Raises ValueError where the CPU engine would not run a model of these parameters in int8; ``name`` is the argument's."""
-    others = unfit(parameters)
-    if others:
-        raise ValueError(f"{name}: got int8 for {others}, expected fp32 or bf16 weights on the CPU")
-    found, why = dispatch.found()
-    if found is None:
-        raise ValueError(f"{name}: got int8, but {why}")
-    if not dispatch.runs_on(torch.device("cpu"), torch.float32):
-        raise ValueError(f"{name}: got int8, which only the CPU engine has, where another backend or attention is forced")
-
-
 def unfit(parameters: Iterable[Tensor]) -> str:
     """In words, the kinds of parameters that the CPU engine has no int8 for; empty if there are none."""
     kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
@@ -55,7 +45,7 @@ def unfit(parameters: Iterable[Tensor]) -> str:
 
 def forget(parameters: Iterable[Tensor]) -> None:
     """Drops what the CPU engine has packed of them, which it packs again where it is wanted."""
-    found, _ = dispatch.found()
+    found, _ = engine.found()
     if found is not None:
         found.forget(parameters)
 
@@ -91,9 +81,7 @@ def measure(
 def _median(run: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> float:
     times: list[float] = []
     while len(times) < len(inputs) or sum(times) < LEAST_SECONDS:
-        start = time.perf_counter()
-        run(*inputs[len(times) % len(inputs)])
-        times.append(time.perf_counter() - start)
+        times.append(timer.seconds(partial(run, *inputs[len(times) % len(inputs)]), CPU))
     return statistics.median(times)
 
 

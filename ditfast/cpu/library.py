@@ -37,6 +37,7 @@ VECTOR = "P3q"  # rows.h: values, batch stride, token stride, whether they are b
 LINEAR = "4P2q"  # linear.h: weight, bias, scale, sums, outputs, inputs
 SUBLAYER = struct.Struct(f"q{2 * LINEAR}{3 * VECTOR}dqPq")  # engine.cpp, and the next
 NORM = struct.Struct(f"{2 * VECTOR}d")
+FEW_ROWS_LINEAR = "3Pq"  # few_rows.h: weight, bias, scale, outputs
 
 
 @functools.cache
@@ -140,7 +141,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise NotBuilt(f"the CPU engine does not load: {error}") from error
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.ditfast_run.argtypes = [pointer, number, *[pointer] * 4, *[number] * 6]
-    library.ditfast_few_rows.argtypes = [number, *[pointer] * 5, *[number] * 4]
+    library.ditfast_few_rows.argtypes = [number, *[pointer] * 2, number, pointer, *[number] * 3]
     library.ditfast_few_rows.restype = None
     library.ditfast_pack.argtypes = [number, pointer, *[number] * 4, pointer, number]
     library.ditfast_packed_bytes.argtypes = [number] * 3

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..argument_checks import as_float, as_int, check_callable, check_choice, check_same_shape, check_tensor
+from ..argument_checks import as_float, as_int, check_callable, check_choice, check_device, check_same_shape, check_tensor
+from ..config import VELOCITY
 from .solvers import Step, Update, check_samples, compute_dtype
 
 MOST_STEPS = 100_000
@@ -67,7 +68,10 @@ class FlowMatching:
     def __init__(self, path: str = "linear", num_steps: int = 250):
         check_choice("path", path, PATHS)
         self.num_steps = as_int("num_steps", num_steps, 1, MOST_STEPS)
-        self._path = PATHS[path]
+        self._name, self._path = path, PATHS[path]
+
+    def __repr__(self) -> str:
+        return f"FlowMatching({self._name!r}, num_steps={self.num_steps})"
 
     @property
     def solvers(self) -> Mapping[str, Callable[..., list[Step]]]:
@@ -82,7 +86,7 @@ class FlowMatching:
         """``num_steps`` equal steps along the mean of the velocities at both ends: second order, two calls each."""
         halves = self.euler_steps()
         ends = [step.t for step in halves[1:]] + [1.0]
-        return [half for step, end in zip(halves, ends, strict=True) for half in (step, Step(end, step.update, corrects=True))]
+        return [half for step, end in zip(halves, ends, strict=True) for half in (step, step._replace(t=end, corrects=True))]
 
     def sde_steps(self, diffusion: str = "sigma", diffusion_norm: float = 1.0, last_step: float = 0.04) -> list[Step]:
         """Euler-Maruyama steps of dx = (velocity + w score) dt + sqrt(2 w) dW, the last one without noise (SiT's "Mean").
@@ -102,7 +106,7 @@ class FlowMatching:
             torch.cat([starts, starts.new_ones(1)]), diffusion_norm * DIFFUSIONS[diffusion](starts, self._path(starts))
         )
         quiet = steps[-1].update._replace(log_variance_min=-math.inf, log_variance_max=-math.inf)
-        return [*steps[:-1], Step(steps[-1].t, quiet)]
+        return [*steps[:-1], steps[-1]._replace(update=quiet)]
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t, [B, C, H, W]; t is [B], floating, in [0, 1]."""
@@ -168,13 +172,14 @@ class FlowMatching:
             log_variance,
         )
         rows = torch.stack(columns, dim=1).tolist()
-        return [Step(t, Update(*row)) for t, row in zip(starts.tolist(), rows, strict=True)]
+        return [Step(t, Update(*row), prediction=VELOCITY) for t, row in zip(starts.tolist(), rows, strict=True)]
 
     def _path_at(self, t: Tensor, x: Tensor, name: str = "x") -> Path:
         check_samples(name, x)
         check_tensor("t", t, f"of floats, one for each sample of {name}")
         if t.shape != x.shape[:1] or not t.is_floating_point():
             raise ValueError(f"t: got {t.dtype} {tuple(t.shape)}, expected {x.shape[0]} floats, one for each sample of x")
+        check_device("t", t, x, name)
         if t.device.type == "cpu" and not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"t: got {t.tolist()}, expected times in [0, 1]")
         return self._path(t.to(compute_dtype(x)).view(-1, *[1] * (x.dim() - 1)))

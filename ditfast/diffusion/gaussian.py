@@ -1,7 +1,7 @@
 """Gaussian diffusion: the training loss and the steps back.
 
 Sources: Ho et al. 2020 (posterior), Nichol & Dhariwal 2021 (respacing, learned range of the variance, hybrid loss), Song et
-al. 2021 (DDIM).
+al. 2021 (DDIM), Salimans & Ho 2022 (v-prediction).
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..argument_checks import as_bool, as_float, check_callable, check_choice, check_same_shape, check_tensor
+from ..argument_checks import as_bool, as_float, check_callable, check_choice, check_device, check_same_shape, check_tensor
+from ..config import PREDICTIONS
 from .schedule import betas, respaced_timesteps
 from .solvers import Step, Update, check_samples, compute_dtype, draw, step_gaussian
 from .step_table import StepTable
-
-PREDICTIONS = ("epsilon", "x0")
 
 
 class GaussianDiffusion:
@@ -28,7 +27,8 @@ class GaussianDiffusion:
         betas: ``"linear"`` (the paper's) or ``"cosine"``.
         learn_sigma: the model returns [B, 2C, H, W], prediction and variance; else [B, C, H, W], prediction only, and the
             variance is the upper end of the learned range.
-        prediction: of the model: ``"epsilon"``, the noise, or ``"x0"``, the clean image.
+        prediction: of the model: ``"epsilon"``, the noise; ``"x0"``, the clean image; or ``"v"``, alpha noise - sigma x0 for
+            x = alpha x0 + sigma noise.
 
     Tensors come back in the dtype of ``x``; the arithmetic is fp32, float64 for a float64 ``x``.
     """
@@ -42,6 +42,8 @@ class GaussianDiffusion:
     ):
         check_choice("prediction", prediction, PREDICTIONS)
         self.timesteps = respaced_timesteps(respacing)
+        self._respacing = respacing if respacing is None or isinstance(respacing, str) else self.timesteps
+        self._betas = betas
         self.learn_sigma = as_bool("learn_sigma", learn_sigma)
         self.prediction = prediction
         self._bar, self._bar_previous = _kept_bars(self.timesteps, betas)
@@ -51,17 +53,23 @@ class GaussianDiffusion:
         self._ddpm = self._posterior_table(*(torch.cat([end.new_full((1,), -math.inf), end[1:]]) for end in (low, high)))
         self._ddim: dict[float, StepTable] = {}
 
+    def __repr__(self) -> str:
+        return (
+            f"GaussianDiffusion({self._respacing!r}, betas={self._betas!r}, learn_sigma={self.learn_sigma}, "
+            f"prediction={self.prediction!r})"
+        )
+
     @property
     def solvers(self) -> Mapping[str, Callable[..., list[Step]]]:
         return {"ddpm": self.ddpm_steps, "ddim": self.ddim_steps}
 
     def ddpm_steps(self) -> list[Step]:
         """For each of ``timesteps``, from the last down, a draw from the model's Gaussian; at the first one its mean."""
-        return self._ddpm.steps()
+        return self._ddpm.steps(self.prediction)
 
     def ddim_steps(self, eta: float = 0.0) -> list[Step]:
         """One DDIM step for each of ``timesteps``, from the last down; eta=0 is deterministic, eta=1 like DDPM."""
-        return self._ddim_table(eta).steps()
+        return self._ddim_table(eta).steps(self.prediction)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """A sample of x_t given x_0: [B, C, H, W]."""
@@ -132,12 +140,17 @@ class GaussianDiffusion:
         output = model(x, t, y)
         self._check_output(output, x, "model")
         predicted, variance = output.to(compute_dtype(x)).tensor_split([x.shape[1]], dim=1)
-        target = noise if self.prediction == "epsilon" else x0
-        mse = (target - predicted).square().flatten(1).mean(1)
+        mse = (self._target(x0, t, noise) - predicted).square().flatten(1).mean(1)
         if not self.learn_sigma:
             return {"loss": mse, "mse": mse}
         vb = self._variational_bound(torch.cat([predicted.detach(), variance], dim=1), x0, x, t)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def _target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        if self.prediction != "v":
+            return noise if self.prediction == "epsilon" else x0
+        alpha, sigma = self._marginal.columns(t, x0)
+        return alpha * noise - sigma * x0
 
     def _variational_bound(self, output: Tensor, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         posterior = self._posterior.update(t, x)
@@ -163,6 +176,7 @@ class GaussianDiffusion:
                 f"{name}: got shape {tuple(model_output.shape)}, expected {expected} "
                 f"for x {tuple(x.shape)} with learn_sigma={self.learn_sigma}"
             )
+        check_device(name, model_output, x)
 
     def _posterior_table(self, low: Tensor, high: Tensor) -> StepTable:
         """The mean of q(x_previous | x, x0), and the ends of the logarithm of the model's variance."""
@@ -198,6 +212,8 @@ class GaussianDiffusion:
     def _x0_columns(self) -> tuple[Tensor, Tensor]:
         if self.prediction == "x0":
             return torch.zeros_like(self._bar), torch.ones_like(self._bar)
+        if self.prediction == "v":
+            return self._bar.sqrt(), -(1 - self._bar).sqrt()
         return self._bar.rsqrt(), -((1 - self._bar) / self._bar).sqrt()
 
 

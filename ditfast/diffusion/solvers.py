@@ -6,13 +6,14 @@ Sources: Ho et al. 2020 (ddpm), Song et al. 2021 (ddim), Lipman et al. 2023 (eul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..argument_checks import as_bool, as_float, check_same_shape, check_tensor, check_type, describe
+from ..argument_checks import as_bool, as_float, check_device, check_same_shape, check_tensor, check_type, describe
+from ..config import VELOCITY
 
 SOLVERS = ("ddpm", "ddim", "euler", "heun", "sde")
 
@@ -41,12 +42,13 @@ class Step(NamedTuple):
     """One call of the model, told ``t``, and what becomes of x.
 
     With ``corrects`` (Heun's second half) the update takes the x from before the previous step, and the mean of that step's
-    output and this one's.
+    output and this one's. ``prediction`` is what the update takes the output for.
     """
 
     t: float
     update: Update
     corrects: bool = False
+    prediction: str = "epsilon"
 
 
 class Process(Protocol):
@@ -76,6 +78,29 @@ def steps(process: Process, solver: str, **options: Any) -> list[Step]:
     return process.solvers[solver](**options)
 
 
+def fit_steps(steps: Sequence[Step], prediction: str) -> list[Step]:
+    """Rewrite steps that take the output for epsilon, the default, for a model that predicts something else.
+
+    With x = alpha x0 + sigma noise, x0 is x / alpha - sigma / alpha epsilon, and alpha x - sigma v.
+
+    Raises:
+        ValueError: steps that take the output for something else again. A model of epsilon takes a flow's steps too: models
+            that no file describes say nothing else.
+    """
+    taken = (prediction, VELOCITY) if prediction == "epsilon" else (prediction,)
+    return [step if step.prediction in taken else _fitted(step, prediction) for step in steps]
+
+
+def _fitted(step: Step, prediction: str) -> Step:
+    if prediction == VELOCITY or step.prediction != "epsilon":
+        gaussian = f"steps(GaussianDiffusion(prediction={prediction!r}), 'ddim')"
+        hint = "steps(FlowMatching(), 'euler')" if prediction == VELOCITY else gaussian
+        raise ValueError(f"steps: got those of a model that predicts {step.prediction}, expected {prediction}'s, as of {hint}")
+    from_x, from_epsilon = step.update[:2]  # 1 / alpha, -sigma / alpha
+    from_x, from_output = (0.0, 1.0) if prediction == "x0" else (1 / from_x, from_epsilon / from_x)
+    return step._replace(update=step.update._replace(x0_from_x=from_x, x0_from_output=from_output), prediction=prediction)
+
+
 def apply_update(x: Tensor, output: Tensor, noise: Tensor | None, update: Update, clip: bool = False) -> Tensor:
     """The next x in plain torch, [B, C, H, W] in the dtype of x; arithmetic in fp32, in float64 for a float64 x.
 
@@ -101,6 +126,7 @@ def apply_update(x: Tensor, output: Tensor, noise: Tensor | None, update: Update
     if output.shape != double and (learned or output.shape != single):
         expected = double if learned else f"{single} or {double}"
         raise ValueError(f"output: got shape {tuple(output.shape)}, expected {expected} for x {single}")
+    check_device("output", output, x)
     if update.adds_noise and noise is None:
         raise ValueError(f"noise: got None, expected {single}, as x")
     if update.adds_noise:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..argument_checks import check_tensor
+from ..argument_checks import check_device, check_tensor
 from .schedule import NUM_TRAIN_STEPS
 from .solvers import Step, Update, compute_dtype
 
@@ -27,10 +27,10 @@ class StepTable:
         by_step[timesteps] = self._rows
         self._by_step = {torch.device("cpu"): by_step}
 
-    def steps(self) -> list[Step]:
-        """The rows as a solver's steps, from noise to image; the columns are those of ``Update``."""
+    def steps(self, prediction: str) -> list[Step]:
+        """Return the rows as a solver's steps, from noise to image; the columns are those of ``Update``."""
         rows = zip(self._timesteps, self._rows.tolist(), strict=True)
-        return [Step(float(t), Update(*row)) for t, row in rows][::-1]
+        return [Step(float(t), Update(*row), prediction=prediction) for t, row in rows][::-1]
 
     def columns(self, t: Tensor, x: Tensor) -> list[Tensor]:
         """Each column at t [B], as [B, 1, ...] of the rank of x and the dtype of its arithmetic.
@@ -41,6 +41,7 @@ class StepTable:
         check_tensor("t", t, "of integers, one for each sample of x")
         if t.shape != x.shape[:1] or t.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
             raise ValueError(f"t: got {t.dtype} {tuple(t.shape)}, expected {x.shape[0]} integers, one for each sample of x")
+        check_device("t", t, x)
         if t.device.type == "cpu" and not set(t.tolist()) <= set(self._timesteps):
             raise ValueError(
                 f"t: got {t.tolist()}, expected original steps that .timesteps keeps: {_abbreviated(self._timesteps)}"

@@ -7,14 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ..devices import default_device
+from ..free_memory import MemoryShortage, enough_memory
+from ..terminal import make_console, print_table, say, track_progress
 from .compare import compare, compare_with_digits
 from .errors import EvaluationError
 from .image_set import open_images
-from .inception import Inception
+from .inception import BYTES_PER_IMAGE, Inception
 from .report import Report
 
 EXAMPLES = """examples:
@@ -49,12 +48,16 @@ def run(args: argparse.Namespace) -> int:
     except EvaluationError as error:
         print(f"ditfast evaluate: {error}", file=sys.stderr)
         return 2
+    except MemoryShortage as error:
+        print(f"ditfast evaluate: {error}", file=sys.stderr)
+        return 1
     if args.json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
-        print(report.heading())
-        Console(width=None if Console().is_terminal else 120).print(report.as_table())
-        print(*report.notes, sep="\n")
+        console = make_console()
+        print_table(report.as_table(), console, report.heading())
+        for note in report.notes:
+            say(note, console)
     return 0
 
 
@@ -63,11 +66,15 @@ def _evaluate(args: argparse.Namespace) -> Report:
     if args.reference == "digits":
         return compare_with_digits(images)
     reference = open_images(Path(args.reference))
-    inception = Inception(args.inception, default_device())
-    columns = (TextColumn("Inception"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Inception", total=len(images) + len(reference))
-        return compare(images, reference, inception, args.batch_size, lambda count: progress.advance(task, count))
+    device = default_device(args.prog)
+    inception = Inception(args.inception, device)
+    together = min(args.batch_size, max(len(images), len(reference)))
+    what, advice = f"--batch-size: got {args.batch_size}", "take a smaller one"
+    with (
+        enough_memory(what, device, advice, least=together * BYTES_PER_IMAGE),
+        track_progress("Inception", len(images) + len(reference), "images") as progress,
+    ):
+        return compare(images, reference, inception, args.batch_size, progress.advance)
 
 
 def _positive(text: str) -> int:

@@ -70,7 +70,7 @@ def _digits_scores(classifier: DigitsClassifier, digits: Tensor, reference: Tens
     features, others = classifier.features(digits), classifier.features(reference)
     precision, recall = precision_recall(features, others, NEIGHBOURS)
     return [
-        Score("frechet_distance", "Frechet distance", "lower", frechet_distance(*gaussian(features), *gaussian(others))),
+        Score("frechet_distance", "Frechet distance", "lower", frechet_distance(features, others)),
         Score("precision", "precision", "higher", precision),
         Score("recall", "recall", "higher", recall),
         Score("inception_score", "Inception score", "higher", inception_score(classifier.probabilities(features))),
@@ -135,7 +135,8 @@ def compare(
 
 
 def _distance(features: Tensor, reference: Gaussian) -> float:
-    return frechet_distance(*(tensor.cpu() for tensor in (*gaussian(features), *reference)))
+    found, reference = (Gaussian(*(part.cpu() for part in known)) for known in (gaussian(features), reference))
+    return frechet_distance(found, reference)
 
 
 def _known_statistics(reference: ImageSet) -> tuple[Gaussian, Gaussian] | None:

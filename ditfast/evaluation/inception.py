@@ -23,6 +23,7 @@ SHA256 = "6726825d"  # how it begins
 POOLED = 2048  # features of an image
 SPATIAL_CHANNELS = 7
 SPATIAL = 17 * 17 * SPATIAL_CHANNELS
+BYTES_PER_IMAGE = 4 * 2 * 64 * 147 * 147  # of a batch: fp32, in and out of the batch norm that holds most
 
 
 class Features(NamedTuple):

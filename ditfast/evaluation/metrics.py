@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..argument_checks import as_int, check_tensor
+from ..argument_checks import as_int, check_tensor, wrong_type
 
 CHUNK = 2**25  # most distances held at once
 
@@ -17,41 +19,47 @@ class Gaussian(NamedTuple):
     covariance: Tensor  # [D, D] float64
 
 
-def gaussian(features: Tensor) -> Gaussian:
-    """Mean and unbiased covariance of [N, D] features, of any floating dtype, N >= 2."""
-    _check_floats("features", features)
-    if features.dim() != 2 or len(features) < 2:
-        raise ValueError(f"features: got shape {tuple(features.shape)}, expected [N, D] with N of 2 or more")
-    mean = features.mean(0, dtype=torch.float64)
-    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
-    for rows in features.split(4096):
-        centred = rows.double() - mean
-        covariance += centred.T @ centred
-    return Gaussian(mean, covariance / (len(features) - 1))
+def gaussian(features: Tensor | np.ndarray) -> Gaussian:
+    """Return mean and unbiased covariance of [N, D] features, of any floating dtype, N >= 2."""
+    return _gaussian("features", features)
 
 
-def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """Squared Frechet distance between two normal distributions (Heusel et al. 2017); FID where Inception made the features.
+@torch.no_grad()
+def frechet_distance(
+    features_a: Tensor | np.ndarray | Gaussian, features_b: Tensor | np.ndarray | Gaussian, *deprecated: Tensor
+) -> float:
+    """Return the squared Frechet distance between two normal distributions (Heusel et al. 2017).
 
-    ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)``. The last trace is that of ``(R C2 R)^1/2`` with ``R = C1^1/2``, which is
-    symmetric: two symmetric eigenvalue problems, that singular covariances do no harm to.
+    It is FID where Inception made the features: ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)``. The last trace is that of
+    ``(R C2 R)^1/2`` with ``R = C1^1/2``, which is symmetric: two symmetric eigenvalue problems, that singular covariances do
+    no harm to.
 
     Args:
-        mean1: [D], as ``mean2``; any floating dtype, computed in float64.
-        covariance1: [D, D] symmetric, as ``covariance2``.
+        features_a: [N, D] features, a tensor or a NumPy array of any floating dtype, N >= 2, computed in float64; or their
+            ``Gaussian``, as ``gaussian`` returns it.
+        features_b: [M, D], likewise.
+        deprecated: the rest of the former four arguments, mean and covariance of each.
+
+    Raises:
+        ValueError: the features' shapes do not fit, there are too few of them, or some are infinite or NaN.
+        TypeError: an argument of the wrong kind; the message names it.
     """
-    named = {"mean1": mean1, "covariance1": covariance1, "mean2": mean2, "covariance2": covariance2}
-    for name, tensor in named.items():
-        _check_floats(name, tensor)
-    dim = mean1.shape[0] if mean1.dim() == 1 else -1
-    shapes = [tuple(t.shape) for t in named.values()]
-    if shapes != [(dim,), (dim, dim)] * 2:
-        raise ValueError(f"means and covariances: got shapes {shapes}, expected [D], [D, D], [D], [D, D]")
-    mean1, covariance1, mean2, covariance2 = (t.double() for t in named.values())
-    values, vectors = torch.linalg.eigh(covariance1)
+    if deprecated:
+        warnings.warn(
+            "frechet_distance(mean1, covariance1, mean2, covariance2) is deprecated: give frechet_distance two arrays of "
+            "features, or two Gaussian(mean, covariance)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        features_a, features_b = Gaussian(features_a, features_b), Gaussian(*deprecated)  # type: ignore[arg-type]
+    mean_a, covariance_a = _gaussian("features_a", features_a)
+    mean_b, covariance_b = (part.to(mean_a.device) for part in _gaussian("features_b", features_b))
+    if len(mean_a) != len(mean_b):
+        raise ValueError(f"features_b: got {len(mean_b)} features, expected {len(mean_a)}, as features_a")
+    values, vectors = torch.linalg.eigh(covariance_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
-    return float((mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * cross)
+    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross)
 
 
 def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[float, float]:
@@ -89,6 +97,40 @@ def inception_score(probabilities: Tensor, split: int = 5000) -> float:
         divergence = torch.special.entr(mean).sum() - torch.special.entr(part).sum(1).mean()  # E KL: H(mean) - E H
         scores.append(divergence.exp())
     return float(torch.stack(scores).mean())
+
+
+def _gaussian(name: str, features: Tensor | np.ndarray | Gaussian) -> Gaussian:
+    """Return the mean and covariance of features, or check those that were given; the errors name the argument."""
+    if isinstance(features, Gaussian):
+        return _checked(name, features)
+    if isinstance(features, np.ndarray) and np.issubdtype(features.dtype, np.floating):
+        features = torch.from_numpy(np.array(features, np.float64 if features.itemsize > 8 else f"=f{features.itemsize}"))
+    if not isinstance(features, Tensor):
+        raise wrong_type(name, features, "a tensor or a NumPy array [N, D] of floats")
+    _check_floats(name, features)
+    if features.dim() != 2 or len(features) < 2 or not features.shape[1]:
+        raise ValueError(f"{name}: got shape {tuple(features.shape)}, expected [N, D] with N of 2 or more")
+    chunks = features.split(4096)
+    mean = torch.stack([rows.double().sum(0) for rows in chunks]).sum(0) / len(features)
+    if not mean.isfinite().all():
+        bad = next(i for i, row in enumerate(features) if not row.double().isfinite().all())
+        raise ValueError(f"{name}: got infinities or NaN in row {bad}, expected finite numbers")
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
+    for rows in chunks:
+        centered = rows.double() - mean
+        covariance += centered.T @ centered
+    return Gaussian(mean, covariance / (len(features) - 1))
+
+
+def _checked(name: str, given: Gaussian) -> Gaussian:
+    for part in given:
+        _check_floats(name, part)
+    (mean, covariance), shapes = given, tuple(tuple(part.shape) for part in given)
+    if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"{name}: got a mean and a covariance of shapes {shapes}, expected [D] and [D, D]")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"{name}: got infinities or NaN in its mean or covariance, expected finite numbers")
+    return Gaussian(mean.double(), covariance.double())
 
 
 def _check_floats(name: str, value: Tensor) -> None:

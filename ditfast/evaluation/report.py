@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
+
+from ..terminal import new_table, print_table
+
+WIDTH = 120  # characters of a line where no terminal says how many
 
 
 @dataclass(frozen=True)
@@ -18,9 +24,9 @@ class Score:
     noise: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """Scores of ``count`` images against ``reference_count`` others, on the features of a network."""
+    """Scores of ``count`` images against ``reference_count`` others, on a network's features; shows itself as a table."""
 
     images: str
     count: int
@@ -45,6 +51,11 @@ class Report:
         }
         return facts | {column: values for column, values in columns.items() if values} | {"notes": self.notes}
 
+    def __repr__(self) -> str:
+        text = io.StringIO()
+        print_table(self.as_table(), Console(file=text, width=WIDTH))
+        return "\n".join([self.heading(), text.getvalue().rstrip("\n"), *self.notes])
+
     def heading(self) -> str:
         return (
             f"{self.images}: {self.count:,} images against {self.reference}, {self.reference_count:,} images, by {self.network}"
@@ -52,9 +63,8 @@ class Report:
 
     def as_table(self) -> Table:
         scale = any(score.real is not None for score in self.scores)
-        table = Table("score", "better", "these images", *(["real, half against half", "noise"] if scale else []))
-        for column in table.columns[2:]:
-            column.justify = "right"
+        right = ("these images", *(("real, half against half", "noise") if scale else ()))
+        table = new_table("score", "better", right=right)
         for score in self.scores:
             values = [score.value, *([score.real, score.noise] if scale else [])]
             table.add_row(score.name, score.better, *("" if value is None else _rounded(value) for value in values))

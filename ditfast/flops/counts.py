@@ -6,11 +6,13 @@ floating-point operations. Norms, activations and other elementwise work are lef
 
 from __future__ import annotations
 
-from ..config import TIMESTEP_FEATURES, DiTConfig
+from ..argument_checks import as_bool
+from ..config import TIMESTEP_FEATURES, DiTConfig, check_config
 
 
 def macs(config: DiTConfig) -> int:
     """Multiply-adds of one forward for one image: 1e9 of them are one of the paper's "Gflops" (tables 1 and 4)."""
+    check_config(config)
     T, D, patch = config.num_tokens, config.hidden_size, config.in_channels * config.patch_size**2
     ends = T * D * patch + T * D * config.patch_out_features
     conditioning = TIMESTEP_FEATURES * D + D * D + (2 * D * D if config.modulation_vectors else 0)
@@ -33,6 +35,8 @@ def flops(config: DiTConfig) -> int:
 
 def parameters(config: DiTConfig, *, positions: bool = True) -> int:
     """Values in the state dict; ``positions=False`` leaves out the fixed position table, as the paper's counts do."""
+    check_config(config)
+    positions = as_bool("positions", positions)
     D, patch = config.hidden_size, config.in_channels * config.patch_size**2
     modulation = _linear(D, 2 * D) if config.modulation_vectors else 0
     ends = _linear(patch, D) + _linear(D, config.patch_out_features) + modulation

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import TIMESTEP_FEATURES, DiTConfig
+from ..argument_checks import check_choice, check_integer, check_type
+from ..config import TIMESTEP_FEATURES, DiTConfig, check_config
 from .counts import multiplied_weights, parameters
 
 PLANS = ("none", "keep", "checkpoint")
@@ -36,6 +37,15 @@ class TrainingBytes(NamedTuple):
         """Without the workspaces of libraries and what the allocator cannot use."""
         return sum(self)
 
+    def least_peak(self, *, accumulates: bool) -> int:
+        """Return what a step surely holds at once: without accumulation, gradients take the place of activations.
+
+        Args:
+            accumulates: True where a forward runs beside the gradients of an earlier one.
+        """
+        passing = self.gradients + self.activations if accumulates else max(self.gradients, self.activations)
+        return self.weights + self.moments + self.averages + passing
+
 
 def activation_bytes(config: DiTConfig, batch: int, dtype: torch.dtype, plan: str) -> int:
     """Bytes that a forward of ``ditfast.DiT`` leaves for its backward; without gradients, the most that it holds at once.
@@ -51,7 +61,7 @@ def activation_bytes(config: DiTConfig, batch: int, dtype: torch.dtype, plan: st
     Raises:
         ValueError: there is no such plan.
     """
-    check_plan(plan)
+    check_work(config, batch, dtype, plan)
     sizes = _Sizes(config, batch, dtype.itemsize)
     if plan == "none":
         return sizes.inference()
@@ -81,8 +91,10 @@ def training_bytes(
     Raises:
         ValueError: the plan is none of these.
     """
-    if plan not in PLANS[1:]:
-        raise ValueError(f"plan: got {plan!r}, expected one of {', '.join(PLANS[1:])}")
+    check_work(config, batch, dtype, plan)
+    check_choice("plan", plan, PLANS[1:])
+    check_integer("shards", shards, 1)
+    check_integer("averages", averages, 0)
     trained = FP32 * parameters(config, positions=False)
     weights = FP32 * parameters(config)
     return TrainingBytes(
@@ -96,9 +108,26 @@ def training_bytes(
     )
 
 
-def check_plan(plan: str) -> None:
-    if plan not in PLANS:
-        raise ValueError(f"plan: got {plan!r}, expected one of {', '.join(PLANS)}")
+def sampling_bytes(config: DiTConfig, batch: int, dtype: torch.dtype, device_type: str) -> int:
+    """Return bytes of the tensors that a forward of ``ditfast.DiT`` without gradients surely holds at once.
+
+    Args:
+        config: of the model.
+        batch: rows of the forward; under guidance two an image.
+        dtype: of the model.
+        device_type: on a CPU the engine takes a few samples at a time, and only its input and its two outputs are whole.
+    """
+    check_work(config, batch, dtype, "none")
+    sizes = _Sizes(config, batch, dtype.itemsize)
+    return sizes.itemsize * (3 * sizes.stream if device_type == "cpu" else 6 * sizes.stream + sizes.hidden)
+
+
+def check_work(config: object, batch: int, dtype: object, plan: str) -> None:
+    """Raise unless the arguments name a forward, or a step of training; the message names the argument."""
+    check_config(config)
+    check_integer("batch", batch, 0)
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype, such as torch.bfloat16")
+    check_choice("plan", plan, PLANS)
 
 
 def _copies(config: DiTConfig, itemsize: int, plan: str) -> int:
@@ -115,9 +144,8 @@ def _whole_at_a_time(config: DiTConfig) -> int:
     D = config.hidden_size
     block, _ = multiplied_weights(config)
     adaln = config.modulation_vectors * D * D
-    in_groups = config.depth * (block + adaln) + (2 * D * D if adaln else 0)
-    root = parameters(config) - in_groups
-    return FP32 * (root + GROUPS_IN_FLIGHT * 2 * max(block, adaln))
+    root = parameters(config) - config.depth * (block + adaln)
+    return FP32 * (root + GROUPS_IN_FLIGHT * 2 * (block + adaln))
 
 
 class _Sizes:
@@ -169,12 +197,13 @@ class _Sizes:
         if self.modulated:
             values += 3 * self.vector  # the last norm's shift and scale, what they are made of
             fp32 += self.vector  # and what that is made of
-        if plan == "checkpoint" or (self.attends_twice and not self.casts):
+        if self.attends_twice and (plan == "checkpoint" or not self.casts):
             fp32 += 2 * self.vector  # the context
         return values * self.itemsize + fp32 * FP32 + self.statistics
 
     def inference(self) -> int:
         """In a block's MLP: the stream and its norm, those the block began with and the branch before, hidden layer, output."""
-        vectors = (self.config.depth * self.config.modulation_vectors + 2 * self.modulated + 4) * self.vector
+        conditioning = 1 if self.modulated else 3  # their sum; without adaLN the context of both too
+        vectors = (self.config.depth * self.config.modulation_vectors + 2 * self.modulated + conditioning) * self.vector
         attention = (2 if self.attends_twice else 1) * self.stream
         return (6 * self.stream + max(self.hidden, attention) + vectors) * self.itemsize

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..argument_checks import as_bool, check_integer
 from ..config import TIMESTEP_FEATURES, DiTConfig
 from .counts import multiplied_weights, parameters
-from .memory import FP32, check_plan
+from .memory import FP32, check_work
 
 ADAMW_PASSES = 7  # over fp32 values: weight, gradient and two moments read, weight and moments written
 AVERAGE_PASSES = 3
@@ -49,7 +50,9 @@ def operations(
     Raises:
         ValueError: there is no such plan.
     """
-    check_plan(plan)
+    check_work(config, batch, dtype, plan)
+    fused = as_bool("fused", fused)
+    check_integer("averages", averages, 0)
     flow = _Flow(config, batch, dtype.itemsize, training=plan != "none", fused=fused)
     found = [*flow.conditioning(), *flow.first(), *flow.blocks(), *flow.last()]
     return [*found, *flow.weights(averages)] if flow.training else found

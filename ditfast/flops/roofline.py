@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..argument_checks import check_type
 from ..config import DiTConfig
 from .devices import DeviceSpec
 from .operations import operations
@@ -35,6 +36,7 @@ def floor_ms(
     Raises:
         ValueError: there is no such plan.
     """
+    check_type("device", device, DeviceSpec, "one of ditfast.flops.DEVICES, such as DEVICES['H100']")
     seconds = 0.0
     for op in operations(config, batch, dtype, plan, fused=fused, averages=averages):
         forward = _seconds(op.macs, op.moved, dtype, device)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import blocks
-from ..ops.dispatch import computes_now, forced
+from ..dispatch.override import current_override
+from ..torch_modes import computes_now
 
 Fingerprint: TypeAlias = tuple[tuple[int, int], ...]
 Modulations: TypeAlias = tuple[Sequence[blocks.Modulation | None], blocks.Norm]  # None of a block that is called
@@ -84,7 +85,7 @@ class Caches:
         now = fingerprint(weights)
         if now is None:
             return compute()
-        key = (forced(), *map(_bits, conditions))
+        key = (current_override(), *map(_bits, conditions))
         with self._lock:
             if self._weights != now:
                 self._weights = now

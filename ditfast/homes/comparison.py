@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .build import build_of
+from .calls import tokens_of
 from .copies import cast_like, check_device, copy_of, in_fp32, random_values, release, rng_states, run_isolated, seed_all
-from .home import Foreign, Home, Mismatch, Options, Swap, tokens_of
+from .home import Foreign, Home, Mismatch, Options, Swap
 
 TOLERANCE = 1e-5  # relative, of outputs in fp32
 GRADIENT_TOLERANCE = 1e-4  # sums over tokens cancel

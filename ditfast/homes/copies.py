@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..ops.dispatch import backend
+from ..dispatch.override import backend
 from .home import NOTE, Foreign, Swap
 
 HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
@@ -77,7 +77,7 @@ def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[
                 memo[id(value)] = OrderedDict()
             elif isinstance(value, Tensor):  # as the older kind of weight norm leaves them, which deepcopy refuses
                 memo[id(value)] = convert(value)
-            elif isinstance(value, Swap):
+            elif isinstance(getattr(value, "__func__", value), Swap):
                 memo[id(value)] = None
     twin = copy.deepcopy(module, memo)
     for part in twin.modules():

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import blocks, ops
-from ..ops.checks import DTYPES
+from ..argument_checks import DTYPES
 from .caches import Modulations
-from .home import SEVERAL_CONDITIONS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require, unused
+from .home import SEVERAL_CONDITIONS, VECTORS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require, unused
 from .structure import check_children, check_features, check_idle, check_layer_norm, convolution_in, has_children
 
-VECTORS = 6
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
 
@@ -78,27 +77,22 @@ class DiffusersBlock(BlockHome):
             return Declined(SEVERAL_CONDITIONS)
         c = swap.module.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)  # [B, D]
         x = swap.cast(hidden_states)
-        modulation = self.modulation(swap, F.silu(swap.cast(c).expand(x.shape[0], -1)))
-        return blocks.run_alone(x, self.chain(swap, modulation)).to(hidden_states.dtype)
+        modulation = swap.modulation(F.silu(swap.cast(c).expand(x.shape[0], -1)))
+        return blocks.run_through(x, [self.chain(swap, modulation)]).to(hidden_states.dtype)
 
-    def modulation(self, swap: Swap, activated: Tensor) -> blocks.Modulation:
-        vectors = swap.vectors(swap.module.norm1.linear, activated)  # [B, 6 * D]
-        return blocks.Modulation(*vectors.chunk(VECTORS, dim=1))
+    def modulation_linear(self, block: Foreign) -> nn.Module:
+        return block.norm1.linear
 
     def chain(self, swap: Swap, modulation: blocks.Modulation) -> list[blocks.Sublayer]:
         block, attn, mlp = swap.module, swap.module.attn1, swap.module.ff.net
-        weights = blocks.Block(
-            num_heads=attn.heads,
+        qkv = blocks.SeparateQKV(*(swap.view(linear) for linear in (attn.to_q, attn.to_k, attn.to_v)))
+        return blocks.sublayers(
+            modulation,
+            blocks.SelfAttention(attn.heads, qkv, swap.view(attn.to_out[0]), swap.options.engine, swap.options.int8),
+            blocks.Mlp(swap.view(mlp[0].proj), swap.view(mlp[2]), swap.options.int8),
             attn_norm_eps=block.norm1.norm.eps,
             mlp_norm_eps=block.norm3.eps,
-            qkv=blocks.SeparateQKV(*(swap.view(linear) for linear in (attn.to_q, attn.to_k, attn.to_v))),
-            proj=swap.view(attn.to_out[0]),
-            fc1=swap.view(mlp[0].proj),
-            fc2=swap.view(mlp[2]),
-            attention_engine=swap.options.engine,
-            int8=swap.options.int8,
         )
-        return blocks.sublayers(weights, modulation)
 
     def example(self, block: Foreign, generator: torch.Generator) -> tuple[Any, ...]:
         x = torch.randn(2, 16, block.norm1.norm.normalized_shape[0], generator=generator)
@@ -166,11 +160,11 @@ class DiffusersModel(Home):
             "cross_attention_kwargs": cross_attention_kwargs,
             "class_labels": class_labels,
         }
-        stops: list[blocks.Stop] = [
+        segments: list[blocks.Segment] = [
             partial(swap.call, block, **given) if inner is None else inner.chain(modulation)
             for block, inner, modulation in zip(model.transformer_blocks, fused, per_block, strict=True)
         ]
-        u = blocks.run_through(swap.cast(x), stops, final)  # [B, T, D]
+        u = blocks.run_through(swap.cast(x), segments, final)  # [B, T, D]
         linear = swap.view(model.proj_out_2)
         if isinstance(linear, blocks.Linear):
             out = ops.linear_unpatchify(u, *linear, grid, model.patch_size)  # [B, C', H, W]
@@ -196,10 +190,11 @@ class DiffusersModel(Home):
         ]
 
         def compute() -> Modulations:
-            activated = [F.silu(swap.cast(c)) for c in embeddings]  # [B, D] each
-            shift, scale = swap.vectors(model.proj_out_1, activated[0]).chunk(2, dim=1)  # 2 x [B, D]
-            of_blocks = iter(activated * (len(ready) if agree else 1))
-            per_block = [None if inner is None else inner.modulation(next(of_blocks)) for inner in fused]
+            first, *others = (F.silu(swap.cast(c)) for c in embeddings)  # [B, D] each
+            vectors, per_block = swap.modulations(model.proj_out_1, fused if agree else fused[:1], first)  # [B, 2 * D]
+            shift, scale = vectors.chunk(2, dim=1)  # 2 x [B, D]
+            for inner in fused[len(per_block) :]:
+                per_block.append(None if inner is None else inner.modulation(others.pop(0)))
             return per_block, blocks.Norm(shift, scale, model.norm_out.eps)
 
         linears = [model.proj_out_1, *(inner.module.norm1.linear for inner in ready)]

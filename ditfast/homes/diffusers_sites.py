@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import blocks, ops
-from ..ops.checks import DTYPES
+from ..argument_checks import DTYPES
 from .home import SEVERAL_CONDITIONS, Declined, Foreign, Home, ModelInputs, Swap, require, unused
 from .structure import check_features, check_layer_norm, has_children
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import CodeType, MethodType
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import blocks, cpu
-from ..conditioning import wide_linear
+from .. import blocks
+from ..conditioning import project
+from ..dispatch.selection import choose
+from ..dispatch.shapes import OpShape
+from ..ops import cpu_chain
 from ..ops.attention import choose_engine
-from ..ops.dispatch import choose
 from ..plain import is_plain, is_unhooked
-from ..problem import Problem
 from .caches import Caches, Modulations
+from .calls import NO_LENGTHS, UNLIMITED, Lengths, recomputed_later, tokens_of
 
 Foreign: TypeAlias = Any  # an nn.Module of somebody else's, whose parts the type checker cannot know
+VECTORS = len(blocks.Modulation._fields)  # of an adaLN-Zero block
 REPORTED_TOKENS = 256  # of the one image that the report speaks of
 NOTE = "_ditfast"  # the attribute that holds a module's swap, or the reason why it was left
 SEVERAL_CONDITIONS = "one image has several timesteps or labels"
@@ -37,23 +39,6 @@ class Options(NamedTuple):
     engine: str | None = None  # of attention; None: the one expected to win
     cache_modulation: bool = False
     int8: bool = False  # on the CPU engine, without gradients
-
-
-class Lengths(NamedTuple):
-    """Shortest and longest sequence that a parity check covers; ``longest`` is 0 where it covers none yet."""
-
-    shortest: int
-    longest: int
-
-    def cover(self, tokens: int) -> bool:
-        return self.shortest <= tokens <= self.longest
-
-    def including(self, tokens: int) -> Lengths:
-        return Lengths(min(self.shortest, tokens), max(self.longest, tokens))
-
-
-UNLIMITED = Lengths(0, sys.maxsize)
-NO_LENGTHS = Lengths(sys.maxsize, 0)
 
 
 class Declined(NamedTuple):
@@ -121,8 +106,8 @@ class BlockHome(Home):
     """A family of adaLN-Zero blocks that a model's forward can fuse with each other."""
 
     @abstractmethod
-    def modulation(self, swap: Swap, activated: Tensor) -> blocks.Modulation:
-        """The block's vectors from SiLU of the conditioning vector [B, D]."""
+    def modulation_linear(self, block: Foreign) -> nn.Module:
+        """Return the linear [6 * D, D] that makes the block's vectors of SiLU of the conditioning vector."""
 
     @abstractmethod
     def chain(self, swap: Swap, modulation: blocks.Modulation) -> list[blocks.Sublayer]:
@@ -158,12 +143,15 @@ class Swap:
         self.original_calls: Counter[str] = Counter()  # by reason
         self.on = True  # off, it is the module's own forward: somebody may have wrapped it and keep it
         self.caches = Caches()
-        self.replaced = list(_descendants(module, home.called(module)))
+        self.kind = type(module)
+        self.replaced = [(*where, type(where[-1])) for where in _descendants(module, home.called(module))]
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.optional = frozenset(parameter.name for parameter in parameters if parameter.default is None)
-        self.dropouts = [part for _, _, part in self.replaced if isinstance(part, nn.Dropout)]
+        self.dropouts = [part for _, _, part, _ in self.replaced if isinstance(part, nn.Dropout)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], type(self.module)):
+            return _run_bound(*args, **kwargs)
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             self.caches.clear()  # for whoever trains, and then writes through .data, as some EMAs do
@@ -189,7 +177,7 @@ class Swap:
             return "traced by torch.jit"
         if not self.is_as_found():
             return "changed since, or hooked inside"
-        if self.is_rounded and _recomputed_later(args, kwargs):
+        if self.is_rounded and recomputed_later(args, kwargs):
             return "recomputed in the backward, where it is not rounded"
         if self.lengths == UNLIMITED or self.lengths.cover(tokens_of(args, kwargs)):
             return ""
@@ -228,17 +216,21 @@ class Swap:
         """Whether what the fast forward replaces is what it was, and nobody expects it to be called."""
         return (
             self.on
+            and type(self.module).forward is self.kind.forward  # patches that merge tokens replace classes
             and not _has_any_global_hook()
             and self.home.as_found(self.module)
             and not any(dropout.p for dropout in self.dropouts)
             and all(
-                parent._modules.get(name) is part and is_unhooked(part) and "forward" not in vars(part)
-                for parent, name, part in self.replaced
+                parent._modules.get(name) is part
+                and is_unhooked(part)
+                and "forward" not in vars(part)
+                and type(part).forward is kind.forward
+                for parent, name, part, kind in self.replaced
             )
         )
 
     def replaced_parameters(self) -> list[nn.Parameter]:
-        return [p for _, _, part in self.replaced for p in part._parameters.values() if p is not None]
+        return [p for _, _, part, _ in self.replaced for p in part._parameters.values() if p is not None]
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -281,12 +273,17 @@ class Swap:
         dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), x.dtype)
         return module(x.to(dtype), *(other.to(dtype) for other in others), **kwargs).to(x.dtype)
 
-    def vectors(self, linear: nn.Module, activated: Tensor) -> Tensor:
-        """[B, D] through a linear of the conditioning."""
-        projection = self.view(linear)
-        if isinstance(projection, blocks.Linear):
-            return wide_linear(activated, *projection, self.options.int8)
-        return projection(activated)
+    def modulations(
+        self, linear: nn.Module, fused: Sequence[Swap | None], activated: Tensor
+    ) -> tuple[Tensor, list[blocks.Modulation | None]]:
+        """Put ``activated`` [B, D] through the model's own linear and those of its fused blocks, in one call if none is called.
+
+        Returns the linear's output [B, N], and the vectors of each block; None of a block that is called.
+        """
+        projections = [self.view(linear), *(inner.modulation_projection() for inner in fused if inner is not None)]
+        own, *others = project(activated, projections, self.options.int8)
+        of_blocks = iter(others)
+        return own, [None if inner is None else blocks.Modulation(*next(of_blocks).chunk(VECTORS, dim=1)) for inner in fused]
 
     def cached_modulations(
         self, conditions: Sequence[Tensor], linears: Sequence[nn.Module], compute: Callable[[], Modulations]
@@ -299,16 +296,21 @@ class Swap:
 
     def fusible(self, block: nn.Module, tokens: int) -> Swap | None:
         """Return the swap of a block that may be fused with its neighbors: nobody expects the block to be called."""
-        swap = vars(block).get("forward")
-        if not isinstance(swap, Swap) or not isinstance(swap.home, BlockHome):
+        swap = swap_in(block)
+        if swap is None or not isinstance(swap.home, BlockHome):
             return None
         if swap.dtype != self.dtype or swap.options.int8 != self.options.int8:
             return None
         return swap if swap.lengths.cover(tokens) and is_unhooked(block) and swap.is_as_found() else None
 
-    def modulation(self, activated: Tensor) -> blocks.Modulation:
+    def modulation_projection(self) -> blocks.Projection:
         assert isinstance(self.home, BlockHome)
-        return self.home.modulation(self, activated)
+        return self.view(self.home.modulation_linear(self.module))
+
+    def modulation(self, activated: Tensor) -> blocks.Modulation:
+        """Return the vectors of a block on its own, of SiLU of the conditioning vector [B, D]."""
+        (vectors,) = project(activated, [self.modulation_projection()], self.options.int8)  # [B, 6 * D]
+        return blocks.Modulation(*vectors.chunk(VECTORS, dim=1))
 
     def chain(self, modulation: blocks.Modulation | None) -> list[blocks.Sublayer]:
         """Return the block's sublayers for a model's forward, which counts as a fast call."""
@@ -332,39 +334,35 @@ class Swap:
             return "changed since, or hooked inside: its own forward runs"
         weight = next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
         dtype = self.options.dtype or weight.dtype
-        norm = Problem("layer_norm_modulate", dtype, REPORTED_TOKENS, (REPORTED_TOKENS, weight.shape[-1]))
-        backend = choose(weight.device, norm).route
+        norm = OpShape("layer_norm_modulate", dtype, REPORTED_TOKENS, (REPORTED_TOKENS, weight.shape[-1]))
+        backend = choose(weight.device, norm).backend
         heads = self.home.heads(self.module)
         if heads is None:
             return backend
         try:
-            attention = Problem("attention", dtype, REPORTED_TOKENS, (REPORTED_TOKENS, *heads))
-            engine = choose_engine(weight.device, attention, self.options.engine).route
+            attention = OpShape("attention", dtype, REPORTED_TOKENS, (REPORTED_TOKENS, *heads))
+            engine = choose_engine(weight.device, attention, self.options.engine).backend
         except RuntimeError as error:
             return str(error)
         known = f"{backend}, attention {engine}"
         chain = self.home.chain(self, blocks.Modulation()) if isinstance(self.home, BlockHome) else []
-        if not chain or not cpu.runs_on(weight.device, dtype) or not blocks.are_read(chain):
+        if not chain or not cpu_chain.runs_on(weight.device, dtype) or not blocks.are_read(chain):
             return known
         return f"{known}; without gradients the CPU engine{' in int8' if self.options.int8 else ''}"
 
 
-def _recomputed_later(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Reentrant checkpointing runs its forward without gradients, on inputs that need them; both runs have to be alike."""
-    return any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+def swap_in(module: nn.Module) -> Swap | None:
+    """Return the swap that a module's forward runs, if any."""
+    forward = vars(module).get("forward")
+    bound = getattr(forward, "__func__", None)  # in a copy of the module it is the original's
+    swap = vars(module).get(NOTE, bound) if isinstance(bound, Swap) else forward
+    return swap if isinstance(swap, Swap) else None
 
 
-def is_tensor(value: object, dim: int) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.dim() == dim
-
-
-def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Return the longest T of a call's tensors [B, T, D]."""
-    tokens = 1
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() == 3:
-            tokens = max(tokens, value.shape[1])
-    return tokens
+def _run_bound(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a swap that was bound to its module like a function, as by Accelerate's ``unwrap_model``."""
+    swap = vars(module).get(NOTE)
+    return swap(*args, **kwargs) if isinstance(swap, Swap) else type(module).forward(module, *args, **kwargs)
 
 
 def unused(swap: Swap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import blocks, ops
-from ..ops.checks import DTYPES
+from ..argument_checks import DTYPES
 from ..plain import is_plain
 from .caches import Modulations
+from .calls import is_tensor
 from .home import (
     OF_OTHER_DTYPES,
     SEVERAL_CONDITIONS,
+    VECTORS,
     WITH_GRADIENTS,
     BlockHome,
     Declined,
     Foreign,
     Home,
     Swap,
-    is_tensor,
     require,
     unused,
 )
@@ -41,8 +42,6 @@ from .structure import (
     convolution_in,
     has_children,
 )
-
-VECTORS = 6
 
 
 class OfficialBlock(BlockHome):
@@ -87,28 +86,22 @@ class OfficialBlock(BlockHome):
             return Declined(OF_OTHER_DTYPES)
         if c.shape[0] not in (1, x.shape[0]):
             return Declined(SEVERAL_CONDITIONS)
-        modulation = self.modulation(swap, F.silu(swap.cast(c).expand(x.shape[0], -1)))
-        return blocks.run_alone(swap.cast(x), self.chain(swap, modulation)).to(x.dtype)
+        modulation = swap.modulation(F.silu(swap.cast(c).expand(x.shape[0], -1)))
+        return blocks.run_through(swap.cast(x), [self.chain(swap, modulation)]).to(x.dtype)
 
-    def modulation(self, swap: Swap, activated: Tensor) -> blocks.Modulation:
-        """From SiLU of the conditioning vector [B, D]."""
-        vectors = swap.vectors(swap.module.adaLN_modulation[1], activated)  # [B, 6 * D]
-        return blocks.Modulation(*vectors.chunk(VECTORS, dim=1))
+    def modulation_linear(self, block: Foreign) -> nn.Module:
+        return block.adaLN_modulation[1]
 
     def chain(self, swap: Swap, modulation: blocks.Modulation) -> list[blocks.Sublayer]:
         block = swap.module
-        weights = blocks.Block(
-            num_heads=block.attn.num_heads,
+        attn, mlp, options = block.attn, block.mlp, swap.options
+        return blocks.sublayers(
+            modulation,
+            blocks.SelfAttention(attn.num_heads, swap.view(attn.qkv), swap.view(attn.proj), options.engine, options.int8),
+            blocks.Mlp(swap.view(mlp.fc1), swap.view(mlp.fc2), options.int8),
             attn_norm_eps=block.norm1.eps,
             mlp_norm_eps=block.norm2.eps,
-            qkv=swap.view(block.attn.qkv),
-            proj=swap.view(block.attn.proj),
-            fc1=swap.view(block.mlp.fc1),
-            fc2=swap.view(block.mlp.fc2),
-            attention_engine=swap.options.engine,
-            int8=swap.options.int8,
         )
-        return blocks.sublayers(weights, modulation)
 
     def example(self, block: Foreign, generator: torch.Generator) -> tuple[Tensor, ...]:
         hidden_size = block.norm1.normalized_shape[0]
@@ -174,11 +167,11 @@ class OfficialModel(Home):
         c = (model.t_embedder(t) + model.y_embedder(y, model.training)).to(stream.dtype)  # [B, D]
         fused = [swap.fusible(block, stream.shape[1]) for block in model.blocks]
         per_block, final = self._modulations(swap, fused, c.expand(x.shape[0], -1))
-        stops: list[blocks.Stop] = [
+        segments: list[blocks.Segment] = [
             partial(_call, swap, block, c) if inner is None else inner.chain(modulation)
             for block, inner, modulation in zip(model.blocks, fused, per_block, strict=True)
         ]
-        u = blocks.run_through(stream, stops, final)  # [B, T, D]
+        u = blocks.run_through(stream, segments, final)  # [B, T, D]
         linear = swap.view(model.final_layer.linear)
         if isinstance(linear, blocks.Linear):
             out = ops.linear_unpatchify(u, *linear, grid, patch_size)  # [B, C', H, W]
@@ -199,9 +192,8 @@ class OfficialModel(Home):
         final_linear = model.final_layer.adaLN_modulation[1]
 
         def compute() -> Modulations:
-            activated = F.silu(c)  # [B, D]
-            shift, scale = swap.vectors(final_linear, activated).chunk(2, dim=1)  # 2 x [B, D]
-            per_block = [None if inner is None else inner.modulation(activated) for inner in fused]
+            vectors, per_block = swap.modulations(final_linear, fused, F.silu(c))  # [B, 2 * D]
+            shift, scale = vectors.chunk(2, dim=1)  # 2 x [B, D]
             return per_block, blocks.Norm(shift, scale, model.final_layer.norm_final.eps)
 
         linears = [final_linear, *(inner.module.adaLN_modulation[1] for inner in fused if inner is not None)]

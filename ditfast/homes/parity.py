@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .build import build_of
+from .calls import NO_LENGTHS, Lengths
 from .comparison import (
     RANDOM,
     REPLACED,
@@ -32,7 +33,7 @@ from .comparison import (
     why_not_block,
 )
 from .copies import cast_like, check_device, copy_of, in_fp32, random_values, release, rng_states, seed_all
-from .home import NO_LENGTHS, Foreign, Home, Lengths, Mismatch, ModelInputs, Options, Swap
+from .home import Foreign, Home, Mismatch, ModelInputs, Options, Swap
 
 SAMPLES = 2  # of a first call
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from . import BLOCKS, INPUTS, MODELS
 from .build import build_of
+from .calls import NO_LENGTHS, UNLIMITED, Lengths
 from .comparison import example_call, in_one_line, weight_of, why_not_block
-from .home import NO_LENGTHS, UNLIMITED, Home, Lengths, Mismatch, Swap
+from .home import Home, Mismatch, Swap, swap_in
 from .int8 import why_not_int8
 from .parity import ModelRun, Verdicts, check_first_call, representatives
 
@@ -135,4 +136,4 @@ def why_not_built(module: nn.Module, home: Home) -> str:
 
 def is_unwrapped(module: nn.Module) -> bool:
     """Return True if a module's forward is its own or a swap; a swap that is off is somebody's memory of one."""
-    return isinstance(vars(module).get("forward"), (Swap, type(None)))
+    return "forward" not in vars(module) or swap_in(module) is not None

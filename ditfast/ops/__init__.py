@@ -10,6 +10,7 @@ from .denoise_update import denoise_update
 from .final_layer import final_layer
 from .gated_residual import gated_residual
 from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
+from .grouped_linear import grouped_linear
 from .layer_norm_modulate import layer_norm_modulate
 from .linear import linear
 from .linear_gated_residual import linear_gated_residual
@@ -28,6 +29,7 @@ __all__ = [
     "final_layer",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
+    "grouped_linear",
     "layer_norm_modulate",
     "linear",
     "linear_gated_residual",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..argument_checks import check_tensor, wrong_type
-from ..problem import Problem
-from .checks import check_dtype
+from ..argument_checks import check_dtype, check_tensor, wrong_type
+from ..dispatch.backends import Choice
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.override import ATTENTION_BACKENDS
+from ..dispatch.selection import check_possible, choose, select_backend
+from ..dispatch.shapes import OpShape
 from .cpu_products import torch_attention
-from .dispatch import check_possible, choose, define_op, force, needs_gradient, route, under_autocast, untransformed
-from .routes import Choice
-
-ENGINES = ("flash", "sdpa", "triton")
 
 
 def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = None) -> Tensor:
@@ -37,29 +36,40 @@ def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = 
         ValueError: the shape, dtype or strides of qkv, or the name of the engine.
         RuntimeError: an engine that was asked for cannot run here; the message says why, and what to do.
     """
+    packed, apart = _OPS[None if engine is None else _check_engine(engine)]
     if not isinstance(qkv, Tensor):
         if not isinstance(qkv, Sequence) or isinstance(qkv, str) or len(qkv) != 3:
             raise wrong_type("qkv", qkv, "a tensor [B, T, 3, H, d] or three, each [B, T, H, d]")
-        q, k, v = under_autocast(*qkv)
-        return _attention_apart(q, k, v, engine)
-    (qkv,) = under_autocast(qkv)
+        return apart(*qkv)
+    return packed(qkv)
+
+
+def _select_packed(engine: str | None, qkv: Tensor, training: bool) -> str:
     check_heads("qkv", qkv, "[B, T, 3, H, d]", packed=3)
-    training = needs_gradient(qkv)
     B, T, _, H, d = qkv.shape
-    engine = _engine(qkv, (B, T, H, d), training, engine)
-    if engine == "triton":
-        return _op(qkv, training)[0]
-    return _flash(qkv) if engine == "flash" else torch_attention(*qkv.unbind(2))
+    return _select(engine, qkv, (B, T, H, d), training)
 
 
-def _attention_apart(q: Tensor, k: Tensor, v: Tensor, engine: str | None) -> Tensor:
+def _select_apart(engine: str | None, q: Tensor, k: Tensor, v: Tensor, training: bool) -> str:
     for name, heads in (("q", q), ("k", k), ("v", v)):
         check_heads(name, heads, "[B, T, H, d]")
         if (heads.shape, heads.dtype, heads.device) != (q.shape, q.dtype, q.device):
             got = f"{tuple(heads.shape)} {heads.dtype} on {heads.device}"
             raise ValueError(f"{name}: got {got}, expected {tuple(q.shape)} {q.dtype} on {q.device}, as q")
-    engine = _engine(q, q.shape, needs_gradient(q, k, v), engine)
-    return torch_attention(q, k, v) if engine == "sdpa" else attention(torch.stack((q, k, v), dim=2), engine)
+    return _select(engine, q, q.shape, training)
+
+
+def _select(engine: str | None, x: Tensor, shape: Sequence[int], training: bool) -> str:
+    """Select for x and the shape [B, T, H, d] of its heads."""
+    B, *sizes = shape
+    rows = B * sizes[0]
+    if engine is None:
+        return select_backend(x, "attention", rows, tuple(sizes), training)
+    return choose_engine(x.device, OpShape("attention", x.dtype, rows, tuple(sizes), training), engine).backend
+
+
+def _sdpa(qkv: Tensor) -> Tensor:
+    return torch_attention(*qkv.unbind(2))
 
 
 def check_heads(name: str, tensor: Tensor, expected: str, packed: int = 0) -> None:
@@ -78,16 +88,7 @@ def check_heads(name: str, tensor: Tensor, expected: str, packed: int = 0) -> No
         )
 
 
-def attention_engine(name: str) -> contextlib.AbstractContextManager[None]:
-    """Forces ``attention`` inside the ``with`` block, in this thread, onto ``"flash"``, ``"sdpa"`` or ``"triton"``.
-
-    Raises:
-        ValueError: none of these names.
-    """
-    return force("attention", name, ENGINES)
-
-
-def choose_engine(device: torch.device, problem: Problem, wanted: str | None = None) -> Choice:
+def choose_engine(device: torch.device, shape: OpShape, wanted: str | None = None) -> Choice:
     """The engine that ``attention`` takes, ``"flash"``, ``"sdpa"`` or ``"triton"``, and why.
 
     Raises:
@@ -95,21 +96,15 @@ def choose_engine(device: torch.device, problem: Problem, wanted: str | None = N
         RuntimeError: a wanted or forced engine cannot run; the message says why, and what to do.
     """
     if wanted is None:
-        return choose(device, problem)
-    if not isinstance(wanted, str) or wanted not in ENGINES:
-        raise ValueError(f"engine: got {wanted!r}, expected one of {', '.join(ENGINES)}")
-    check_possible(wanted, device, problem)
+        return choose(device, shape)
+    check_possible(_check_engine(wanted), device, shape)
     return Choice(wanted, "asked for")
 
 
-def _engine(x: Tensor, shape: Sequence[int], training: bool, wanted: str | None) -> str:
-    """For x and the shape [B, T, H, d] of its heads."""
-    B, *sizes = shape
-    rows = B * sizes[0]
-    if wanted is None:
-        return route(x, "attention", rows, tuple(sizes), training)
-    chosen = choose_engine(x.device, Problem("attention", x.dtype, rows, tuple(sizes), training), wanted).route
-    return untransformed("attention", chosen, is_forced=True)
+def _check_engine(name: str) -> str:
+    if not isinstance(name, str) or name not in ATTENTION_BACKENDS:
+        raise ValueError(f"engine: got {name!r}, expected one of {', '.join(ATTENTION_BACKENDS)}")
+    return name
 
 
 def _flash(qkv: Tensor) -> Tensor:
@@ -139,5 +134,23 @@ def _backward_fake(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tenso
     return qkv.new_empty(qkv.shape)
 
 
-_op = define_op("attention(Tensor qkv, bool training) -> (Tensor, Tensor)", _fake, save=_save, backward=_backward)
-_backward_op = define_op("attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse) -> Tensor", _backward_fake)
+_triton = TritonOp("attention(Tensor qkv, bool training) -> (Tensor, Tensor)", _fake, save=_save, backward=_backward, outputs=1)
+_backward_op = TritonOp("attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse) -> Tensor", _backward_fake)
+
+
+def _ops(engine: str | None) -> tuple[Op, Op]:
+    """Return the ops for packed heads and for q, k and v apart, which SDPA alone reads in place."""
+    options: Any = {"is_asked": engine is not None, "autocast": slice(0, 3)}
+
+    def pack(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (torch.stack((q, k, v), dim=2),)
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _flash(*pack(q, k, v))
+
+    packed = Op(partial(_select_packed, engine), _triton, sdpa=_sdpa, flash=_flash, **options)
+    apart = Op(partial(_select_apart, engine), _triton, pack, sdpa=torch_attention, flash=flash, **options)
+    return packed, apart
+
+
+_OPS = {engine: _ops(engine) for engine in (None, *ATTENTION_BACKENDS)}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..argument_checks import check_integer, check_number, check_tensor
-from .checks import check_dtype
-from .dispatch import define_op, needs_gradient, route
+from ..argument_checks import check_dtype, check_integer, check_number, check_tensor
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 
 
 def classifier_free_guidance(out: Tensor, scale: float, channels: int) -> Tensor:
@@ -26,6 +26,10 @@ def classifier_free_guidance(out: Tensor, scale: float, channels: int) -> Tensor
     Raises:
         ValueError: out's shape or dtype, or more channels than it has; the message names it.
     """
+    return _op(out, scale, channels)
+
+
+def _select(out: Tensor, scale: float, channels: int, training: bool) -> str:
     check_tensor("out", out, "[2B, C, H, W]")
     if out.dim() != 4:
         raise ValueError(f"out: got shape {tuple(out.shape)}, expected [2B, C, H, W]")
@@ -34,12 +38,10 @@ def classifier_free_guidance(out: Tensor, scale: float, channels: int) -> Tensor
     check_dtype("out", out)
     check_number("scale", scale)
     check_integer("channels", channels, 0, out.shape[1])
-    if route(out, "classifier_free_guidance", out.shape[0], (out.shape[1:].numel(),), needs_gradient(out)) == "torch":
-        return torch_classifier_free_guidance(out, scale, channels)
-    return _op(out, scale, channels)
+    return select_backend(out, "classifier_free_guidance", out.shape[0], (out.shape[1:].numel(),), training)
 
 
-def torch_classifier_free_guidance(out: Tensor, scale: float, channels: int) -> Tensor:
+def torch_classifier_free_guidance(out: Tensor, scale: float | Tensor, channels: int) -> Tensor:
     conditional, unconditional = out[:, :channels].float().chunk(2)  # 2 x [B, channels, H, W], fp32 for the gradient's sum
     guided = torch.lerp(unconditional, conditional, scale).repeat(2, 1, 1, 1)  # [2B, channels, H, W]
     return torch.cat([guided.to(out.dtype), out[:, channels:]], dim=1)  # [2B, C, H, W]
@@ -57,7 +59,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return _backward_op(dy, ctx.scale, ctx.channels), None, None
 
 
-_op = define_op(
+_triton = TritonOp(
     "classifier_free_guidance(Tensor out, float scale, int channels) -> Tensor", _fake, save=_save, backward=_backward
 )
-_backward_op = define_op("classifier_free_guidance_backward(Tensor dy, float scale, int channels) -> Tensor", _fake)
+_op = Op(_select, _triton, torch=torch_classifier_free_guidance)
+_backward_op = TritonOp("classifier_free_guidance_backward(Tensor dy, float scale, int channels) -> Tensor", _fake)

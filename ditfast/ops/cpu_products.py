@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import autocast_dtype, define_op, is_transformed, under_autocast
+from ..dispatch.library import define_op
+from ..torch_modes import autocast_dtype, is_transformed, under_autocast
 
 # Fewer are dot products with the weight's rows, which are read once: torch's loop keeps up with the memory, and widening
 # would write them too. Measured as above: even at 6.

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.backends import LARGEST_HEAD
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .attention import check_heads
 from .cpu_products import torch_attention
-from .dispatch import define_op, needs_gradient, route, under_autocast
-from .routes import LARGEST_HEAD
 
 
 def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
@@ -28,7 +29,10 @@ def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
     Raises:
         ValueError: an argument's shape, dtype, device or strides; the message names it.
     """
-    q, kv = under_autocast(q, kv)
+    return _op(q, kv)
+
+
+def _select(q: Tensor, kv: Tensor, training: bool) -> str:
     check_heads("q", q, "[B, T, H, d]")
     check_heads("kv", kv, "[B, S, 2, H, d]", packed=2)
     B, T, H, d = q.shape
@@ -38,12 +42,14 @@ def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
         raise ValueError(f"kv: got dtype {kv.dtype}, expected {q.dtype}, as q")
     if kv.device != q.device:
         raise ValueError(f"kv: got a tensor on {kv.device}, expected {q.device}, as q")
-    training = needs_gradient(q, kv)
-    if route(q, "cross_attention", B * T, (T, kv.shape[1], H, d), training) == "torch":
-        return torch_attention(q, *kv.unbind(2))
-    if d > LARGEST_HEAD:
+    backend = select_backend(q, "cross_attention", B * T, (T, kv.shape[1], H, d), training)
+    if backend == "triton" and d > LARGEST_HEAD:
         raise ValueError(f"q: got head dim {d}, expected at most {LARGEST_HEAD}; ditfast.backend('torch') takes any")
-    return _op(q, kv, training)[0]
+    return backend
+
+
+def _torch(q: Tensor, kv: Tensor) -> Tensor:
+    return torch_attention(q, *kv.unbind(2))
 
 
 def _fake(q: Tensor, kv: Tensor, training: bool) -> tuple[Tensor, Tensor]:
@@ -66,9 +72,10 @@ def _backward_fake(dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor
     return q.new_empty(q.shape), kv.new_empty(kv.shape)
 
 
-_op = define_op(
-    "cross_attention(Tensor q, Tensor kv, bool training) -> (Tensor, Tensor)", _fake, save=_save, backward=_backward
+_triton = TritonOp(
+    "cross_attention(Tensor q, Tensor kv, bool training) -> (Tensor, Tensor)", _fake, save=_save, backward=_backward, outputs=1
 )
-_backward_op = define_op(
+_op = Op(_select, _triton, autocast=slice(0, 2), torch=_torch)
+_backward_op = TritonOp(
     "cross_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor out, Tensor lse) -> (Tensor, Tensor)", _backward_fake
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..argument_checks import check_integer, check_tensor, check_type
-from .checks import check_dtype
-from .dispatch import define_op, route
+from ..argument_checks import check_dtype, check_integer, check_tensor, check_type
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 
 
 def denoise_update(
@@ -40,11 +40,22 @@ def denoise_update(
     Raises:
         ValueError: an argument's shape, dtype or device; the message names it.
     """
+    return _op(x, output, noise, update, scale, guided_channels, clip)
+
+
+def _select(
+    x: Tensor,
+    output: Tensor,
+    noise: Tensor | None,
+    update: Tensor,
+    scale: Tensor | None,
+    guided_channels: int,
+    clip: bool,
+    training: bool,
+) -> str:
     _check(x, output, noise, update, scale, guided_channels)
     check_type("clip", clip, bool, "True or False")
-    if route(x, "denoise_update", x.shape[0], (x.shape[1:].numel(),)) == "torch":
-        return torch_denoise_update(x, output, noise, update, scale, guided_channels, clip)
-    return _op(x, output, noise, update, scale, guided_channels, clip)
+    return select_backend(x, "denoise_update", x.shape[0], (x.shape[1:].numel(),))
 
 
 def torch_denoise_update(
@@ -109,8 +120,9 @@ def _fake(
     return x.new_empty(x.shape)
 
 
-_op = define_op(
+_triton = TritonOp(
     "denoise_update(Tensor x, Tensor output, Tensor? noise, Tensor update, Tensor? scale, int guided_channels, bool clip)"
     " -> Tensor",
     _fake,
 )
+_op = Op(_select, _triton, torch=torch_denoise_update)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..argument_checks import check_number
-from .checks import check_linear, check_modulation, check_tokens, check_weight, token_rows
-from .dispatch import define_op, needs_gradient, route, under_autocast
+from ..argument_checks import check_linear, check_modulation, check_number, check_tokens, check_weight, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .layer_norm_modulate import layer_norm_modulate
 from .linear_unpatchify import linear_unpatchify
 from .patches import check_grid
@@ -51,23 +51,48 @@ def final_layer(
         ValueError: an argument's shape, dtype, device or inner stride, or a grid or patch size that does not fit; the
             message names it.
     """
-    weight, bias = under_autocast(weight, bias)
+    return _op(x, shift, scale, weight, bias, grid, patch_size, eps)
+
+
+def _select(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    grid: tuple[int, int],
+    patch_size: int,
+    eps: float,
+    training: bool,
+) -> str:
     check_tokens("x", x)
     check_weight("weight", weight)
     check_number("eps", eps, 0)
     if (
-        needs_gradient(x, shift, scale, weight, bias)
+        training
         or len(weight) > MOST_FEATURES
         or weight.dtype != x.dtype
-        or route(x, "final_layer", token_rows(x), (len(weight), x.shape[2])) == "torch"
+        or select_backend(x, "final_layer", token_rows(x), (len(weight), x.shape[2])) == "torch"
     ):
-        u = layer_norm_modulate(x, shift, scale, eps)
-        return linear_unpatchify(u, weight, bias, grid, patch_size)
+        return "torch"
     check_linear(x, weight, bias)
     check_modulation("shift", shift, x)
     check_modulation("scale", scale, x)
     check_grid(x, grid, len(weight), patch_size)
-    return _op(x, shift, scale, weight, bias, grid, patch_size, eps)
+    return "triton"
+
+
+def _two_ops(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    grid: tuple[int, int],
+    patch_size: int,
+    eps: float,
+) -> Tensor:
+    return linear_unpatchify(layer_norm_modulate(x, shift, scale, eps), weight, bias, grid, patch_size)
 
 
 def _fake(
@@ -83,8 +108,9 @@ def _fake(
     return empty_image(x, grid, patch_size, weight.shape[0])
 
 
-_op = define_op(
+_triton = TritonOp(
     "final_layer(Tensor x, Tensor? shift, Tensor? scale, Tensor weight, Tensor bias, int[] grid, int patch_size, float eps)"
     " -> Tensor",
     _fake,
 )
+_op = Op(_select, _triton, autocast=slice(3, 5), torch=_two_ops)

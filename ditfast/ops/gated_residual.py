@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_branch, check_modulation, check_tokens, token_rows
-from .dispatch import define_op, needs_gradient, route
+from ..argument_checks import check_branch, check_modulation, check_tokens, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .joint_backward import joint_backward
 from .layer_norm_modulate import per_token
 
@@ -27,12 +28,14 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
+    return _op(x, h, gate)
+
+
+def _select(x: Tensor, h: Tensor, gate: Tensor | None, training: bool) -> str:
     check_tokens("x", x)
     check_branch("h", h, x)
     check_modulation("gate", gate, x)
-    if route(x, "gated_residual", token_rows(x), tuple(x.shape[1:]), needs_gradient(x, h, gate)) == "torch":
-        return torch_gated_residual(x, h, gate)
-    return _op(x, h, gate)
+    return select_backend(x, "gated_residual", token_rows(x), tuple(x.shape[1:]), training)
 
 
 def torch_gated_residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
@@ -64,4 +67,5 @@ def cast_to(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if gradient is None else gradient.to(dtype)
 
 
-_op = define_op("gated_residual(Tensor x, Tensor h, Tensor? gate) -> Tensor", _fake, save=_save, backward=_backward)
+_triton = TritonOp("gated_residual(Tensor x, Tensor h, Tensor? gate) -> Tensor", _fake, save=_save, backward=_backward)
+_op = Op(_select, _triton, torch=torch_gated_residual)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..argument_checks import check_number
-from .checks import check_branch, check_modulation, check_tokens, token_rows
-from .dispatch import define_op, needs_gradient, route
+from ..argument_checks import check_branch, check_modulation, check_number, check_tokens, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .gated_residual import cast_to, torch_gated_residual
 from .joint_backward import joint_backward
 from .layer_norm_modulate import empty_stats, torch_layer_norm_modulate
@@ -34,17 +34,25 @@ def gated_residual_layer_norm_modulate(
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
+    return _op(x, h, gate, shift, scale, eps)
+
+
+def _select(
+    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float, training: bool
+) -> str:
     check_tokens("x", x)
     check_branch("h", h, x)
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
         check_modulation(name, vector, x)
     check_number("eps", eps, 0)
-    training = needs_gradient(x, h, gate, shift, scale)
-    if route(x, "gated_residual_layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training) == "torch":
-        x_new = torch_gated_residual(x, h, gate)
-        return x_new, torch_layer_norm_modulate(x_new, shift, scale, eps)
-    x_new, u, _ = _op(x, h, gate, shift, scale, eps, training)
-    return x_new, u
+    return select_backend(x, "gated_residual_layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training)
+
+
+def _torch(
+    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    x_new = torch_gated_residual(x, h, gate)
+    return x_new, torch_layer_norm_modulate(x_new, shift, scale, eps)
 
 
 def _fake(
@@ -73,10 +81,12 @@ def _backward(ctx: Any, dx_new: Tensor | None, du: Tensor | None, _: None) -> tu
     return dx, cast_to(dh, ctx.branch_dtype), *vectors, None, None
 
 
-_op = define_op(
+_triton = TritonOp(
     "gated_residual_layer_norm_modulate(Tensor x, Tensor h, Tensor? gate, Tensor? shift, Tensor? scale, float eps,"
     " bool training) -> (Tensor, Tensor, Tensor)",
     _fake,
     save=_save,
     backward=_backward,
+    outputs=2,
 )
+_op = Op(_select, _triton, torch=_torch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .dispatch import define_op
+from ..dispatch.op import TritonOp
 
 
 def joint_backward(
@@ -53,7 +53,7 @@ def _fake(
     return [like.new_empty(like.shape) for like in likes if like is not None]
 
 
-_op = define_op(
+_op = TritonOp(
     "joint_backward(Tensor? du, Tensor? dx_new, Tensor? x_new, Tensor? stats, Tensor? h, Tensor? gate, Tensor? shift,"
     " Tensor? scale) -> Tensor[]",
     _fake,

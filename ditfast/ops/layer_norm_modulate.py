@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..argument_checks import check_number
-from .checks import check_modulation, check_tokens, token_rows
-from .dispatch import computes_now, define_op, needs_gradient, route
+from ..argument_checks import check_modulation, check_number, check_tokens, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
+from ..plain import PLAIN_TYPES
+from ..torch_modes import computes_now, needs_gradient
 from .joint_backward import joint_backward
 
 # Elements; measured on two cores of a Zen 4: above the first a call's overhead no longer shows, above the second the
 # temporaries leave the cache.
 SMALLEST_ONE_PASS_SAMPLE = 16 * 1024
 LARGEST_SLICE = 64 * 1024
+_PLAIN = (*PLAIN_TYPES, type(None))  # of vectors; subclasses may not take what is written in place
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -34,21 +37,23 @@ def layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, e
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
+    return _op(x, shift, scale, eps)
+
+
+def _select(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, training: bool) -> str:
     check_tokens("x", x)
     check_modulation("shift", shift, x)
     check_modulation("scale", scale, x)
     check_number("eps", eps, 0)
-    training = needs_gradient(x, shift, scale)
-    if route(x, "layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training) == "torch":
-        return torch_layer_norm_modulate(x, shift, scale, eps)
-    return _op(x, shift, scale, eps, training)[0]
+    return select_backend(x, "layer_norm_modulate", token_rows(x), tuple(x.shape[1:]), training)
 
 
 def torch_layer_norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float) -> Tensor:
     if shift is None and scale is None:
         exact = x.float() if x.device.type == "cpu" else x  # as in _weighted_layer_norm
         return F.layer_norm(exact, x.shape[-1:], eps=eps).to(x.dtype).contiguous()
-    if x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale) and computes_now():
+    at_once = x.device.type == "cpu" and x.numel() and not needs_gradient(x, shift, scale) and computes_now()
+    if at_once and type(x) is Tensor and all(type(vector) in _PLAIN for vector in (shift, scale)):
         return _cpu_version(x, shift, scale, eps)
     return _normalise_then_modulate(x, shift, scale, eps)
 
@@ -123,9 +128,11 @@ def _backward(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]
     return dx, dshift, dscale, None, None
 
 
-_op = define_op(
+_triton = TritonOp(
     "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, float eps, bool training) -> (Tensor, Tensor)",
     _fake,
     save=_save,
     backward=_backward,
+    outputs=1,
 )
+_op = Op(_select, _triton, torch=torch_layer_norm_modulate)

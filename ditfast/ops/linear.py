@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_linear, token_rows
+from ..argument_checks import check_linear, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
-from .dispatch import define_op, needs_gradient, route, under_autocast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -26,11 +27,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
-    x, weight, bias = under_autocast(x, weight, bias)
-    check_linear(x, weight, bias)
-    if route(x, "linear", token_rows(x), tuple(weight.shape), needs_gradient(x, weight, bias)) == "torch":
-        return torch_linear(x, weight, bias).contiguous()
     return _op(x, weight, bias)
+
+
+def _select(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> str:
+    check_linear(x, weight, bias)
+    return select_backend(x, "linear", token_rows(x), tuple(weight.shape), training)
+
+
+def _torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch_linear(x, weight, bias).contiguous()
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -48,7 +54,7 @@ def operands(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad)
+    needed = list(ctx.needs_input_grad[:3])
     found = iter(_backward_op(dy, *ctx.saved_tensors, needed))
     return tuple(next(found) if need else None for need in needed)
 
@@ -62,5 +68,6 @@ def backward_fake(dy: Tensor, x: Tensor | None, weight: Tensor | None, needed: l
     return [*gradients, dy.new_empty(dy.shape[-1:])] if needed[2] else gradients
 
 
-_op = define_op("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor", _fake, save=_save, backward=_backward)
-_backward_op = define_op("linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool[] needed) -> Tensor[]", backward_fake)
+_triton = TritonOp("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor", _fake, save=_save, backward=_backward)
+_op = Op(_select, _triton, autocast=slice(0, 3), torch=_torch)
+_backward_op = TritonOp("linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool[] needed) -> Tensor[]", backward_fake)

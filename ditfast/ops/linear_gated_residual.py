@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import check_branch, check_linear, check_modulation, token_rows
-from .dispatch import define_op, needs_gradient, route, under_autocast
+from ..argument_checks import check_branch, check_linear, check_modulation, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .gated_residual import gated_residual
 from .linear import linear
 
@@ -28,18 +29,27 @@ def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Ten
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
-    x, weight, bias = under_autocast(x, weight, bias)
+    return _op(x, weight, bias, residual, gate)
+
+
+def _select(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor | None, training: bool) -> str:
     check_linear(x, weight, bias)
     check_branch("residual", residual, x, (*x.shape[:2], len(bias)))
     check_modulation("gate", gate, residual)
-    training = needs_gradient(x, weight, bias, residual, gate)
-    if training or route(x, "linear_gated_residual", token_rows(x), tuple(weight.shape)) == "torch":
-        return gated_residual(residual, linear(x, weight, bias), gate)
-    return _op(x, weight, bias, residual, gate)
+    if training:
+        return "torch"
+    return select_backend(x, "linear_gated_residual", token_rows(x), tuple(weight.shape))
+
+
+def _two_ops(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
+    return gated_residual(residual, linear(x, weight, bias), gate)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
     return residual.new_empty(residual.shape)
 
 
-_op = define_op("linear_gated_residual(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? gate) -> Tensor", _fake)
+_triton = TritonOp(
+    "linear_gated_residual(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? gate) -> Tensor", _fake
+)
+_op = Op(_select, _triton, autocast=slice(0, 3), torch=_two_ops)

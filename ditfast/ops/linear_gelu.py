@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_linear, token_rows
+from ..argument_checks import check_linear, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
-from .dispatch import define_op, needs_gradient, route, under_autocast
 from .linear import backward_fake, operands
 from .torch_gelu import torch_gelu
 
@@ -29,15 +30,21 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
-    x, weight, bias = under_autocast(x, weight, bias)
+    return _op(x, weight, bias)
+
+
+def _select(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> str:
     check_linear(x, weight, bias)
-    training = needs_gradient(x, weight, bias)
-    taken = route(x, "linear_gelu", token_rows(x), tuple(weight.shape), training)
-    if taken == "torch":
-        return torch_gelu(torch_linear(x, weight, bias)).contiguous()
-    if taken == "cublaslt":  # whose epilogue has the tanh form; on the CPU the same function computes the other
-        return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
-    return _op(x, weight, bias, training)[0]
+    return select_backend(x, "linear_gelu", token_rows(x), tuple(weight.shape), training)
+
+
+def _torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch_gelu(torch_linear(x, weight, bias)).contiguous()
+
+
+def _cublaslt(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Call cuBLASLt, whose epilogue has the tanh form; on the CPU the same function computes the other."""
+    return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> tuple[Tensor, Tensor]:
@@ -62,12 +69,14 @@ def _backward_fake(dy: Tensor, x: Tensor | None, z: Tensor, weight: Tensor | Non
     return backward_fake(dy, x, weight, needed)
 
 
-_op = define_op(
+_triton = TritonOp(
     "linear_gelu(Tensor x, Tensor weight, Tensor bias, bool training) -> (Tensor, Tensor)",
     _fake,
     save=_save,
     backward=_backward,
+    outputs=1,
 )
-_backward_op = define_op(
+_op = Op(_select, _triton, autocast=slice(0, 3), torch=_torch, cublaslt=_cublaslt)
+_backward_op = TritonOp(
     "linear_gelu_backward(Tensor dy, Tensor? x, Tensor z, Tensor? weight, bool[] needed) -> Tensor[]", _backward_fake
 )

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_linear, token_rows
+from ..argument_checks import check_linear, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
-from .dispatch import define_op, needs_gradient, route, under_autocast
 from .patches import check_grid
 from .unpatchify import empty_image, torch_unpatchify
 
@@ -31,12 +32,17 @@ def linear_unpatchify(u: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, 
         ValueError: an argument's shape, dtype, device or inner stride, or a grid or patch size that does not fit; the
             message names it.
     """
-    u, weight, bias = under_autocast(u, weight, bias)
+    return _op(u, weight, bias, grid, patch_size)
+
+
+def _select(u: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], patch_size: int, training: bool) -> str:
     check_linear(u, weight, bias, of="u")
     check_grid(u, grid, len(weight), patch_size)
-    if route(u, "linear_unpatchify", token_rows(u), tuple(weight.shape), needs_gradient(u, weight, bias)) == "torch":
-        return torch_unpatchify(torch_linear(u, weight, bias), grid, patch_size)
-    return _op(u, weight, bias, grid, patch_size)
+    return select_backend(u, "linear_unpatchify", token_rows(u), tuple(weight.shape), training)
+
+
+def _torch(u: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    return torch_unpatchify(torch_linear(u, weight, bias), grid, patch_size)
 
 
 def _fake(u: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
@@ -59,13 +65,14 @@ def _backward_fake(dy: Tensor, u: Tensor, weight: Tensor, patch_size: int, neede
     return [u.new_empty(shape) for shape, need in zip(shapes, needed, strict=True) if need]
 
 
-_op = define_op(
+_triton = TritonOp(
     "linear_unpatchify(Tensor u, Tensor weight, Tensor bias, int[] grid, int patch_size) -> Tensor",
     _fake,
     save=_save,
     backward=_backward,
 )
-_backward_op = define_op(
+_op = Op(_select, _triton, autocast=slice(0, 3), torch=_torch)
+_backward_op = TritonOp(
     "linear_unpatchify_backward(Tensor dy, Tensor u, Tensor weight, int patch_size, bool[] needed) -> Tensor[]",
     _backward_fake,
 )

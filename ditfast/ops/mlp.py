@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_linear, token_rows
+from ..argument_checks import check_linear, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
-from .dispatch import define_op, needs_gradient, route, under_autocast
 from .linear import linear
 from .linear_gelu import linear_gelu
 from .torch_gelu import torch_gelu
@@ -30,17 +31,24 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
     Raises:
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = under_autocast(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+
+
+def _select(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, training: bool) -> str:
     check_linear(x, fc1_weight, fc1_bias, prefix="fc1_")
     check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=fc1_bias.shape[0])
-    training = needs_gradient(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if not training:
-        return linear(linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
-    sizes = (len(fc1_bias), len(fc2_bias), x.shape[2])
-    if route(x, "mlp", token_rows(x), sizes, training) == "torch":
-        hidden = torch_gelu(torch_linear(x, fc1_weight, fc1_bias))
-        return torch_linear(hidden, fc2_weight, fc2_bias).contiguous()
-    return _op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)[0]
+        return "linears"
+    return select_backend(x, "mlp", token_rows(x), (len(fc1_bias), len(fc2_bias), x.shape[2]), training=True)
+
+
+def _linears(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    return linear(linear_gelu(x, fc1_weight, fc1_bias), fc2_weight, fc2_bias)
+
+
+def _torch(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    hidden = torch_gelu(torch_linear(x, fc1_weight, fc1_bias))
+    return torch_linear(hidden, fc2_weight, fc2_bias).contiguous()
 
 
 def _fake(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +62,9 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    found = iter(_backward_op(dy, *ctx.saved_tensors, list(ctx.needs_input_grad)))
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+    needed = list(ctx.needs_input_grad[:5])
+    found = iter(_backward_op(dy, *ctx.saved_tensors, needed))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def _backward_fake(
@@ -65,13 +74,15 @@ def _backward_fake(
     return [x.new_empty(shape) for shape, need in zip(shapes, needed, strict=True) if need]
 
 
-_op = define_op(
+_triton = TritonOp(
     "mlp(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) -> (Tensor, Tensor)",
     _fake,
     save=_save,
     backward=_backward,
+    outputs=1,
 )
-_backward_op = define_op(
+_op = Op(_select, _triton, autocast=slice(0, 5), torch=_torch, linears=_linears)
+_backward_op = TritonOp(
     "mlp_backward(Tensor dy, Tensor x, Tensor z, Tensor fc1_weight, Tensor fc2_weight, bool[] needed) -> Tensor[]",
     _backward_fake,
 )

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..argument_checks import check_integer, check_tensor
-from .checks import check_branch, check_dtype, check_parameter
+from ..argument_checks import check_branch, check_dtype, check_integer, check_parameter, check_tensor
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
-from .dispatch import define_op, needs_gradient, route, under_autocast
 
 
 def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
@@ -31,18 +31,34 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor
         ValueError: an argument's shape, dtype, device or inner stride; the message names it.
     """
     check_tensor("weight", weight, "[D, C, p, p]")
-    dtype = weight.dtype
-    latents, weight, bias = under_autocast(latents, weight.contiguous(), bias)
-    pos_embed = _check(latents, weight, bias, pos_embed, patch_size)
-    rows, sizes = latents.shape[0] * len(pos_embed), (len(weight), weight.shape[1:].numel())
-    if route(latents, "patch_embed", rows, sizes, needs_gradient(latents, weight, bias, pos_embed)) == "torch":
-        patches = torch_patchify(latents, patch_size)  # [B, T, C*p*p]
-        return (torch_linear(patches, weight.flatten(1), bias) + pos_embed).to(dtype).contiguous()  # [B, T, D]
-    return _op(latents, weight, bias, pos_embed, dtype)
+    return _op(latents, weight, bias, pos_embed, patch_size, weight.dtype)
 
 
-def _check(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
-    """Returns pos_embed as [T, D]."""
+def _select(
+    latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int, dtype: torch.dtype, training: bool
+) -> str:
+    _check(latents, weight.contiguous(), bias, pos_embed, patch_size)
+    rows, sizes = latents.shape[0] * pos_embed.shape[-2], (len(weight), weight.shape[1:].numel())
+    return select_backend(latents, "patch_embed", rows, sizes, training)
+
+
+def _torch(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
+    patches = torch_patchify(latents, patch_size)  # [B, T, C*p*p]
+    return (torch_linear(patches, weight.flatten(1), bias) + _positions(pos_embed)).to(dtype).contiguous()  # [B, T, D]
+
+
+def _prepare(
+    latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    return latents, weight.contiguous(), bias, _positions(pos_embed), dtype
+
+
+def _positions(pos_embed: Tensor) -> Tensor:
+    """Return [1, T, D] or [T, D] as [T, D]."""
+    return pos_embed[0] if pos_embed.dim() == 3 and len(pos_embed) == 1 else pos_embed
+
+
+def _check(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> None:
     check_integer("patch_size", patch_size, 1)
     check_tensor("latents", latents, "[B, C, H, W]")
     if latents.dim() != 4 or 0 in latents.shape[1:] or latents.shape[2] % patch_size or latents.shape[3] % patch_size:
@@ -54,10 +70,7 @@ def _check(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, pat
     check_parameter("weight", weight, latents, (D, latents.shape[1], patch_size, patch_size), "latents")
     check_parameter("bias", bias, latents, (D,), "latents")
     check_tensor("pos_embed", pos_embed, "[1, T, D] or [T, D]")
-    if pos_embed.dim() == 3 and len(pos_embed) == 1:
-        pos_embed = pos_embed[0]
-    check_branch("pos_embed", pos_embed, latents, (T, D), "latents")
-    return pos_embed
+    check_branch("pos_embed", _positions(pos_embed), latents, (T, D), "latents")
 
 
 def torch_patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -96,13 +109,14 @@ def _backward_fake(
     return [dy.new_empty(shape, dtype=dtype) for (shape, dtype), need in zip(likes, needed, strict=True) if need]
 
 
-_op = define_op(
+_triton = TritonOp(
     "patch_embed(Tensor latents, Tensor weight, Tensor bias, Tensor pos_embed, ScalarType dtype) -> Tensor",
     _fake,
     save=_save,
     backward=_backward,
 )
-_backward_op = define_op(
+_op = Op(_select, _triton, _prepare, autocast=slice(0, 3), torch=_torch)
+_backward_op = TritonOp(
     "patch_embed_backward(Tensor dy, Tensor latents, Tensor weight, ScalarType bias_dtype, ScalarType position_dtype,"
     " bool[] needed) -> Tensor[]",
     _backward_fake,

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..argument_checks import check_integer, check_tensor
 from ..config import TIMESTEP_FEATURES
-from .dispatch import define_op, needs_gradient, route
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 
 _tables: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, number of frequencies and divisor
 
@@ -28,6 +29,10 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
     Raises:
         ValueError: t is not one-dimensional or not real, or dim is odd.
     """
+    return _op(t, dim, frequency_divisor)
+
+
+def _select(t: Tensor, dim: int, frequency_divisor: int | None, training: bool) -> str:
     check_tensor("t", t, "[B]")
     if t.dim() != 1:
         raise ValueError(f"t: got shape {tuple(t.shape)}, expected [B]")
@@ -38,12 +43,18 @@ def timestep_embedding(t: Tensor, dim: int = TIMESTEP_FEATURES, frequency_diviso
         check_integer("frequency_divisor", frequency_divisor, 1)
     if dim % 2:
         raise ValueError(f"dim: got {dim}, expected an even number")
+    return select_backend(_with_frequencies(t, dim, frequency_divisor)[1], "timestep_embedding", t.shape[0], (dim,), training)
+
+
+def _torch(t: Tensor, dim: int, frequency_divisor: int | None) -> Tensor:
+    _, frequencies = _with_frequencies(t, dim, frequency_divisor)
+    angles = t.float()[:, None] * frequencies  # [B, dim/2]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _with_frequencies(t: Tensor, dim: int, frequency_divisor: int | None) -> tuple[Tensor, Tensor]:
     half = dim // 2
-    frequencies = _frequencies(t, half, frequency_divisor or half)  # [dim/2]
-    if route(frequencies, "timestep_embedding", t.shape[0], (dim,), needs_gradient(t)) == "torch":
-        angles = t.float()[:, None] * frequencies  # [B, dim/2]
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-    return _op(t, frequencies)
+    return t, _frequencies(t, half, frequency_divisor or half)  # [B], [dim/2]
 
 
 def _frequencies(t: Tensor, half: int, divisor: int) -> Tensor:
@@ -104,5 +115,6 @@ def _backward_fake(dy: Tensor, t: Tensor, frequencies: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 
 
-_op = define_op("timestep_embedding(Tensor t, Tensor frequencies) -> Tensor", _fake, save=_save, backward=_backward)
-_backward_op = define_op("timestep_embedding_backward(Tensor dy, Tensor t, Tensor frequencies) -> Tensor", _backward_fake)
+_triton = TritonOp("timestep_embedding(Tensor t, Tensor frequencies) -> Tensor", _fake, save=_save, backward=_backward)
+_op = Op(_select, _triton, _with_frequencies, torch=_torch)
+_backward_op = TritonOp("timestep_embedding_backward(Tensor dy, Tensor t, Tensor frequencies) -> Tensor", _backward_fake)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import computes_now, needs_gradient
+from ..torch_modes import computes_now, needs_gradient
 
 # 0.5 * (1 + tanh(u)) = sigmoid(2 * u), and 2 * u = x * (LINEAR + CUBIC * x * x)
 LINEAR = 2 * math.sqrt(2 / math.pi)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_tokens, token_rows
-from .dispatch import define_op, needs_gradient, route
+from ..argument_checks import check_tokens, token_rows
+from ..dispatch.op import Op, TritonOp
+from ..dispatch.selection import select_backend
 from .patches import check_grid
 
 
@@ -27,11 +28,13 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
         ValueError: an argument's shape, dtype or inner stride, or a grid or patch size that does not fit x; the message
             names it.
     """
+    return _op(x, grid, patch_size)
+
+
+def _select(x: Tensor, grid: tuple[int, int], patch_size: int, training: bool) -> str:
     check_tokens("x", x)
     check_grid(x, grid, x.shape[2], patch_size)
-    if route(x, "unpatchify", token_rows(x), (x.shape[2],), needs_gradient(x)) == "torch":
-        return torch_unpatchify(x, grid, patch_size)
-    return _op(x, grid, patch_size)
+    return select_backend(x, "unpatchify", token_rows(x), (x.shape[2],), training)
 
 
 def torch_unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -65,5 +68,6 @@ def _backward_fake(dy: Tensor, patch_size: int) -> Tensor:
     return dy.new_empty(B, (H // patch_size) * (W // patch_size), C * patch_size**2)
 
 
-_op = define_op("unpatchify(Tensor x, int[] grid, int patch_size) -> Tensor", _fake, save=_save, backward=_backward)
-_backward_op = define_op("unpatchify_backward(Tensor dy, int patch_size) -> Tensor", _backward_fake)
+_triton = TritonOp("unpatchify(Tensor x, int[] grid, int patch_size) -> Tensor", _fake, save=_save, backward=_backward)
+_op = Op(_select, _triton, torch=torch_unpatchify)
+_backward_op = TritonOp("unpatchify_backward(Tensor dy, int patch_size) -> Tensor", _backward_fake)

@@ -2,5 +2,6 @@
 
 from .loop import Sampler, sample
 from .noise import image_noise
+from .samples import Samples
 
-__all__ = ["Sampler", "image_noise", "sample"]
+__all__ = ["Sampler", "Samples", "image_noise", "sample"]

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..argument_checks import LARGEST_SEED, as_float, as_int, as_list, check_type, describe
-from ..config import DiTConfig
+from ..argument_checks import LARGEST_SEED, as_float, as_guidance_scale, as_int, as_list, check_tensor, check_type, describe
 from ..diffusion.solvers import Step
-from ..ops.checks import DTYPES
+from .noise import Generators
 
 _A_SOLVERS = "those of a solver, such as ditfast.diffusion.steps(process, 'ddpm')"
-_A_SCHEDULER = "a diffusers scheduler whose timesteps are set"
-
-
-def check_model(model: Any) -> None:
-    """Raise unless a model is a ``ditfast.DiT`` or passes its attributes on, as torch.compile's does."""
-    if not isinstance(getattr(model, "config", None), DiTConfig) or not hasattr(model, "forward_modulated"):
-        came, hint = describe(model), ""
-        if isinstance(model, nn.Module):  # perhaps of the same name
-            came = f"a {type(model).__module__}.{type(model).__name__}"
-            hint = "; ditfast.load_checkpoint(model.state_dict()) makes one of a DiT's weights"
-        raise TypeError(f"model: got {came}, expected a ditfast.DiT{hint}")
-    weights = model.pos_embed  # which has the dtype and device of all
-    if weights.dtype not in DTYPES or weights.is_meta:
-        got = f"weights of {weights.dtype} on {weights.device}"
-        raise ValueError(f"model: got {got}, expected float32, float16 or bfloat16 on a device with memory: call model.to")
 
 
 def check_steps(steps: Any) -> None:
@@ -37,13 +21,6 @@ def check_steps(steps: Any) -> None:
         raise ValueError(f"steps: got none, expected {_A_SOLVERS}")
     for step in steps:
         check_type("steps", step, Step, _A_SOLVERS)
-
-
-def check_scheduler(scheduler: Any) -> None:
-    if getattr(scheduler, "timesteps", None) is None or not callable(getattr(scheduler, "step", None)):
-        raise TypeError(f"scheduler: got {describe(scheduler)}, expected {_A_SCHEDULER}")
-    if getattr(scheduler, "num_inference_steps", "") is None and not getattr(scheduler, "custom_timesteps", False):
-        raise ValueError(f"scheduler: got {describe(scheduler)}, expected {_A_SCHEDULER}: call its set_timesteps")
 
 
 def as_interval(interval: Any) -> tuple[float, float]:
@@ -79,12 +56,46 @@ def as_images(images: Any, count: int) -> list[int]:
 
 def as_scales(cfg_scale: Any, count: int, device: torch.device) -> Tensor | None:
     """Return guidance scales [B] as fp32 on a device; None where nothing is guided."""
-    values = cfg_scale.tolist() if isinstance(cfg_scale, (Tensor, np.ndarray)) else cfg_scale
-    if not isinstance(values, (list, tuple)):
-        found = [as_float("cfg_scale", values)] * count
-    elif len(values) == count:
-        found = [as_float("cfg_scale", value) for value in values]
-    else:
-        raise ValueError(f"cfg_scale: got {describe(values)}, expected a finite number, or one for each of the {count} labels")
-    scales = torch.tensor(found, dtype=torch.float32, device=device)
+    scale = as_guidance_scale(cfg_scale, count, torch.empty(0, device="cpu"))  # a number, or [B, 1, 1, 1]
+    values = scale.flatten().tolist() if isinstance(scale, Tensor) else [scale] * count
+    scales = torch.tensor([as_float("cfg_scale", value) for value in values], dtype=torch.float32, device=device)
     return None if bool((scales == 1).all()) else scales
+
+
+def as_latents(name: str, latents: Any, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return latents of a shape as fp32 on a device."""
+    expected = f"[{', '.join(map(str, shape))}]"
+    check_tensor(name, latents, expected)
+    if tuple(latents.shape) != tuple(shape) or not latents.is_floating_point():
+        raise ValueError(f"{name}: got {describe(latents)}, expected {expected} of floats")
+    return latents.detach().to(device, torch.float32)
+
+
+def as_generators(generator: Any, count: int) -> Generators | None:
+    """Return a generator, or a list of one for each image; None for None."""
+    expected = f"a torch.Generator, or a list of {count}, one for each label"
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    generators = as_list("generator", generator, expected)
+    for one in generators:
+        check_type("generator", one, torch.Generator, expected)
+    if len(generators) != count:
+        raise ValueError(f"generator: got {len(generators)} of them, expected {expected}")
+    return generators
+
+
+def as_first_step(start_time: Any, starts: Sequence[tuple[int, float]]) -> int:
+    """Return the index of the step that begins at a time.
+
+    Args:
+        start_time: None begins with the first step.
+        starts: index and time of each step that a run may begin with.
+    """
+    if start_time is None:
+        return 0
+    start_time = as_float("start_time", start_time)
+    nearest = sorted(starts, key=lambda start: abs(start[1] - start_time))
+    if not math.isclose(nearest[0][1], start_time, rel_tol=1e-6, abs_tol=1e-6):
+        times = " or ".join(f"{time:g}" for _, time in nearest[:2])
+        raise ValueError(f"start_time: got {start_time:g}, expected the time of a step, such as {times}")
+    return nearest[0][0]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..files import PART, visible_entries, whole_file
+from ..files import PART, check_room, visible_entries, whole_file
 from ..images import Pixels, save_png
 from .ranks import Ranks
 from .settings import differences
@@ -80,7 +79,8 @@ class RunFolder:
             self._check_content(json.loads(written)["settings"])
             with tempfile.TemporaryFile(dir=self.path, prefix=".") as probe:
                 probe.write(bytes(_ROOM_OF_A_FILE))
-            self._check_room(len(self.missing()) * (file_bytes + _ROOM_OF_A_FILE) + other_bytes)
+            needed = len(self.missing()) * (file_bytes + _ROOM_OF_A_FILE) + other_bytes
+            check_room(self.path, needed, f"{self.content}s")
             with whole_file(self.path / self.record, keep=True) as record:
                 record.write_text(written, "utf-8")
             self._check_content(json.loads(written)["settings"])  # of two runs that begin at once, one is first
@@ -132,13 +132,7 @@ class RunFolder:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise FolderError(f"{record}: does not hold a run's settings") from error
         if differing:
-            raise FolderError(f"{self.path}: holds a run with other settings: {differing}")
-
-    def _check_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self.path).free
-        if needed > free:
-            sizes = f"{needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free"
-            raise FolderError(f"{self.path}: the {self.content}s take up to {sizes}")
+            raise FolderError(f"{self.path}: holds a run with other settings: {differing}; give another folder")
 
 
 class ImageFolder(RunFolder):

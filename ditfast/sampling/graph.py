@@ -14,8 +14,8 @@ class Graphed:
     """``function`` of tensors (or None), captured at the first call with arguments of a shape, dtype and presence.
 
     A call copies its arguments into the graph's own buffers, replays, and returns the graph's output, which the next call
-    overwrites. Where capturing fails the function runs as it is, after one warning. The arguments are on one device, which
-    need not be the current one.
+    overwrites. Other options, constants of the function, are another graph. Where capturing fails the function runs as it
+    is, after one warning. The arguments are on one device, which need not be the current one.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -23,23 +23,23 @@ class Graphed:
         self._graphs: dict[Any, tuple[list[Tensor | None], Tensor, Callable[[], None]]] = {}
         self._failed = False
 
-    def __call__(self, *arguments: Tensor | None) -> Tensor:
+    def __call__(self, *arguments: Tensor | None, **options: bool) -> Tensor:
         if self._failed:
-            return self.function(*arguments)
+            return self.function(*arguments, **options)
         with torch.cuda.device(next(a.device for a in arguments if a is not None)):  # whose streams capture and replay
-            return self._replayed(arguments)
+            return self._replayed(arguments, options)
 
-    def _replayed(self, arguments: tuple[Tensor | None, ...]) -> Tensor:
-        key = tuple(None if a is None else (a.shape, a.dtype, a.device) for a in arguments)
+    def _replayed(self, arguments: tuple[Tensor | None, ...], options: dict[str, bool]) -> Tensor:
+        key = (*(None if a is None else (a.shape, a.dtype, a.device) for a in arguments), *options.items())
         if key not in self._graphs:
             buffers = [None if a is None else a.clone() for a in arguments]
             try:
-                output, replay = cuda_capture(lambda: self.function(*buffers))
+                output, replay = cuda_capture(lambda: self.function(*buffers, **options))
             except RuntimeError as error:
                 self._failed = True
                 first_line = str(error).strip().partition("\n")[0]
                 warnings.warn(f"sampling goes on without a CUDA graph, whose capture failed: {first_line}", stacklevel=3)
-                return self.function(*arguments)
+                return self.function(*arguments, **options)
             self._graphs[key] = buffers, output, replay
         buffers, output, replay = self._graphs[key]
         for buffer, argument in zip(buffers, arguments, strict=True):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..argument_checks import LARGEST_SEED, as_int, as_list
+
+Generators: TypeAlias = torch.Generator | list[torch.Generator]  # one for a batch, or one for each image
 
 
 def image_noise(shape: Sequence[int], images: Sequence[int], seed: int, step: int = 0) -> Tensor:
@@ -35,3 +38,16 @@ def image_noise(shape: Sequence[int], images: Sequence[int], seed: int, step: in
         bits = np.random.Philox(key=np.array([seed, image], dtype=np.uint64), counter=counter)
         np.random.Generator(bits).standard_normal(out=drawn[place], dtype=np.float32)
     return torch.from_numpy(drawn)
+
+
+def generated_noise(shape: Sequence[int], generators: Generators) -> Tensor:
+    """Draw fp32 normal noise on the generators' device, with the bits that diffusers' pipelines draw.
+
+    Args:
+        shape: of the batch, (B, C, H, W).
+        generators: one that draws them all, or a list of B that draw an image each.
+    """
+    if isinstance(generators, torch.Generator):
+        return torch.randn(*shape, generator=generators, device=generators.device, dtype=torch.float32)
+    parts = [torch.randn(1, *shape[1:], generator=g, device=g.device, dtype=torch.float32) for g in generators]
+    return torch.cat(parts) if parts else torch.empty(*shape, dtype=torch.float32)

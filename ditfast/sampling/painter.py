@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from .. import vae as autoencoder
 from ..images import Pixels, to_pixels
@@ -31,7 +32,7 @@ class Painter:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
-        channels, *size = self.sampler.model.config.input_shape
+        channels, *size = self.sampler.denoiser.config.input_shape
         if self.vae is None:
             return size[0], size[1], channels
         return autoencoder.image_size(self.vae, size[0]), autoencoder.image_size(self.vae, size[1]), 3
@@ -49,12 +50,25 @@ class Painter:
         labels = [self.label(number) for number in numbers]
         done = len(numbers) / len(self.sampler.steps)
         images = self.sampler(labels, cfg_scale=self.cfg_scale, images=numbers, on_step=lambda: advance(done))  # [n, C, H, W]
-        if self.vae is not None:
-            images = autoencoder.decode(self.vae, images)  # [n, 3, H, W]
-        finite = images.isfinite().flatten(1).all(1)
-        if not finite.all():
-            raise FloatingPointError(f"image {numbers[int((~finite).nonzero()[0])]} came out infinite or NaN")
-        return to_pixels(images)
+        return decode_pixels(images, self.vae, numbers)
+
+
+def decode_pixels(latents: Tensor, vae: autoencoder.VAE | None, numbers: Sequence[int]) -> Pixels:
+    """Return images [n, height, width, C] 8-bit.
+
+    Args:
+        latents: [n, C, h, w], or pixels in [-1, 1].
+        vae: decodes latents; None for pixels.
+        numbers: of the images, for messages.
+
+    Raises:
+        FloatingPointError: an image holds infinities or NaN, which have no pixels.
+    """
+    images = latents if vae is None else autoencoder.decode(vae, latents)  # [n, 1 or 3, H, W]
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise FloatingPointError(f"image {numbers[int((~finite).nonzero()[0])]} came out infinite or NaN")
+    return to_pixels(images)
 
 
 def label_of(image: int, classes: Sequence[int], per_class: int | None, seed: int) -> int:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..version import __version__
+
 _LONGEST_VALUE = 60
 
 
@@ -32,8 +34,6 @@ def device_kind(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Of the packages whose arithmetic it is."""
-    from .. import __version__
-
     return {"ditfast": __version__, "torch": torch.__version__, "numpy": np.__version__}
 
 

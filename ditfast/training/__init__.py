@@ -3,6 +3,7 @@
 from .checkpoints import CheckpointFault
 from .data import Data, DataError, Digits, open_data
 from .errors import RunError, TrainingStopped
+from .history import History, read_history
 from .settings import RunOptions, TrainSettings
 from .trainer import Trainer
 
@@ -11,10 +12,12 @@ __all__ = [
     "Data",
     "DataError",
     "Digits",
+    "History",
     "RunError",
     "RunOptions",
     "TrainSettings",
     "Trainer",
     "TrainingStopped",
     "open_data",
+    "read_history",
 ]

@@ -6,10 +6,8 @@ and hash of each file. torch.distributed.checkpoint unpickles its index and plai
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
 from collections import ChainMap
@@ -26,13 +24,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from ..checkpoints.errors import one_line
+from ..checkpoints.runs import MANIFEST, STEP_PREFIX, checked_manifest, fault_of, find_steps, sha256, sha256_of
 from ..files import PART
 from ..sampling.ranks import Ranks
 from .parallel import told
-
-MANIFEST = "manifest.json"
-_NAME = "step-"
 
 T = TypeVar("T")
 
@@ -77,7 +72,7 @@ class Checkpoints:
         Raises:
             CheckpointFault: it cannot be written; the older ones are still there.
         """
-        final = self.folder / f"{_NAME}{step:08d}"
+        final = self.path(step)
         part = final.with_name(f".{final.name}{PART}")
         if self._first(final, lambda: _is_whole(final)):
             return final
@@ -91,6 +86,13 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
         self._first(final, lambda: self._tidy(step))
         return final
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{STEP_PREFIX}{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints that are there, torn ones too."""
+        return [step for step, _ in find_steps(self.folder)]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint, what ``save`` was told about it, and its ``step``; None where there is none at all.
@@ -138,7 +140,7 @@ class Checkpoints:
 
     def _begin(self, part: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f".{_NAME}*{PART}"):
+        for leftover in self.folder.glob(f".{STEP_PREFIX}*{PART}"):
             shutil.rmtree(leftover)
         part.mkdir()
 
@@ -147,7 +149,7 @@ class Checkpoints:
         if missing:
             raise OSError(f"{missing[0]} of another rank is not there, expected a folder that all ranks share")
         with (part / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump({**manifest, "sha256": _sha256_of(json.loads(json.dumps(manifest)))}, file, indent=2)
+            json.dump({**manifest, "sha256": sha256_of(json.loads(json.dumps(manifest)))}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
         _sync(part)
@@ -158,22 +160,18 @@ class Checkpoints:
         self._torn = [path for path in self._torn if path != final]
 
     def _tidy(self, step: int) -> None:
-        whole = [path for number, path in self._all() if number <= step and path not in self._torn]
+        whole = [path for number, path in find_steps(self.folder) if number <= step and path not in self._torn]
         for path in whole[: -self.keep]:
             shutil.rmtree(path)
-
-    def _all(self) -> list[tuple[int, Path]]:
-        """By step; torn ones too."""
-        names = [entry.name for entry in os.scandir(self.folder)] if self.folder.exists() else []
-        steps = sorted(int(name.removeprefix(_NAME)) for name in names if re.fullmatch(_NAME + r"\d{8,}", name))
-        return [(step, self.folder / f"{_NAME}{step:08d}") for step in steps]
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         faults: list[str] = []
         self._torn = []
-        for step, path in reversed(self._all()):
+        if self.folder.exists():
+            os.scandir(self.folder).close()  # raises where a file is in its place
+        for step, path in reversed(find_steps(self.folder)):
             try:
-                return path, {**_checked_manifest(path)["about"], "step": step}
+                return path, {**checked_manifest(path)["about"], "step": step}
             except (OSError, ValueError) as error:
                 faults.append(f"{path.name}: {_reason(error)}")
                 warnings.warn(f"{path}: not a whole checkpoint: {_reason(error)}", stacklevel=2)
@@ -193,31 +191,9 @@ def start_at_zero(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state["step"].zero_()
 
 
-def _checked_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint; OSError or ValueError with the reason of one that is not."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        is_intact = manifest.pop("sha256") == _sha256_of(manifest)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} is damaged") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"{MANIFEST} is missing") from error
-    if not is_intact:
-        raise ValueError(f"{MANIFEST} does not match its checksum")
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{name} is missing")
-        if file.stat().st_size != expected["size"]:
-            raise ValueError(f"{name} has {file.stat().st_size} bytes, expected {expected['size']}")
-        if _sha256(file) != expected["sha256"]:
-            raise ValueError(f"{name} does not match its checksum")
-    return manifest
-
-
 def _is_whole(path: Path) -> bool:
     try:
-        _checked_manifest(path)
+        checked_manifest(path)
     except (OSError, ValueError):
         return False
     return True
@@ -226,19 +202,7 @@ def _is_whole(path: Path) -> bool:
 def _own_files(part: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Size and hash of what a rank wrote; of the first also the index that torch.distributed.checkpoint wrote."""
     files = [*part.glob(f"__{rank}_*"), *([part / ".metadata"] if rank == 0 else [])]
-    return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-
-
-def _sha256(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
-
-
-def _sha256_of(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
 
 
 def _sync(folder: Path) -> None:
@@ -255,4 +219,4 @@ def _reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
         if not isinstance(error, Exception):  # Ctrl-C
             raise error
-    return one_line((isinstance(error, OSError) and error.strerror) or str(error))
+    return fault_of(error)

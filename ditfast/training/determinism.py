@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..ops.attention import attention_engine
+from ..dispatch.override import attention_engine
 from .errors import RunError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when its first product is computed

@@ -7,3 +7,7 @@ class RunError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """A run that ended early: at which step and why; its checkpoints are whole."""
+
+
+class TrainingInterrupted(TrainingStopped):
+    """A run that Ctrl-C ended, behind a step and with a checkpoint."""

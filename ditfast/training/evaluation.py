@@ -87,7 +87,7 @@ def _readable(data: Data) -> Iterator[Record]:
 
 
 def _samples(model: DiT, settings: TrainSettings, labels: Tensor, clip: bool) -> Tensor:
-    guided = model.config.class_dropout_prob > 0
+    guided = model.config.has_null_class
     return sample(model, _steps(model, settings), labels, cfg_scale=GUIDANCE if guided else 1.0, seed=settings.seed, clip=clip)
 
 

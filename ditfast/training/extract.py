@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Extraction:
         names = [self.images.names[number] for number in block]
         labels = [self.images.labels[number] for number in block]
         parts = []
-        with ThreadPoolExecutor(self.readers) as pool:
+        with ThreadPoolExecutor(self.readers) as pool, _without_waiting(pool):
             reading = pool.map(self._read, block)
             for start in range(0, len(block), self.index.batch):
                 places = range(start, min(start + self.index.batch, len(block)))
@@ -118,6 +119,16 @@ class Extraction:
             return self.images[number].values
         except BadRecord as error:
             return error
+
+
+@contextmanager
+def _without_waiting(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Read nothing more once an exception ends the block."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _write(path: Path, content: bytes) -> None:

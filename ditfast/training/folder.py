@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import visible_entries, whole_file
+from ..files import check_room, visible_entries, whole_file
 from ..sampling.ranks import Ranks
 from ..sampling.settings import differences, versions
 from .errors import RunError
@@ -18,10 +18,11 @@ from .parallel import told
 
 RECORD = "run.json"
 LOCK = ".lock"
+WITH_CHECKPOINTS = "checkpoints, with --keep of them on the disk and one that is being written,"
 
 
 @contextmanager
-def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Ranks) -> Iterator[None]:
+def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Ranks, needed: int = 0) -> Iterator[None]:
     """The first rank claims the folder for all, and while the block runs no other process gets in.
 
     Args:
@@ -29,6 +30,7 @@ def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Rank
         settings: as ``claim`` takes them.
         resume: as ``claim`` takes it.
         ranks: which process of how many this is; all of them call this.
+        needed: as ``claim`` takes it.
 
     Raises:
         RunError: on every rank: as ``claim`` does; another process trains in the folder; or the ranks' settings differ.
@@ -37,7 +39,7 @@ def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Rank
         refusal = None
         if ranks.rank == 0:
             try:
-                claim(folder, settings, resume)
+                claim(folder, settings, resume, needed)
                 stack.enter_context(_alone_in(folder))
             except RunError as error:
                 refusal = str(error)
@@ -51,16 +53,18 @@ def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Rank
         yield
 
 
-def claim(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int = 0) -> None:
     """Makes the run's folder, or finds that it is this run's.
 
     Args:
         folder: made if it does not exist.
         settings: whatever decides the weights, as JSON takes it.
         resume: whether an earlier run with the same settings may be there.
+        needed: bytes that the checkpoints to come take at most.
 
     Raises:
-        RunError: it cannot be written, is a file, holds something else or another run, or this run while ``resume`` is False.
+        RunError: it cannot be written, is a file, holds something else or another run, or this run while ``resume`` is False;
+            or the disk has too little room.
     """
     record = folder / RECORD
     written = json.dumps({"settings": settings, "versions": versions()}, indent=2) + "\n"
@@ -70,11 +74,13 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
             names = [entry.name for entry in visible_entries(folder)]
             if names:
                 raise RunError(f"{folder}: holds {names[0]} and no {RECORD}, expected an empty folder or an earlier run's")
+            check_room(folder, needed, WITH_CHECKPOINTS)
             with whole_file(record, keep=True) as temporary:
                 temporary.write_text(written, "utf-8")
         elif not resume:
             raise RunError(f"{folder}: holds a run already; --resume auto goes on with it")
         _check_same(record, json.loads(written)["settings"])
+        check_room(folder, needed, WITH_CHECKPOINTS)
     except (FileExistsError, NotADirectoryError) as error:
         raise RunError(f"{folder}: a file is in the way") from error
     except OSError as error:
@@ -87,7 +93,7 @@ def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{record}: does not hold a run's settings") from error
     if differing:
-        raise RunError(f"{record.parent}: holds a run with other settings: {differing}")
+        raise RunError(f"{record.parent}: holds a run with other settings: {differing}; give another folder")
 
 
 def _unwritable(folder: Path, error: OSError) -> RunError:

@@ -87,7 +87,7 @@ class Objective:
 
     Args:
         settings: name the loss and the sampler of timesteps.
-        config: of the model.
+        config: of the model; its ``prediction`` is the target.
     """
 
     def __init__(self, settings: TrainSettings, config: DiTConfig):
@@ -97,7 +97,7 @@ class Objective:
         if settings.loss == "flow":
             self.process, self.sampler = FlowMatching(settings.path), UniformTimes()
         else:
-            self.process = GaussianDiffusion(learn_sigma=config.learn_sigma)
+            self.process = GaussianDiffusion(learn_sigma=config.learn_sigma, prediction=config.prediction)
             self.sampler = ImportanceSteps() if settings.timesteps == "importance" else UniformSteps()
 
     def losses(self, model: Model, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:

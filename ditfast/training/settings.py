@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..argument_checks import LARGEST_SEED, as_bool, as_float, as_int, as_list, check_choice
+from ..config import PREDICTIONS
 from ..diffusion.flow import PATHS
 from ..dtypes import DTYPES
 
@@ -37,12 +38,14 @@ class TrainSettings:
         max_norm: gradients of a larger norm are scaled down to it; None leaves them.
         dtype: ``"fp32"``; ``"bf16"`` or ``"fp16"``: autocast, over fp32 weights, fp16 with a loss scale.
         ema: decays of the averages of the weights; the first one's are sampled from and exported.
-        flip: mirror every other image (digits never are).
+        flip: mirror every other image (digits and datasets of pairs never are).
         checkpoint_activations: keep the outputs of a block's products only, and compute the rest again in the backward.
         compile: the model with torch.compile.
         deterministic: on a GPU, only algorithms whose results are the same bits in every run, or an error where there is none;
             slower. On a CPU they always are.
         max_skipped: steps in a row whose loss or gradient may be infinite or NaN; such a step changes no weight.
+        prediction: what the model learns to predict, and the exported file says: ``"epsilon"``, the noise, ``"x0"``, the
+            clean image, or ``"v"`` (Salimans & Ho 2022); None for what the model's config says. Flow matching has its own.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -68,6 +71,7 @@ class TrainSettings:
     compile: bool = False
     deterministic: bool = False
     max_skipped: int = 25
+    prediction: str | None = None
 
     def __post_init__(self) -> None:
         given: dict[str, Any] = {}
@@ -77,6 +81,8 @@ class TrainSettings:
         choices = {"loss": LOSSES, "path": PATHS, "timesteps": TIMESTEPS, "schedule": SCHEDULES, "dtype": DTYPES}
         for field, allowed in choices.items():
             check_choice(field, getattr(self, field), allowed)
+        if self.prediction is not None:
+            check_choice("prediction", self.prediction, PREDICTIONS)
         for field in ("rate", "weight_decay"):
             given[field] = as_float(field, getattr(self, field), 0)
         if self.max_norm is not None:
@@ -94,11 +100,13 @@ class TrainSettings:
             raise ValueError(f"accumulate: got {self.accumulate}, expected a divisor of the batch {self.batch}")
         if self.timesteps == "importance" and self.loss == "flow":
             raise ValueError("timesteps: got 'importance', but flow matching's times are no steps; expected 'uniform'")
+        if self.prediction is not None and self.loss == "flow":
+            raise ValueError(f"prediction: got {self.prediction!r}, but flow matching predicts a velocity; expected None")
 
     def decisive(self, device_type: str) -> dict[str, Any]:
         """The fields that a resumed run on such a device has to share: with a constant rate it may go on for more steps."""
         fields = dataclasses.asdict(self)
-        del fields["max_skipped"]
+        del fields["max_skipped"], fields["prediction"]  # the model's config says what it predicts
         if device_type == "cpu" or not self.deterministic:  # runs of earlier versions have no such field
             del fields["deterministic"]
         if self.schedule == "constant":

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .. import flops
+from .. import flops, timer
 from ..config import DiTConfig
+from ..flops import DEVICES
+from ..flops.devices import spec_of
 from ..ops.cpu_products import SLOW_DTYPES
-from ..ops.dispatch import has_triton
-from ..prediction import spec_of
 
 BACKWARD = 2  # times a forward's products
 WINDOW = 20  # steps
@@ -70,15 +70,14 @@ def _data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:
     spec = spec_of(device)
     if spec is not None:
         return spec.half / 2 if tf32 else spec.peak(dtype)
-    if torch.version.hip or not has_triton() or (fp32 and not tf32):
+    if torch.version.hip or (fp32 and not tf32):
         return None
-    from ditfast.kernels.hardware import DEVICES
-
     properties = torch.cuda.get_device_properties(device)
-    board = DEVICES.get(f"sm_{properties.major}{properties.minor}")
-    if board is None:
+    arch = f"sm_{properties.major}{properties.minor}"
+    alike = next((spec for spec in DEVICES.values() if spec.arch == arch), None)  # with other multiprocessors
+    if alike is None:
         return None
-    half = 2 * properties.multi_processor_count * board.multiply_adds * board.clock * 1e9
+    half = alike.half * properties.multi_processor_count / alike.multiprocessors
     return half / 2 if tf32 else half
 
 
@@ -88,8 +87,9 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
     side = SMALLEST
     while True:
         a = torch.ones(side, side, dtype=dtype, device=device)
-        _seconds_of_product(a)  # warm-up
-        seconds = min(_seconds_of_product(a) for _ in range(TRIES))
+        product = functools.partial(F.linear, a, a)
+        timer.seconds(product, device)  # warm-up
+        seconds = min(timer.seconds(product, device) for _ in range(TRIES))
         if seconds >= LONG_ENOUGH or side == LARGEST:
             return 2 * side**3 / seconds
         side *= 2
@@ -104,16 +104,3 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _seconds_of_product(a: torch.Tensor) -> float:
-    if a.is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(torch.cuda.current_stream(a.device))
-        F.linear(a, a)
-        end.record(torch.cuda.current_stream(a.device))
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    began = time.perf_counter()
-    F.linear(a, a)
-    return time.perf_counter() - began

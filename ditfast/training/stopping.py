@@ -3,33 +3,108 @@
 from __future__ import annotations
 
 import signal
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from ..interrupt import Announced, end_at_once
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ONE_PRESS_S = 0.1  # a loader's worker that was forked from this process tells of the same press
+
+
+class StopRequest:
+    """Signals to this process so far.
+
+    Attributes:
+        asked: there was one.
+        interrupts: presses of Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.interrupts = 0
+
+    def __call__(self) -> bool:
+        return self.asked
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Gives what says whether this process was asked; Ctrl-C stops it at once after that.
+def asked_to_stop(announce: Callable[[bool], str | None] = lambda last: None) -> Iterator[StopRequest]:
+    """Note signals that ask this process to stop; a second Ctrl-C stops it at once.
 
     A second SIGTERM asks no more than the first: of a job whose every process gets one, a rank gets torchrun's too. Outside
     the main thread, where Python takes no signals, nobody asks.
+
+    Args:
+        announce: called at the first Ctrl-C with False, and with True at the second, after which ``Announced`` is raised; the
+            line that it returns is written to stderr. Called in another thread, at once: Python's own handlers wait until a
+            call into C++, such as a backward, returns.
     """
-    asked = threading.Event()
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
 
     def on_signal(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        request.asked = True
+        if request.interrupts < 2:
+            return
+        interrupt = before[signal.SIGINT]
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)
+        except KeyboardInterrupt:
+            raise Announced from None
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
+    def listen() -> None:
+        last = -ONE_PRESS_S
+        while received := reader.recv(1):
+            if received[0] != signal.SIGINT or time.monotonic() - last < ONE_PRESS_S:
+                continue
+            last = time.monotonic()
+            request.asked = True
+            request.interrupts += 1
+            if request.interrupts > 2:
+                end_at_once()
+            line = announce(request.interrupts == 2)
+            if line is not None:
+                _write(line)
+            if request.interrupts == 2:
+                _interrupt_main()  # whose handler may have run before this was counted
+                reader.recv(1)
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
     before = {name: signal.signal(name, on_signal) for name in SIGNALS}
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
     try:
-        yield asked.is_set
+        yield request
     finally:
+        signal.set_wakeup_fd(wakeup)
+        writer.close()  # which ends the thread behind what it has still to say
+        thread.join()
+        reader.close()
         for name in SIGNALS:
             signal.signal(name, before[name])
+
+
+def _interrupt_main() -> None:
+    if sys.platform == "win32":
+        signal.raise_signal(signal.SIGINT)
+    else:  # this thread's signal would not end a call of the system that the main thread waits in
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def _write(line: str) -> None:
+    """Write a line to stderr, below a progress bar, whose own stderr would break it at the terminal's width."""
+    stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    with suppress(OSError, ValueError):  # nobody reads any more
+        stream.write(f"{line}\n" if stream is sys.stderr else f"\n{line}\n")
+        stream.flush()

@@ -1,4 +1,4 @@
-"""What a model asks of the ops: found by running it on tensors without data."""
+"""The shapes of a model's op calls, found by running it on tensors without data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import Counter
 import torch
 
 from ..config import DiTConfig
+from ..dispatch.selection import record_calls
+from ..dispatch.shapes import OpShape
 from ..model import DiT
-from ..ops.dispatch import watching
-from ..problem import Problem
 
 
-def problems(config: DiTConfig, batch: int, dtype: torch.dtype, training: bool = False) -> Counter[Problem]:
-    """Those of a forward, or of a step of training under autocast to ``dtype``, and how often each comes."""
-    found: Counter[Problem] = Counter()
+def model_shapes(config: DiTConfig, batch: int, dtype: torch.dtype, training: bool = False) -> Counter[OpShape]:
+    """Return the shapes of a forward, or of a step of training under autocast to ``dtype``, and how often each comes."""
+    shapes: Counter[OpShape] = Counter()
     inference = not training
     with torch.device("meta"):
         model = DiT(config).train(training)
@@ -22,6 +22,6 @@ def problems(config: DiTConfig, batch: int, dtype: torch.dtype, training: bool =
     if inference:
         model, x = model.to(dtype), x.to(dtype)
     autocast = torch.autocast("cpu", dtype, enabled=training and dtype != torch.float32)
-    with watching(lambda problem: found.update([problem])), torch.inference_mode(inference), autocast:
+    with record_calls(lambda shape: shapes.update([shape])), torch.inference_mode(inference), autocast:
         model(x, t, y)
-    return found
+    return shapes

@@ -1,4 +1,4 @@
-"""Kernels compiled before they are timed: all configs of a problem at once, on every core, into Triton's cache."""
+"""Kernels compiled before they are timed: all configs of a shape at once, on every core, into Triton's cache."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..ahead import Launching
-from ..ops.dispatch import kernels, on_trial
-from ..ops.routes import why_not
-from ..problem import Problem
+from ..dispatch.backends import why_not
+from ..dispatch.launchers import triton_kernels
+from ..dispatch.override import on_trial
+from ..dispatch.shapes import OpShape
 from .examples import example
 
 CPU = torch.device("cpu")
 
 
 def compile_kernels(
-    problems: Iterable[Problem],
+    shapes: Iterable[OpShape],
     device: torch.device,
     every_config: bool,
     in_time: Callable[[], bool],
     show: Callable[[int, int], None],
 ) -> None:
-    """Compile what the Triton route of problems launches; what does not compile is left to whoever launches it.
+    """Compile what the Triton backend of shapes launches; what does not compile is left to whoever launches it.
 
     Args:
-        problems: to be measured.
+        shapes: to be measured.
         device: what the kernels are for; nothing runs on it.
         every_config: in all configs that may be measured, else in the built-in ones.
         in_time: asked after each kernel; those that have begun are compiled to their end.
@@ -38,7 +39,7 @@ def compile_kernels(
     arch = _arch(device)
     if arch is None:
         return
-    builds = {build.key: build for problem in problems for build in kernel_builds(problem, arch, every_config)}
+    builds = {build.key: build for shape in shapes for build in kernel_builds(shape, arch, every_config)}
     from ditfast.kernels.ahead import compile_all
 
     show(0, len(builds))
@@ -48,16 +49,16 @@ def compile_kernels(
             break
 
 
-def kernel_builds(problem: Problem, arch: str, every_config: bool) -> list[Any]:
-    """Return one ``kernels.ahead.Build`` of each kernel that the Triton route launches, found without data."""
+def kernel_builds(shape: OpShape, arch: str, every_config: bool) -> list[Any]:
+    """Return one ``kernels.ahead.Build`` of each kernel that the Triton backend launches, found without data."""
     from ditfast.kernels.ahead import compiling_for
 
-    if why_not("triton", CPU, problem):
+    if why_not("triton", CPU, shape):
         return []
-    tuned = kernels().tuned
+    tuned = triton_kernels().tuned
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with compiling_for(arch) as builds, fake, Launching(), on_trial(problem.op, "triton"):
-        one = example(problem, CPU, seed=0)  # which launches too, to see the outputs of a step
+    with compiling_for(arch) as builds, fake, Launching(), on_trial(shape.op, "triton"):
+        one = example(shape, CPU, seed=0)  # which launches too, to see the outputs of a step
         with tuned.asking() as asked:
             one.run()
         for key, configs in asked.items():
@@ -69,13 +70,13 @@ def kernel_builds(problem: Problem, arch: str, every_config: bool) -> list[Any]:
 
 def _arch(device: torch.device) -> str | None:
     """None where nothing can be compiled ahead: without Triton, in its interpreter, for an architecture not listed."""
-    if why_not("triton", device, Problem("linear", torch.float32, 1, (1, 1))):
+    if why_not("triton", device, OpShape("linear", torch.float32, 1, (1, 1))):
         return None
     from ditfast.kernels.ahead import TARGETS
 
-    with kernels().current_device(device) if device.type == "cuda" else nullcontext():
+    with triton_kernels().current_device(device) if device.type == "cuda" else nullcontext():
         try:
-            arch = kernels().target()
+            arch = triton_kernels().target()
         except RuntimeError:
             return None
     return arch if arch in TARGETS else None

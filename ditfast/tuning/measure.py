@@ -1,4 +1,4 @@
-"""Every route of a problem and every tile of its kernels: checked against plain torch, then timed."""
+"""Every backend of a shape and every config of its kernels: checked against plain torch, then timed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.dispatch import kernels, on_trial
-from ..ops.routes import ROUTES, has_triton, why_not
-from ..problem import Problem
-from .clock import Clock
+from ..dispatch.backends import BACKENDS, has_triton, why_not
+from ..dispatch.launchers import triton_kernels
+from ..dispatch.override import on_trial
+from ..dispatch.shapes import OpShape
+from ..dispatch.tuning_cache import Config, ConfigKey, Entry
 from .examples import Example, example
-from .record import Entry, Tile, TileKey
+from .graph_timer import Timer
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Unit roundoffs by which two right results may differ, normwise: a few roundings of 16-bit values, or a sum of thousands in
@@ -25,101 +26,101 @@ ROUNDINGS = {torch.float32: 512, torch.bfloat16: 8, torch.float16: 8}
 
 @dataclass
 class Measured:
-    """What is known of a problem so far."""
+    """Measurements of a shape so far."""
 
-    problem: Problem
+    shape: OpShape
     times: int  # in the model
     ms: dict[str, float] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
-    tiles: dict[TileKey, Tile] = field(default_factory=dict)
+    configs: dict[ConfigKey, Config] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what was skipped, and why
 
     @property
     def entry(self) -> Entry:
-        return Entry(self.ms, self.excluded, self.tiles)
+        return Entry(self.ms, self.excluded, self.configs)
 
     @property
     def plain(self) -> str:
-        return ROUTES[self.problem.op][0]
+        return BACKENDS[self.shape.op][0]
 
     @property
     def winner(self) -> str:
-        return min(self.ms, key=lambda route: self.ms[route])
+        return min(self.ms, key=lambda backend: self.ms[backend])
 
 
-def measure_routes(found: Measured, clock: Clock) -> None:
-    """Each route that the device has, Triton at its built-in tiles; none if plain torch cannot be run."""
+def measure_backends(found: Measured, timer: Timer) -> None:
+    """Measure each backend that the device has, Triton at its built-in configs; none if plain torch cannot be run."""
     before = len(found.notes)
-    with _posed(found, clock) as posed:
-        for route in ROUTES[found.problem.op]:
-            if why_not(route, clock.device, found.problem):
+    with _prepared(found, timer) as prepared:
+        for backend in BACKENDS[found.shape.op]:
+            if why_not(backend, timer.device, found.shape):
                 continue
             try:
-                found.ms[route] = posed.ms(route, {})
+                found.ms[backend] = prepared.ms(backend, {})
             except Exception as error:  # of somebody else's code, in a configuration that may be nobody's yet
-                if isinstance(error, torch.OutOfMemoryError) or route == found.plain:
+                if isinstance(error, torch.OutOfMemoryError) or backend == found.plain:
                     raise
-                found.excluded[route] = _line(error)
+                found.excluded[backend] = _line(error)
     if len(found.notes) > before:
         found.ms.clear()
 
 
-def measure_tiles(found: Measured, clock: Clock, in_time: Callable[[], bool]) -> None:
-    """The tiles of each kernel that the Triton route launches, of one after the other, as long as there is time."""
+def measure_configs(found: Measured, timer: Timer, in_time: Callable[[], bool]) -> None:
+    """Measure the configs of each kernel that the Triton backend launches, of one after the other, as long as there is time."""
     if "triton" not in found.ms:
         return
-    with _posed(found, clock) as posed:
-        for key, tiles in posed.asked().items():
-            for tile in tiles[1:]:
+    with _prepared(found, timer) as prepared:
+        for key, configs in prepared.candidates().items():
+            for config in configs[1:]:
                 if not in_time():
                     return
                 try:
-                    ms = posed.ms("triton", {**found.tiles, key: tile})
+                    ms = prepared.ms("triton", {**found.configs, key: config})
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
-                    found.notes.append(f"{key[0]} in tiles of {_sizes(tile)} excluded: {_line(error)}")
+                    found.notes.append(f"{key[0]} in config {_sizes(config)} excluded: {_line(error)}")
                     continue
                 if ms < found.ms["triton"]:
                     found.ms["triton"] = ms
-                    found.tiles[key] = tile
+                    found.configs[key] = config
 
 
 class Wrong(Exception):
-    """A route's results are not those of plain torch."""
+    """Results that are not those of plain torch."""
 
 
-class _Posed:
-    """A problem on a device: copies of its inputs, and the results of plain torch for the first."""
+class _Prepared:
+    """Inputs of a shape on a device, copies of them, and the results of plain torch for the first."""
 
-    def __init__(self, found: Measured, clock: Clock):
-        self.op, self.dtype, self.clock = found.problem.op, found.problem.dtype, clock
-        first = example(found.problem, clock.device, seed=0)
-        others = range(1, clock.copies(first.nbytes))
-        self.examples = [first, *(example(found.problem, clock.device, seed) for seed in others)]
+    def __init__(self, found: Measured, timer: Timer):
+        self.op, self.dtype, self.timer = found.shape.op, found.shape.dtype, timer
+        first = example(found.shape, timer.device, seed=0)
+        others = range(1, timer.copies(first.nbytes))
+        self.examples = [first, *(example(found.shape, timer.device, seed) for seed in others)]
         self.expected = self._run(found.plain, {}, first)
 
-    def ms(self, route: str, tiles: Mapping[TileKey, Tile]) -> float:
-        """Raises Wrong, or what the route raises."""
-        check(self._run(route, tiles, self.examples[0]), self.expected, self.dtype)
-        with on_trial(self.op, route), _tiles(tiles):
-            return self.clock.median_ms([one.run for one in self.examples])
+    def ms(self, backend: str, configs: Mapping[ConfigKey, Config]) -> float:
+        """Raise Wrong, or what the backend raises."""
+        check(self._run(backend, configs, self.examples[0]), self.expected, self.dtype)
+        with on_trial(self.op, backend), _using(configs):
+            return self.timer.median_ms([one.run for one in self.examples])
 
-    def asked(self) -> Mapping[TileKey, Sequence[Tile]]:
-        with kernels().tuned.asking() as asked:
+    def candidates(self) -> Mapping[ConfigKey, Sequence[Config]]:
+        with triton_kernels().tuned.asking() as asked:
             self._run("triton", {}, self.examples[0])
         return asked
 
-    def _run(self, route: str, tiles: Mapping[TileKey, Tile], one: Example) -> tuple[Tensor, ...]:
-        with on_trial(self.op, route), _tiles(tiles):
+    def _run(self, backend: str, configs: Mapping[ConfigKey, Config], one: Example) -> tuple[Tensor, ...]:
+        with on_trial(self.op, backend), _using(configs):
             return one.run()
 
 
 @contextlib.contextmanager
-def _posed(found: Measured, clock: Clock) -> Iterator[_Posed]:
-    """What goes wrong inside is noted, with what it is that cannot be measured."""
+def _prepared(found: Measured, timer: Timer) -> Iterator[_Prepared]:
+    """Record failures as notes and go on with the next shape."""
     try:
-        yield _Posed(found, clock)
+        yield _Prepared(found, timer)
     except torch.OutOfMemoryError:
         found.notes.append("skipped: the device has too little memory")
     except Exception as error:
@@ -145,15 +146,15 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return ((found.view_as(rows) - rows).norm(dim=1) / norms.clamp(min=max(norms.mean().item(), 1e-30))).max().item()
 
 
-def _tiles(tiles: Mapping[TileKey, Tile]) -> contextlib.AbstractContextManager[Any]:
+def _using(configs: Mapping[ConfigKey, Config]) -> contextlib.AbstractContextManager[Any]:
     if not has_triton():
         return contextlib.nullcontext()
-    tuned = kernels().tuned
-    return tuned.trying({tuned.Key(*key): tile for key, tile in tiles.items()})
+    tuned = triton_kernels().tuned
+    return tuned.trying({tuned.Key(*key): config for key, config in configs.items()})
 
 
-def _sizes(tile: Tile) -> str:
-    return "x".join(map(str, tile))
+def _sizes(config: Config) -> str:
+    return "x".join(map(str, config))
 
 
 def _line(error: Exception) -> str:

@@ -72,6 +72,8 @@ int main() {
         {MLP, fc1.linear, fc2.linear, vector, vector, vector, 1e-6, 1, nullptr, 0},
     };
     const Norm norm{vector, vector, 1e-6};
+    const FewRowsLinear linears[] = {
+        {weight.data(), weight.data(), nullptr, WIDTH}, {weight.data(), weight.data(), nullptr, HIDDEN - WIDTH}};
     const auto call = [&] {
       std::vector<float> x_out(x.size()), u_out(x.size()), y(4 * HIDDEN);
       const char* watched = (const char*)x.data();
@@ -79,7 +81,7 @@ int main() {
       for (i64 i = 0; i < REPEATS; i++) {
         ditfast_spot_check(&watched, &bytes, 1);
         ditfast_run(chain, 3, &norm, x.data(), x_out.data(), u_out.data(), 0, product, SAMPLES, TOKENS, WIDTH, THREADS);
-        ditfast_few_rows(FULL, x.data(), weight.data(), nullptr, weight.data(), y.data(), 4, HIDDEN, WIDTH, THREADS);
+        ditfast_few_rows(FULL, x.data(), linears, 2, y.data(), 4, WIDTH, THREADS);
       }
     };
     std::thread other(call);

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ditfast.cpu import dispatch, library
+from ditfast.cpu import engine, library
 from ditfast.files import cache_folder
 
 NATIVE = frozenset({*library.AVX2, *library.AVX512, *library.EXTRAS})
@@ -180,7 +180,7 @@ def test_a_machine_without_a_compiler_runs_on_torch(tmp_path: Path) -> None:
     code = (
         "import torch, ditfast; from ditfast import cpu\n"
         "model = ditfast.load_digits()\n"
-        "from ditfast.cpu import torch_chain\n"
+        "from ditfast.ops import torch_chain\n"
         "run, calls = torch_chain.run, []\n"
         "torch_chain.run = lambda *args: calls.append(1) or run(*args)\n"
         "with torch.inference_mode(): out = model(torch.zeros(2, 1, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 10]))\n"
@@ -198,5 +198,5 @@ def test_a_machine_without_a_compiler_runs_on_torch(tmp_path: Path) -> None:
 
 def test_a_cpu_that_cannot_have_it_is_told_nothing(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
     monkeypatch.setattr(library, "cpu_features", lambda: frozenset({"sse4_2"}))
-    assert dispatch.found.__wrapped__() == (None, "the CPU engine needs an x86 CPU with AVX2, and Linux")
+    assert engine.found.__wrapped__() == (None, "the CPU engine needs an x86 CPU with AVX2, and Linux")
     assert not recwarn.list

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ditfast import DiT, DiTConfig, cpu
 from ditfast.cpu import engine
 from ditfast.cpu.chain import DoesNotFit
+from ditfast.ops import cpu_chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRODUCTS = pytest.mark.parametrize("product", ["fp32", "bf16", "int8"])
@@ -247,7 +248,7 @@ def test_torchs_default_dtype_does_not_matter(variant: engine.Engine, default: t
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
-        found = cpu.linear_of_few(x, weight, bias), variant.run(*given)[0]
+        found = cpu_chain.grouped_linear(x, ((weight, bias),)), variant.run(*given)[0]
     finally:
         torch.set_default_dtype(before)
     assert found[0].dtype == torch.float32
@@ -258,11 +259,11 @@ def test_torchs_default_dtype_does_not_matter(variant: engine.Engine, default: t
 @torch.no_grad()
 def test_a_tall_weight_elsewhere_or_with_nan(variant: engine.Engine) -> None:
     x, weight, bias = torch.randn(3, 40), torch.randn(700, 40), torch.randn(700)
-    assert cpu.linear_of_few(x, weight.to("meta"), bias) is None
-    assert cpu.linear_of_few(x, weight, bias.to("meta")) is None
+    assert cpu_chain.grouped_linear(x, ((weight.to("meta"), bias),)) is None
+    assert cpu_chain.grouped_linear(x, ((weight, bias.to("meta")),)) is None
     weight[5, 7] = NAN
     x[1, 3] = INF
-    found, expected = cpu.linear_of_few(x, weight, bias), F.linear(x, weight, bias)
+    found, expected = cpu_chain.grouped_linear(x, ((weight, bias),)), F.linear(x, weight, bias)
     assert torch.equal(found.isfinite(), expected.isfinite())
 
 

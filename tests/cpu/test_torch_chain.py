@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import ditfast
 from ditfast import DiTConfig, blocks, cpu
 from ditfast.config import CONDITIONINGS
-from ditfast.cpu import dispatch, torch_chain
+from ditfast.cpu import engine
 from ditfast.cpu.chain import DoesNotFit
+from ditfast.ops import torch_chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -32,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(steps))
         return found
 
-    monkeypatch.setattr(dispatch, "found", lambda: (None, "the CPU engine needs a compiler"))
+    monkeypatch.setattr(engine, "found", lambda: (None, "the CPU engine needs a compiler"))
     monkeypatch.setattr(torch_chain, "run", count)
     return seen
 
@@ -64,12 +65,12 @@ def test_autocast(calls: list[int], dtype: torch.dtype) -> None:
 def test_a_swapped_model(calls: list[int]) -> None:
     """Whose q, k and v are apart."""
     q, k, v, proj, fc1, fc2 = (blocks.view(nn.Linear(60, 60)) for _ in range(6))
-    weights = blocks.Block(3, 1e-6, blocks.SeparateQKV(q, k, v), proj, fc1, fc2)
-    x, chain = torch.randn(2, 7, 60), blocks.sublayers(weights, blocks.Modulation(*torch.randn(6, 2, 60)))
-    found = blocks.run_alone(x, chain)
+    attn, mlp = blocks.SelfAttention(3, blocks.SeparateQKV(q, k, v), proj), blocks.Mlp(fc1, fc2)
+    x, chain = torch.randn(2, 7, 60), blocks.sublayers(blocks.Modulation(*torch.randn(6, 2, 60)), attn, mlp)
+    found = blocks.run_through(x, [chain])
     assert calls == [2]
     with ditfast.backend("torch"):
-        assert torch.equal(found, blocks.run_alone(x, chain))
+        assert torch.equal(found, blocks.run_through(x, [chain]))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,7 +127,7 @@ def test_vectors_that_do_not_fit(place: str, shape: tuple[int, ...], device: str
         final = final._replace(scale=vector)
     else:
         steps[1] = steps[1]._replace(**{place: vector})
-    chosen, _ = dispatch.found()
+    chosen, _ = engine.found()
     for run in (torch_chain.run, *([] if chosen is None else [chosen.run])):
         with pytest.raises(DoesNotFit):
             run(x, steps, final)
@@ -146,7 +147,7 @@ def test_a_context_that_does_not_fit(tokens: tuple[int, ...], weight: int, bias:
     def crossing(context: cpu.Context) -> list[cpu.Step]:
         return [attention._replace(products=cpu.Products(cpu.CROSS_ATTENTION, q, attention.products.second, 2, context))]
 
-    chosen, _ = dispatch.found()
+    chosen, _ = engine.found()
     for run in (torch_chain.run, *([] if chosen is None else [chosen.run])):
         run(x, crossing(cpu.Context(torch.randn(2, 2, 40), torch.randn(80, 40), torch.randn(80))), final)
         with pytest.raises(DoesNotFit):

@@ -149,7 +149,7 @@ def test_sde_without_diffusion_is_euler() -> None:
 
 def test_a_single_step() -> None:
     flow = FlowMatching(num_steps=1)
-    assert flow.euler_steps() == [Step(0.0, flow.euler_steps()[0].update)]
+    assert flow.euler_steps() == [Step(0.0, flow.euler_steps()[0].update, prediction="velocity")]
     (mean,) = flow.sde_steps()
     assert not mean.update.adds_noise
 

@@ -58,7 +58,7 @@ def test_rows_are_those_of_a_process_with_the_respaced_betas(respacing: object, 
     rows = diffusion.ddpm_steps()[::-1]
     assert [row.t for row in rows] == diffusion.timesteps
     bar = 1.0
-    for i, (beta, (_, row, _)) in enumerate(zip(respaced, rows, strict=True)):
+    for i, (beta, (_, row, *_)) in enumerate(zip(respaced, rows, strict=True)):
         before, bar = bar, bar * (1 - beta)
         expected = (
             math.sqrt(1 / bar),
@@ -281,6 +281,6 @@ def test_errors_name_the_argument() -> None:
         assert ".timesteps keeps: 0, 20" in raises_naming("t", lambda step=step: step(output, x, t + 1))
     for eta in (-0.1, 1.1, math.nan):
         raises_naming("eta", lambda eta=eta: diffusion.ddim_step(output, x, t, eta=eta))
-    assert "epsilon, x0" in raises_naming("prediction", lambda: GaussianDiffusion(prediction="v"))
+    assert "epsilon, x0, v" in raises_naming("prediction", lambda: GaussianDiffusion(prediction="velocity"))
     raises_naming("betas", lambda: GaussianDiffusion(betas="sqrt"))
     raises_naming("respacing", lambda: GaussianDiffusion("ddim51"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditfast.cli import main
-from ditfast.evaluation import frechet_distance, gaussian
+from ditfast.evaluation import frechet_distance
 from ditfast.evaluation.digits_classifier import digits_classifier, digits_quality, scans_as_images
 from ditfast.images import Pixels, save_npz, save_png, to_pixels
 
@@ -25,7 +25,7 @@ def scans() -> tuple[Tensor, Tensor]:
 
 def distance(images: Tensor, reference: Tensor) -> float:
     features = digits_classifier().features
-    return frechet_distance(*gaussian(features(images)), *gaussian(features(reference)))
+    return frechet_distance(features(images), features(reference))
 
 
 def npz(folder: Path, pixels: Pixels, labels: list[int]) -> str:

@@ -4,54 +4,23 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from inception_stand_in import POOLED, SIZE, SPATIAL, StandIn, compare_module, inception_module, install
 from torch import Tensor, nn
 
 from ditfast.cli import main
-from ditfast.evaluation import Inception, frechet_distance, gaussian, inception_score, open_images, precision_recall
+from ditfast.evaluation import Gaussian, Inception, frechet_distance, gaussian, inception_score, open_images, precision_recall
 from ditfast.images import Pixels, save_npz, save_png
-
-compare_module, inception_module = (sys.modules[f"ditfast.evaluation.{name}"] for name in ("compare", "inception"))
-POOLED, SIZE = 6, 2
-SPATIAL = SIZE * SIZE * 7
-
-
-class StandIn(nn.Module):
-    """What ditfast uses of ``FeatureExtractorInceptionV3``, narrow and without an eye for anything."""
-
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None):
-        super().__init__()
-        assert features_list == ["2048", "logits_unbiased"]
-        self.Mixed_6d = nn.Module()
-        self.Mixed_6d.branch1x1 = nn.Conv2d(3, 9, 4, stride=4)
-        self.pool, self.head = nn.Linear(3 * 8 * 8, POOLED), nn.Linear(POOLED, 4, bias=False)
-        if feature_extractor_weights_path is not None:
-            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert x.dtype == torch.uint8
-        assert x.shape[1:] == (3, 8, 8)
-        x = x / 255
-        self.Mixed_6d.branch1x1(x)
-        pooled = self.pool(x.flatten(1))
-        return pooled, self.head(pooled)
 
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of the stand-in, which takes torch-fidelity's place."""
-    path = tmp_path / "weights.pth"
-    torch.save(StandIn("", ["2048", "logits_unbiased"], None).state_dict(), path)
-    library = SimpleNamespace(__version__="0.0", FeatureExtractorInceptionV3=StandIn)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", library)
-    monkeypatch.setattr(inception_module, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
-    monkeypatch.setattr(compare_module, "POOLED", POOLED)
-    monkeypatch.setattr(compare_module, "SPATIAL", SPATIAL)
+    install(path := tmp_path / "weights.pth", monkeypatch)
     return path
 
 
@@ -95,8 +64,8 @@ def test_scores_of_images_against_a_reference(weights: Path, tmp_path: Path, cap
     a, b = (expected_features(weights, pixels) for pixels in (random_pixels(40, 0), random_pixels(30, 1) // 2))
     precision, recall = precision_recall(a[0], b[0])
     expected = {
-        "fid": frechet_distance(*gaussian(a[0]), *gaussian(b[0])),
-        "sfid": frechet_distance(*gaussian(a[1]), *gaussian(b[1])),
+        "fid": frechet_distance(a[0], b[0]),
+        "sfid": frechet_distance(a[1], b[1]),
         "inception_score": inception_score(a[2]),
         "precision": precision,
         "recall": recall,
@@ -120,9 +89,9 @@ def test_statistics_that_a_reference_brings_are_taken(
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     pooled, spatial, _ = expected_features(weights, random_pixels(40, 0))
-    fid = frechet_distance(*gaussian(pooled), torch.full((POOLED,), 2.0), torch.eye(POOLED))
+    fid = frechet_distance(gaussian(pooled), Gaussian(torch.full((POOLED,), 2.0), torch.eye(POOLED)))
     assert found["scores"]["fid"] == pytest.approx(fid, rel=1e-4)
-    sfid = frechet_distance(*gaussian(spatial), torch.zeros(SPATIAL), torch.eye(SPATIAL))
+    sfid = frechet_distance(gaussian(spatial), Gaussian(torch.zeros(SPATIAL), torch.eye(SPATIAL)))
     assert found["scores"]["sfid"] == pytest.approx(sfid, rel=1e-4)
     assert found["notes"][1] == f"FID and sFID are to the mean and covariance stored in {tmp_path / 'b.npz'}"
     np.savez(tmp_path / "b.npz", arr_0=random_pixels(4, 1), **statistics | {"mu": np.zeros(3)})

@@ -1,10 +1,13 @@
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from support import raises_naming
 from torch import Tensor
 
-from ditfast.evaluation import frechet_distance, gaussian, inception_score, metrics, precision_recall
+from ditfast.evaluation import Gaussian, frechet_distance, gaussian, inception_score, metrics, precision_recall
 
 
 def rotation(dim: int) -> Tensor:
@@ -17,7 +20,8 @@ def covariance(dim: int) -> Tensor:
 
 
 def test_frechet_distance_on_a_line() -> None:
-    distance = frechet_distance(torch.zeros(1), torch.ones(1, 1), torch.full((1,), 3.0), torch.full((1, 1), 4.0))
+    one, other = Gaussian(torch.zeros(1), torch.ones(1, 1)), Gaussian(torch.full((1,), 3.0), torch.full((1, 1), 4.0))
+    distance = frechet_distance(one, other)
     assert distance == pytest.approx(3**2 + (1 - 2) ** 2)
 
 
@@ -27,7 +31,7 @@ def test_frechet_distance_of_covariances_that_commute(rank: int) -> None:
     a[rank:] = 0
     mean1, mean2 = torch.randn(2, 40, dtype=torch.float64)
     exact = (mean1 - mean2).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
-    found = frechet_distance(mean1, turn * a @ turn.T, mean2, turn * b @ turn.T)
+    found = frechet_distance(Gaussian(mean1, turn * a @ turn.T), Gaussian(mean2, turn * b @ turn.T))
     assert found == pytest.approx(exact.item(), rel=1e-8)
 
 
@@ -37,16 +41,62 @@ def test_frechet_distance_of_covariances_that_do_not_commute() -> None:
     c1, c2 = covariance(30), covariance(30)
     cross = linalg.sqrtm((c1 @ c2).numpy()).trace().real
     exact = (mean1 - mean2).square().sum() + c1.trace() + c2.trace() - 2 * cross
-    assert frechet_distance(mean1, c1, mean2, c2) == pytest.approx(exact.item(), rel=1e-9)
-    assert frechet_distance(mean2, c2, mean1, c1) == pytest.approx(exact.item(), rel=1e-9)
-    assert abs(frechet_distance(mean1, c1, mean1, c1)) < 1e-9 * c1.trace()
+    one, other = Gaussian(mean1, c1), Gaussian(mean2, c2)
+    assert frechet_distance(one, other) == pytest.approx(exact.item(), rel=1e-9)
+    assert frechet_distance(other, one) == pytest.approx(exact.item(), rel=1e-9)
+    assert abs(frechet_distance(one, one)) < 1e-9 * c1.trace()
+    with pytest.warns(DeprecationWarning, match="two arrays of features"):
+        assert frechet_distance(mean1, c1, mean2, c2) == frechet_distance(one, other)
 
 
-def test_frechet_distance_names_what_does_not_fit() -> None:
-    message = raises_naming(
-        "means and covariances", lambda: frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(3), torch.eye(3))
-    )
-    assert "expected [D], [D, D], [D], [D, D]" in message
+@pytest.mark.parametrize("dtype", [">f4", "f2", "f4", "f8", "longdouble"])
+def test_frechet_distance_of_arrays_is_that_of_tensors(dtype: str) -> None:
+    a, b = (np.random.default_rng(seed).normal(size=(50, 6)).astype(dtype) for seed in (0, 1))
+    exact = [torch.tensor(array.astype(np.float64)) for array in (a, b)]
+    expected = frechet_distance(*exact)
+    means = [x.mean(0) for x in exact]
+    roots = [torch.linalg.eigh(torch.cov(x.T)) for x in exact]
+    root, other = (vectors * values.sqrt() @ vectors.T for values, vectors in roots)
+    trace = sum(values.sum() for values, _ in roots) - 2 * torch.linalg.svdvals(root @ other).sum()
+    assert expected == pytest.approx(((means[0] - means[1]).square().sum() + trace).item(), rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(a, gaussian(exact[1])) == pytest.approx(expected, rel=1e-12)
+    a.flags.writeable = False
+    assert frechet_distance(a[::-1], b[::-1]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_frechet_distance_of_tensors_is_computed_in_float64(dtype: torch.dtype) -> None:
+    a, b = (torch.randn(40, 5) + 3).to(dtype).requires_grad_(), torch.randn(30, 5).to(dtype)
+    assert frechet_distance(a, b) == frechet_distance(a.double(), b.double())
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        (torch.zeros(1, 3), "N of 2 or more"),
+        (torch.zeros(3), "N of 2 or more"),
+        (torch.zeros(4, 0), "N of 2 or more"),
+        (torch.randn(9, 4), "expected 3, as features_a"),
+        (torch.tensor([[0.0, 1.0, 2.0], [1.0, math.nan, 2.0]]), "NaN in row 1"),
+        (np.array([[0.0, 1.0, math.inf], [1.0, 1.0, 2.0]], np.float32), "NaN in row 0"),
+        (torch.zeros(4, 3, dtype=torch.int64), "expected floats"),
+        (Gaussian(torch.zeros(3), torch.eye(2)), "expected [D] and [D, D]"),
+        (Gaussian(torch.zeros(3), torch.full((3, 3), math.nan)), "expected finite numbers"),
+    ],
+    ids=["one row", "1-d", "no columns", "width", "NaN", "infinite array", "integers", "covariance shape", "NaN covariance"],
+)
+def test_frechet_distance_names_what_does_not_fit(bad: Any, expected: str) -> None:
+    good = torch.randn(5, 3)
+    assert expected in raises_naming("features_b", lambda: frechet_distance(good, bad))
+    if "as features_a" not in expected:
+        assert expected in raises_naming("features_a", lambda: frechet_distance(bad, good))
+
+
+@pytest.mark.parametrize("bad", [None, [[1.0, 2.0]], np.zeros((3, 2), np.int64), "features"], ids=type)
+def test_frechet_distance_takes_tensors_and_arrays_of_floats(bad: Any) -> None:
+    with pytest.raises(TypeError, match=r"^features_a: got .*, expected a tensor or a NumPy array \[N, D\] of floats"):
+        frechet_distance(bad, torch.randn(3, 2))
 
 
 def test_gaussian_far_from_zero() -> None:

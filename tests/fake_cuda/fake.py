@@ -23,6 +23,13 @@ FOLDER = Path(__file__).parent
 _installed: list[FakeCuda] = []
 
 
+def forget_plans() -> None:
+    """Forget launch plans, which launch what another driver loaded."""
+    module = sys.modules.get("ditfast.dispatch.plan")
+    if module is not None:
+        module.forget_plans()
+
+
 class FakeCuda:
     """The fake while it is installed: its faults, and what it counted."""
 
@@ -124,6 +131,8 @@ class FakeCuda:
         driver: Any = ptxsim.install(self.parameters.arch)
         driver.get_active_torch_device = lambda: torch.device("cuda", torch.cuda.current_device())
         driver.get_device_interface = lambda: torch.cuda
+        forget_plans()
+        self._undo.callback(forget_plans)
         self._undo.callback(ptxsim.uninstall)
         fast: dict[str, Any] = {"stats": False, "threads": 2}
         self._undo.enter_context(ptxsim.set_options(**fast, device_types=("cpu", "cuda"), around_launch=self._launch))
@@ -164,8 +173,8 @@ class FakeCuda:
 
 def forget_devices() -> None:
     """Drop what ditfast has cached about the GPUs of another fake."""
-    if "ditfast.ops.decisions" in sys.modules:
-        sys.modules["ditfast.ops.decisions"].forget()
+    if "ditfast.dispatch.selection" in sys.modules:
+        sys.modules["ditfast.dispatch.selection"].forget()
 
 
 @functools.cache

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from ditfast.ops import decisions
+from ditfast.dispatch import selection
 
 
 @pytest.fixture
 def unknown_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hide measurements and predictions, which this machine's GPU may have: ops take their defaults."""
-    decisions.forget()
+    """Hide measurements, which this machine's GPU may have: ops take their defaults."""
+    selection.forget()
     with monkeypatch.context() as patch:
-        patch.setattr(decisions, "evidence", functools.cache(lambda device: decisions.Evidence()))
+        patch.setattr(selection, "measured", functools.cache(lambda device: {}))
         yield
-        decisions.forget()
+        selection.forget()

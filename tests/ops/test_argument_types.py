@@ -43,17 +43,27 @@ def fits(value: object, parameter: inspect.Parameter) -> bool:
     return (value is None and "None" in kinds) or (isinstance(value, float) and "float" in kinds)
 
 
-def call_with(op: str, wrong: str, value: object) -> Callable[[], object]:
+def given(op: str) -> dict[str, Any]:
+    """Return right arguments; where an op takes several tensors, a list of one."""
     tensors = arguments(op, SIZES, torch.float32, torch.device("cpu"), backward=False)
-    given = {name: tensors.get(name, NUMBERS.get(name)) for name in inspect.signature(getattr(ops, op)).parameters}
-    return lambda: getattr(ops, op)(**{**given, wrong: value})
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(getattr(ops, op)).parameters.items():
+        value = tensors.get(name, NUMBERS.get(name))
+        found[name] = [value[0]] if isinstance(value, torch.Tensor) and "Sequence" in str(parameter.annotation) else value
+    return found
+
+
+def call_with(op: str, wrong: str, value: object) -> Callable[[], object]:
+    right = given(op)
+    if isinstance(right[wrong], list) and isinstance(value, torch.Tensor):
+        value = [value]
+    return lambda: getattr(ops, op)(**{**right, wrong: value})
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_argument_of_an_op(op: str) -> None:
     parameters = inspect.signature(getattr(ops, op)).parameters
-    tensors = arguments(op, SIZES, torch.float32, torch.device("cpu"), backward=False)
-    getattr(ops, op)(**{name: tensors.get(name, NUMBERS.get(name)) for name in parameters})  # as given it runs
+    getattr(ops, op)(**given(op))  # as given it runs
     for name, parameter in parameters.items():
         for value in WRONG.values():
             if not fits(value, parameter):

@@ -26,10 +26,10 @@ from torch import Tensor
 
 import ditfast
 from ditfast import ops
-from ditfast.ops import decisions, dispatch, routes
+from ditfast.dispatch import backends, selection
+from ditfast.dispatch.backends import Choice
+from ditfast.dispatch.shapes import OpShape
 from ditfast.ops.attention import choose_engine
-from ditfast.ops.routes import Choice
-from ditfast.problem import Problem
 
 CUDA = torch.device("cuda")
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128)
@@ -38,11 +38,11 @@ TOKENS = (1, 16, 17, 64, 100, 257)
 
 def engine(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int) -> Choice:
     """As if what is installed had not been looked up before."""
-    decisions.forget()
+    selection.forget()
     try:
-        return choose_engine(device, Problem("attention", dtype, 8 * num_tokens, (num_tokens, 16, head_dim)))
+        return choose_engine(device, OpShape("attention", dtype, 8 * num_tokens, (num_tokens, 16, head_dim)))
     finally:
-        decisions.forget()
+        selection.forget()
 
 
 def packed(runner: Runner, B: int, T: int, H: int, d: int, dtype: torch.dtype) -> Tensor:
@@ -239,7 +239,7 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, dict[str,
     module.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec("flash_attn", loader=None)
     module.flash_attn_qkvpacked_func = flash_attn_qkvpacked_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(routes, "WHY_NO_FLASH", routes.why_no_flash())
+    monkeypatch.setattr(backends, "WHY_NO_FLASH", backends.why_no_flash())
     return calls
 
 
@@ -248,7 +248,7 @@ def test_flash_attention_is_preferred_and_called_packed(
     flash_calls: list[tuple[Tensor, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert engine(CUDA, torch.bfloat16, 72, 256) == ("flash", "flash-attn is installed")
-    monkeypatch.setattr(dispatch, "choose", lambda *_: Choice("flash", "as if on CUDA"))
+    monkeypatch.setattr(selection, "choose", lambda *_: Choice("flash", "as if on CUDA"))
     qkv = torch.randn(2, 17, 3, 4, 72).bfloat16()
     out = ops.attention(qkv)
     ((received, options),) = flash_calls
@@ -295,7 +295,7 @@ def test_falls_back_to_sdpa_with_a_reason(
 def test_triton_where_it_is_expected_to_win(
     monkeypatch: pytest.MonkeyPatch, flash: bool, hip: str | None, head_dim: int, num_tokens: int, expected: str
 ) -> None:
-    monkeypatch.setattr(routes, "WHY_NO_FLASH", "" if flash else "flash-attn is not installed")
+    monkeypatch.setattr(backends, "WHY_NO_FLASH", "" if flash else "flash-attn is not installed")
     monkeypatch.setattr(torch.version, "hip", hip)
     chosen, why = engine(CUDA, torch.bfloat16, head_dim, num_tokens)
     assert chosen == expected
@@ -329,7 +329,7 @@ def test_an_engine_that_cannot_run_says_what_can(monkeypatch: pytest.MonkeyPatch
         ops.attention(qkv)
     with ditfast.backend("triton"), pytest.raises(RuntimeError, match=r"up to 256, not 320: .*attention_engine\('sdpa'\)"):
         ops.attention(qkv)
-    monkeypatch.setattr(routes, "WHY_NO_FLASH", "flash-attn is not installed")
+    monkeypatch.setattr(backends, "WHY_NO_FLASH", "flash-attn is not installed")
     with ditfast.attention_engine("flash"), pytest.raises(RuntimeError, match="flash-attn is not installed"):
         engine(CUDA, torch.bfloat16, 64, 256)
     with pytest.raises(ValueError, match="attention: got 'fast', expected one of flash, sdpa, triton"):
@@ -339,7 +339,7 @@ def test_an_engine_that_cannot_run_says_what_can(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_choice_is_traceable(device: str) -> None:
     def chosen(x: Tensor) -> Tensor:
-        return x + len(choose_engine(torch.device(device), Problem("attention", x.dtype, len(x), (1024, 16, 72))).route)
+        return x + len(choose_engine(torch.device(device), OpShape("attention", x.dtype, len(x), (1024, 16, 72))).backend)
 
     x = torch.zeros(1, dtype=torch.float16)
     assert torch.equal(torch.compile(chosen, fullgraph=True, backend="aot_eager")(x), chosen(x))
@@ -349,18 +349,18 @@ def test_a_broken_flash_attn_is_named(monkeypatch: pytest.MonkeyPatch, flash_cal
     def fail(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c105ErrorC2")
 
-    monkeypatch.setattr(routes.importlib, "import_module", fail)
-    assert "undefined symbol" in routes.why_no_flash()
-    monkeypatch.setattr(routes, "WHY_NO_FLASH", routes.why_no_flash())
+    monkeypatch.setattr(backends.importlib, "import_module", fail)
+    assert "undefined symbol" in backends.why_no_flash()
+    monkeypatch.setattr(backends, "WHY_NO_FLASH", backends.why_no_flash())
     assert engine(CUDA, torch.bfloat16, 64, 256)[0] == "sdpa"
 
 
 def test_a_flash_attn_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch, flash_calls: list[object]) -> None:
     monkeypatch.delattr(sys.modules["flash_attn"], "flash_attn_qkvpacked_func")
-    assert "no flash_attn_qkvpacked_func" in routes.why_no_flash()
+    assert "no flash_attn_qkvpacked_func" in backends.why_no_flash()
 
 
 def test_flash_is_not_asked_for_an_empty_batch(monkeypatch: pytest.MonkeyPatch, flash_calls: list[object]) -> None:
-    monkeypatch.setattr(dispatch, "choose", lambda *_: Choice("flash", "as if on CUDA"))
+    monkeypatch.setattr(selection, "choose", lambda *_: Choice("flash", "as if on CUDA"))
     assert ops.attention(torch.empty(0, 16, 3, 4, 32)).shape == (0, 16, 128)
     assert not flash_calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -338,9 +339,9 @@ def test_timestep_embedder(route: str) -> None:
 def test_a_wide_weight_is_widened_in_parts(widened: None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, (weight, bias) = torch.randn(8, 32).bfloat16(), (tensor.bfloat16() for tensor in weights(100, 32))
     with torch.no_grad():
-        whole = conditioning.wide_linear(x, weight, bias)
-        monkeypatch.setattr(conditioning, "WIDENED_AT_ONCE", 32 * 30)
+        (whole,) = ops.grouped_linear(x, [weight], [bias])
+        monkeypatch.setattr(sys.modules["ditfast.ops.grouped_linear"], "WIDENED_AT_ONCE", 32 * 30)
         with Dispatched() as seen:
-            parts = conditioning.wide_linear(x, weight, bias)
+            (parts,) = ops.grouped_linear(x, [weight], [bias])
     assert torch.equal(parts, whole)
     assert seen.count["ditfast::linear_in_fp32"] == 4

@@ -15,15 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 import ditfast
 from ditfast import ops
-from ditfast.ops import decisions, dispatch, routes
-from ditfast.ops.dispatch import choose
-from ditfast.problem import SIZES, Problem
+from ditfast.dispatch import backends, override, selection
+from ditfast.dispatch.selection import choose
+from ditfast.dispatch.shapes import SIZES, OpShape
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def chosen(device: torch.device, op: str, training: bool = False) -> tuple[str, str]:
-    return choose(device, Problem(op, torch.bfloat16, 256, (64,) * len(SIZES[op]), training))
+    return choose(device, OpShape(op, torch.bfloat16, 256, (64,) * len(SIZES[op]), training))
 
 
 @pytest.mark.usefixtures("unknown_device")
@@ -41,10 +41,10 @@ def test_choices() -> None:
 
 @pytest.mark.usefixtures("unknown_device")
 def test_without_triton_cuda_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    decisions.forget()
-    monkeypatch.setattr(routes, "HAS_TRITON", False)
+    selection.forget()
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
     assert chosen(CUDA, "mlp") == ("torch", "triton is not installed")
-    decisions.forget()
+    selection.forget()
 
 
 def test_is_left_after_an_error() -> None:
@@ -99,12 +99,12 @@ def test_contexts_of_threads_that_end_out_of_order() -> None:
     thread = threading.Thread(target=other)
     with first:
         thread.start()
-        while len(dispatch._in_force) < 2:
+        while len(override._in_force) < 2:
             pass
-    assert dispatch._latest.backend == "torch"
+    assert override._latest.backend == "torch"
     left.set()
     thread.join()
-    assert dispatch._latest.backend is None
+    assert override._latest.backend is None
 
 
 def test_a_context_can_be_entered_again() -> None:

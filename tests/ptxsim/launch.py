@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,26 +14,12 @@ import torch
 from . import counters
 from .library import MESSAGE_BYTES, Config, Program, SimError, library
 from .options import options
+from .tables import reached
 
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
 
 # ------------------------------------------------------------------ memory
-_registered: dict[int, torch.Tensor] = {}
-
-
-@contextlib.contextmanager
-def register(*tensors: torch.Tensor) -> Iterator[None]:
-    """Make further tensors addressable by kernels (needed when pointers travel inside an int64 tensor)."""
-    for tensor in tensors:
-        _registered[id(tensor)] = tensor
-    try:
-        yield
-    finally:
-        for tensor in tensors:
-            _registered.pop(id(tensor), None)
-
-
 class Memory(NamedTuple):
     """What a tensor argument gives access to."""
 
@@ -140,7 +125,7 @@ def launch(
 ) -> counters.LaunchStats | None:
     """Runs a grid and reports its counters; None, and nothing is run, if the grid is empty.
 
-    The kernel may touch the tensors among the arguments, those that are registered, and ``further_tensors``.
+    The kernel may touch the tensors among the arguments, those whose addresses an int64 tensor holds, and ``further_tensors``.
     """
     if options.unsupported == "eager" and (messages := program.unsupported()):
         raise SimError("ptxsim: " + "\n".join(messages))
@@ -156,7 +141,7 @@ def launch(
         [
             *(_memory(a.value, a.name) for a in arguments if hasattr(a.value, "data_ptr")),
             *(_memory(tensor, "descriptor") for tensor in further_tensors),
-            *(_memory(tensor, "registered") for tensor in _registered.values()),
+            *(_memory(tensor, f"in {a.name}") for a in arguments for tensor in reached(a.value)),
         ]
     )
     addresses = np.array([m.address for m in memories], np.uint64)

@@ -238,11 +238,15 @@ def test_pointer_array(arch):
     b = torch.randn(64)
     o = torch.zeros(2, 64)
     pt = torch.tensor([a.data_ptr(), b.data_ptr()])
-    with pytest.raises(ptxsim.SimError, match="out-of-bounds"):
-        pointers_kernel[(2,)](pt, o, 64)
-    with ptxsim.register(a, b):
-        pointers_kernel[(2,)](pt, o, 64)
+    pointers_kernel[(2,)](pt, o, 64)
     assert torch.equal(o, torch.stack([a, b]))
+    with pytest.raises(ptxsim.SimError, match="out-of-bounds global load"):
+        pointers_kernel[(2,)](pt, torch.zeros(2, 128), 128)
+    address = pt[1].item()
+    del b
+    pt[1] = address
+    with pytest.raises(ptxsim.SimError, match="out-of-bounds global load"):
+        pointers_kernel[(2,)](pt, o, 64)
 
 
 @triton.jit

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import ditfast
 from ditfast import DiTConfig, cli
-from ditfast.ops import dispatch
-from ditfast.ops.routes import Choice
+from ditfast.dispatch import selection
+from ditfast.dispatch.backends import Choice
+from ditfast.dispatch.override import current_override
 from ditfast.training import Digits, RunError, Trainer, TrainSettings
 from ditfast.training.determinism import WORKSPACE, deterministic
 
@@ -60,7 +61,7 @@ def test_no_library_s_attention_is_in_a_deterministic_step(
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", atomic)
     decided = Choice("sdpa", "the fastest"), Choice("torch", "the fastest")
-    monkeypatch.setattr(dispatch, "decide", lambda device, problem: decided[problem.op != "attention"])
+    monkeypatch.setattr(selection, "select", lambda device, shape: decided[shape.op != "attention"])
     runs = [train(tmp_path / name, fixed) for name in ("one", "two")]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)) == fixed
 
@@ -72,7 +73,7 @@ def state() -> tuple[object, ...]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         cudnn.deterministic,
         cudnn.benchmark,
-        dispatch.forced().attention,
+        current_override().attention,
     )
 
 

@@ -78,10 +78,12 @@ def test_images_are_encoded_in_batches(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ errors
 def test_other_settings_are_refused_with_the_difference(folder: Path) -> None:
     extracted(folder)
-    with pytest.raises(FolderError, match=r"latents: holds a run with other settings: shard: was 3, is 4$"):
+    with pytest.raises(
+        FolderError, match=r"latents: holds a run with other settings: shard: was 3, is 4; give another folder$"
+    ):
         extraction(folder, shard=4).claim({})
     (folder / "photographs" / "bee" / "new.png").write_bytes(b"")
-    with pytest.raises(FolderError, match=r"images: was 7, is 8; files: was \"\w+\", is \"\w+\"$"):
+    with pytest.raises(FolderError, match=r"images: was 7, is 8; files: was \"\w+\", is \"\w+\"; give another folder$"):
         extraction(folder).claim({})
 
 
@@ -122,7 +124,8 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(content(folder / "latents")) == [*(f"{k:06d}.safetensors" for k in range(3)), "index.json"]
     assert main([*command, "--shard", "4"]) == 2
     error = capsys.readouterr().err
-    assert error == (f"ditfast extract-latents: {folder / 'latents'}: holds a run with other settings: shard: was 3, is 4\n")
+    message = "holds a run with other settings: shard: was 3, is 4; give another folder"
+    assert error == f"ditfast extract-latents: {folder / 'latents'}: {message}\n"
 
 
 def test_the_command_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -36,6 +37,17 @@ def test_mse_is_the_noise_s_squared_error(samples: tuple[Tensor, Tensor, Tensor]
     found = Objective(TrainSettings(steps=1, loss="mse"), CONFIG).losses(model, x0, t, y, noise)
     torch.testing.assert_close(found["loss"], expected, rtol=1e-12, atol=0)
     assert list(found) == ["loss", "mse"]
+
+
+@pytest.mark.parametrize("loss", ["mse", "hybrid"])
+def test_the_target_is_what_the_model_predicts(loss: str, samples: tuple[Tensor, Tensor, Tensor]) -> None:
+    x0, noise, y = samples
+    t = torch.tensor([0, 10, 500, 998, 999])
+    bar = torch.tensor(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[t]).view(5, 1, 1, 1)
+    x = bar.sqrt() * x0 + (1 - bar).sqrt() * noise
+    expected = (bar.sqrt() * noise - (1 - bar).sqrt() * x0 - (0.3 * x + 0.1)).square().mean((1, 2, 3))
+    objective = Objective(TrainSettings(steps=1, loss=loss), dataclasses.replace(CONFIG, prediction="v"))
+    torch.testing.assert_close(objective.losses(model, x0, t, y, noise)["mse"], expected, rtol=1e-12, atol=0)
 
 
 def test_hybrid_adds_the_variational_bound(samples: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import ranks_of_training as work
@@ -36,6 +37,11 @@ def test_a_rank_of_fsdp_holds_its_part_of_weights_and_gradients() -> None:
 @each_kind
 def test_ranks_begin_with_the_first_ones_weights(kind: str) -> None:
     on_ranks(2, work.ranks_begin_with_the_first_ones_weights, kind)
+
+
+@each_kind
+def test_frozen_weights_are_exported_as_they_were(kind: str, tmp_path: Path) -> None:
+    on_ranks(2, work.frozen_weights_are_exported_as_they_were, kind, str(tmp_path / "run"))
 
 
 @each_kind

@@ -31,11 +31,17 @@ from ditfast.training.settings import learning_rate
         ("ema", ()),
         ("ema", (0.9, 0.9)),
         ("ema", (1.0,)),
+        ("prediction", "velocity"),
     ],
 )
 def test_a_field_out_of_range_is_named(field: str, value: Any) -> None:
     fields = {"steps": 10, "batch": 8} | {field: value}
     raises_naming(field, lambda: TrainSettings(**fields))
+
+
+def test_a_flow_has_its_own_prediction() -> None:
+    message = raises_naming("prediction", lambda: TrainSettings(steps=1, loss="flow", prediction="v"))
+    assert "flow matching predicts a velocity" in message
 
 
 def test_importance_is_of_steps_not_of_flow_times() -> None:

@@ -6,15 +6,20 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, fake_cuda
+from fake_cuda import FakeCuda, fake_cuda, parameters
 from fake_cuda.fixtures import fake_gpu
 
-from ditfast.training import RunError, speed
+from ditfast import timer
+from ditfast.interrupt import Announced
+from ditfast.training import RunError, speed, unsaved
 from ditfast.training.averages import Averages
 from ditfast.training.folder import claim
 from ditfast.training.log import JsonLines, RunLog
@@ -141,18 +146,63 @@ def hears_ctrl_c() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_signals_are_heard_and_ctrl_c_is_obeyed_at_once_the_second_time(first: signal.Signals) -> None:
+def test_signals_are_heard_and_ctrl_c_is_obeyed_at_once_the_second_time(
+    first: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with asked_to_stop() as asked:
+    with asked_to_stop(lambda last: "the last" if last else "the first") as asked:
         assert not asked()
         for number in (first, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
             assert asked()
-        with pytest.raises(KeyboardInterrupt):
+        if first == signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(Announced):
+            time.sleep(30)
+    assert capsys.readouterr().err == "the first\nthe last\n"
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_the_first_ctrl_c_is_answered_while_the_main_thread_computes(capfd: pytest.CaptureFixture[str]) -> None:
+    """A backward is one call into C++, in which Python handles no signal."""
+    a = torch.ones(256, 256)
+    with asked_to_stop(lambda last: f"{time.monotonic()}") as asked:
+        pressed = time.monotonic()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with torch.no_grad():
+            torch.linalg.svd(a.expand(200, 256, 256) + torch.rand(200, 256, 256))  # about two seconds
+        done = time.monotonic()
+        assert asked()
+    assert pressed < float(capfd.readouterr().err) < done - 0.1
+
+
+def test_what_ctrl_c_costs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(unsaved.time, "monotonic", lambda: now[0])
+    steps = unsaved.Unsaved(tmp_path, 3 * unsaved.PROBE_BYTES)
+    monkeypatch.setattr(unsaved, "_write_seconds", lambda folder: 2.0)
+    now[0] = 4.0
+    steps.count_step()
+    assert steps.describe_interrupt(False).endswith("and ends, in about 10 s; once more loses 1 step (4 s) taken so far")
+    assert steps.describe_interrupt(True) == "interrupted at once; lost: 1 step (4 s) taken so far; no checkpoint is there"
+    path = tmp_path / "step-00000001"
+    with steps.saving(path):
+        now[0] += 150
+    for _ in range(2):
+        now[0] += 100
+        steps.count_step()
+    assert steps.describe_interrupt(False).endswith(f"in about 4.2 min; once more loses 2 steps (3.3 min) since {path}")
+    end = f"lost: 2 steps (3.3 min) since {path}; --resume auto goes on from it"
+    assert steps.describe_interrupt(True) == f"interrupted at once; {end}"
+
+
+def test_a_disk_that_tells_no_speed_promises_none(tmp_path: Path) -> None:
+    assert "in a few seconds" in unsaved.Unsaved(tmp_path / "missing", 1).describe_interrupt(False)
+    assert "in about 1 s" in unsaved.Unsaved(tmp_path, 1).describe_interrupt(False)
 
 
 @pytest.fixture
@@ -167,11 +217,11 @@ def _nothing_measured() -> Iterator[None]:
 def test_peak_is_of_the_products_that_ops_take(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied: list[torch.dtype] = []
 
-    def seconds(a: torch.Tensor) -> float:
-        multiplied.append(a.dtype)
+    def seconds(product: partial[torch.Tensor], device: torch.device) -> float:
+        multiplied.append(product.args[0].dtype)
         return 1.0
 
-    monkeypatch.setattr(speed, "_seconds_of_product", seconds)
+    monkeypatch.setattr(timer, "seconds", seconds)
     monkeypatch.setattr(speed, "SLOW_DTYPES", frozenset({torch.bfloat16} if slow else ()))
     assert speed.peak_flops(CPU, torch.bfloat16) == 2 * 512**3
     assert set(multiplied) == {torch.float32 if slow else torch.bfloat16}
@@ -181,11 +231,11 @@ def test_peak_is_of_the_products_that_ops_take(slow: bool, monkeypatch: pytest.M
 def test_peak_is_measured_once_on_products_that_take_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     sides: list[int] = []
 
-    def seconds(a: torch.Tensor) -> float:
-        sides.append(len(a))
-        return 1e-5 + 2 * len(a) ** 3 / 5e11  # a launch, and 500 GFLOPS
+    def seconds(product: partial[torch.Tensor], device: torch.device) -> float:
+        sides.append(len(product.args[0]))
+        return 1e-5 + 2 * sides[-1] ** 3 / 5e11  # a launch, and 500 GFLOPS
 
-    monkeypatch.setattr(speed, "_seconds_of_product", seconds)
+    monkeypatch.setattr(timer, "seconds", seconds)
     assert speed.peak_flops(CPU, torch.float32) == pytest.approx(5e11, rel=1e-3)
     assert sorted(set(sides)) == [512, 1024, 2048]
     sides.clear()
@@ -219,5 +269,13 @@ def test_peak_of_another_gpu(dtype: torch.dtype) -> None:
         pytest.skip("fakes a GPU")
     with fake_cuda(name="NVIDIA GeForce RTX 2080", capability=(7, 5)):
         a = torch.ones(32, 32, dtype=dtype, device="cuda")
-        assert 0 < speed._seconds_of_product(a) < 1
+        assert 0 < timer.seconds(lambda: a @ a, a.device) < 1
         assert speed._data_sheet(a.device, dtype) is None
+
+
+def test_peak_of_a_board_with_other_multiprocessors_of_a_known_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("fakes a GPU")
+    monkeypatch.setitem(parameters.MULTIPROCESSORS, 90, 114)
+    with fake_cuda(name="NVIDIA H100 PCIe", capability=(9, 0)):
+        assert speed._data_sheet(torch.device("cuda", 0), torch.bfloat16) == pytest.approx(989.4e12 * 114 / 132)

@@ -71,6 +71,15 @@ def test_images_and_latents(data: str, shape: tuple[int, int, int], tmp_path: Pa
     assert (out / "samples" / "step-00000003.png").exists() == (data == "photographs")
 
 
+def test_v_from_training_to_images(train: Train, tmp_path: Path) -> None:
+    assert train("--prediction", "v", steps=2)[0] == 0
+    weights = tmp_path / "run" / "model.safetensors"
+    assert load_checkpoint(weights).config.prediction == "v"
+    out = tmp_path / "digit.png"
+    assert main(["sample", "--checkpoint", str(weights), "--classes", "3", "--steps", "ddim2", "--out", str(out)]) == 0
+    assert out.exists()
+
+
 # ------------------------------------------------------------------------------------------------ arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -105,6 +114,7 @@ def test_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFix
         (["--weight-decay", "-0.1"], "--weight-decay: got -0.1, expected a finite number, 0 or more"),
         (["--max-norm", "0"], "--max-norm: got 0.0, expected a positive number, or None"),
         (["--ema", "0.9", "1"], "--ema: got (0.9, 1.0), expected one or more different decays, 0 <= decay < 1"),
+        (["--loss", "flow", "--prediction", "v"], "--prediction: got 'v', but flow matching predicts a velocity"),
         (["--accumulate", "3"], "--accumulate: got 3, expected a divisor of the batch 8"),
         (
             ["--timesteps", "importance", "--loss", "flow"],
@@ -189,8 +199,11 @@ def test_a_run_that_is_there_already(train: Train, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train()[0] == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert train() == (2, f"ditfast train: {run}: holds a run already; --resume auto goes on with it\n")
-    differing = "holds a run with other settings: seed: was 0, is 1; rate: was 0.01, is 0.02"
+    assert train() == (
+        2,
+        f"ditfast train: {run}: holds a run already; --resume auto goes on with it\n",
+    )
+    differing = "holds a run with other settings: seed: was 0, is 1; rate: was 0.01, is 0.02; give another folder"
     assert train("--resume", "auto", "--seed", "1", "--rate", "2e-2") == (2, f"ditfast train: {run}: {differing}\n")
     fewer = f"steps: got 4, but {run} has taken 6 already"
     assert train("--resume", "auto", steps=4) == (2, f"ditfast train: {fewer}\n")

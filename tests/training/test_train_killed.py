@@ -136,7 +136,7 @@ def test_torchrun_asked_to_stop_leaves_a_checkpoint(
     assert 2 <= step < STEPS, "stopped too late"
     assert saved(out)[-1].name == f"step-{step:08d}"
     said = [line for line in errors.read_text().splitlines() if line.startswith("ditfast")]
-    stopped = f"stopped at step {step}; --resume auto goes on from there"
+    stopped = f"stopped at step {step}, which {saved(out)[-1]} holds; --resume auto goes on from there"
     assert sorted(said) == [f"ditfast train (rank {rank}): {stopped}" for rank in range(2)]
     runs.append(Run(arguments, 2, tmp_path))
     assert runs[-1].wait() == [0, 0], runs[-1].errors()

@@ -132,6 +132,43 @@ def test_the_export_is_the_first_average_and_loads(tmp_path: Path) -> None:
         assert not torch.equal(value, trainer.averages.by_decay[0.1][name])
 
 
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_what_is_predicted_is_learned_and_stands_in_the_file(prediction: str, tmp_path: Path) -> None:
+    settings = TrainSettings(steps=80, batch=16, rate=3e-3, warm_up=10, prediction=prediction)
+    trainer = train(tmp_path / "run", settings, options=RunOptions(sample_every=80, evaluate_every=80))
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    loaded = ditfast.load_checkpoint(tmp_path / "run" / "model.safetensors")
+    assert loaded.config == dataclasses.replace(CONFIG, prediction=prediction)
+    assert trainer.model.config == loaded.config
+    again = train(tmp_path / "again", model=loaded)  # settings that name no prediction keep the model's
+    assert again.config.prediction == prediction
+    assert json.loads((tmp_path / "again" / "run.json").read_text())["settings"]["model"]["prediction"] == prediction
+
+
+def test_another_prediction_than_the_checkpoints_is_said_aloud(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    ditfast.save_checkpoint(new_model(), path)
+    settings = dataclasses.replace(SETTINGS, steps=1, prediction="v")
+    with pytest.warns(UserWarning, match="^prediction: the checkpoint's weights predict epsilon, and are trained to predict v"):
+        train(tmp_path / "run", settings, model=ditfast.load_checkpoint(path))
+
+
+def test_a_model_of_v_is_not_trained_as_a_flow(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, prediction="v")
+    model = new_model(config=config)
+    with pytest.raises(RunError, match=r"^model: got one that predicts v, but loss 'flow' trains a velocity"):
+        train(tmp_path / "run", dataclasses.replace(SETTINGS, loss="flow"), model=model)
+    assert model.config == config
+
+
+def test_records_of_earlier_versions_are_of_the_same_run(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert "prediction" not in settings
+    assert "prediction" not in settings["model"]
+
+
 def test_samples_and_evaluations_change_no_weight(tmp_path: Path) -> None:
     plain = train(tmp_path / "plain")
     options = RunOptions(sample_every=4, evaluate_every=6)

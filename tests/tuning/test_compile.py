@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stub_clock import StubClock
+from stub_timer import StubTimer
 from support import WHERE
 
 if WHERE == "interpreter":
@@ -15,49 +15,49 @@ if WHERE == "interpreter":
 
 from test_compile_command import ARCH, ON_SIMULATOR, Asked, launched
 
-from ditfast.problem import Problem
+from ditfast.dispatch.shapes import OpShape
 from ditfast.tuning.compile import compile_kernels, kernel_builds
 from ditfast.tuning.measure import Measured
 from ditfast.tuning.tune import tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-NORM = Problem("layer_norm_modulate", torch.float32, 8, (4, 128))
-STEP = Problem("gated_residual_layer_norm_modulate", torch.bfloat16, 8, (4, 128), training=True)
+NORM = OpShape("layer_norm_modulate", torch.float32, 8, (4, 128))
+STEP = OpShape("gated_residual_layer_norm_modulate", torch.bfloat16, 8, (4, 128), training=True)
 
 
 @pytest.fixture
-def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Problem], tuple[Measured, Asked, list[str]]]:
-    """Tune a problem with Triton's cache empty: what was found, what launches compiled, and what was shown."""
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[OpShape], tuple[Measured, Asked, list[str]]]:
+    """Tune a shape with Triton's cache empty: what was found, what launches compiled, and what was shown."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def tuned(problem: Problem) -> tuple[Measured, Asked, list[str]]:
+    def tuned(shape: OpShape) -> tuple[Measured, Asked, list[str]]:
         shown: list[str] = []
         with launched() as asked:
-            clock = StubClock(lambda op, route: 1.0)
-            (found,) = tune({problem: 1}, clock, 1e9, lambda entries: None, lambda doing, done, steps: shown.append(doing))
-        assert len(clock.measured) > 2
+            timer = StubTimer(lambda op, route: 1.0)
+            (found,) = tune({shape: 1}, timer, 1e9, lambda entries: None, lambda doing, done, steps: shown.append(doing))
+        assert len(timer.measured) > 2
         return found, asked, shown
 
     return tuned
 
 
 @ON_SIMULATOR
-@pytest.mark.parametrize("problem", [NORM, STEP], ids=["inference", "training"])
+@pytest.mark.parametrize("shape", [NORM, STEP], ids=["inference", "training"])
 def test_no_kernel_is_compiled_while_it_is_timed(
-    problem: Problem, tuned: Callable[[Problem], tuple[Measured, Asked, list[str]]]
+    shape: OpShape, tuned: Callable[[OpShape], tuple[Measured, Asked, list[str]]]
 ) -> None:
-    found, asked, shown = tuned(problem)
+    found, asked, shown = tuned(shape)
     assert not found.notes
     assert asked.sources
     assert asked.compiled == []
-    builds = len(kernel_builds(problem, ARCH, every_config=True))
+    builds = len(kernel_builds(shape, ARCH, every_config=True))
     assert f"compiling kernels, {builds} of {builds}" in shown
 
 
 @ON_SIMULATOR
 def test_results_are_those_of_compiling_one_by_one(
-    tuned: Callable[[Problem], tuple[Measured, Asked, list[str]]], monkeypatch: pytest.MonkeyPatch
+    tuned: Callable[[OpShape], tuple[Measured, Asked, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ditfast.tuning.tune.compile_kernels", lambda *_, **__: None)
     one_by_one, asked, _ = tuned(NORM)

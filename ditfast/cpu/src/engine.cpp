@@ -209,14 +209,13 @@ int ditfast_run(
   return 2;
 }
 
-// y = x W^T + b, of weights [outputs, inputs] that are stored as those of a product are; int8's times ``scale``, else null.
+// y = x W^T + b of ``count`` linears side by side, weights and biases stored as a product's are (int8's biases as fp32).
 void ditfast_few_rows(
-    i64 product, const float* x, const void* weight, const float* scale, const float* bias, float* y, i64 rows, i64 outputs,
-    i64 inputs, i64 threads) {
+    i64 product, const float* x, const FewRowsLinear* linears, i64 count, float* y, i64 rows, i64 inputs, i64 threads) {
   switch (product) {
-    case FULL: return multiply_few_rows(x, (const float*)weight, scale, bias, y, rows, outputs, inputs, threads);
-    case HALF: return multiply_few_rows(x, (const bf16*)weight, scale, bias, y, rows, outputs, inputs, threads);
-    case BYTE: return multiply_few_rows(x, (const int8_t*)weight, scale, bias, y, rows, outputs, inputs, threads);
+    case FULL: return multiply_few_rows<float, float>(x, linears, count, y, rows, inputs, threads);
+    case HALF: return multiply_few_rows<bf16, bf16>(x, linears, count, y, rows, inputs, threads);
+    case BYTE: return multiply_few_rows<int8_t, float>(x, linears, count, y, rows, inputs, threads);
   }
 }
 

@@ -4,6 +4,7 @@ from .digits import Digits
 from .images import ImageFolder
 from .latents import Latents
 from .open import open_data
+from .pairs import Pairs, as_data
 from .records import BadRecord, Data, DataError, Record
 from .stream import Batch, Stream
 
@@ -15,7 +16,9 @@ __all__ = [
     "Digits",
     "ImageFolder",
     "Latents",
+    "Pairs",
     "Record",
     "Stream",
+    "as_data",
     "open_data",
 ]

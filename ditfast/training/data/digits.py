@@ -17,6 +17,8 @@ class Digits:
 
     input_shape = (1, 8, 8)
     num_classes = 10
+    image_size = 8
+    class_names = tuple("0123456789")
 
     def __init__(self) -> None:
         try:

@@ -38,6 +38,8 @@ class ImageFolder:
     Attributes:
         names: of the files, within the folder.
         labels: of each.
+        class_names: of the folders.
+        latent_scale: the VAE's ``autoencoder.scaling``; None without one.
         files: a digest of their names and sizes.
 
     Raises:
@@ -54,7 +56,8 @@ class ImageFolder:
             raise DataError(f"data: {error.filename}: cannot be read: {error.strerror}") from error
         self.names = [name for name, _, _ in found]
         self.labels = [label for _, label, _ in found]
-        self.num_classes = len(classes)
+        self.num_classes, self.class_names = len(classes), classes
+        self.latent_scale = None if vae is None else autoencoder.scaling(vae)
         listed = hashlib.sha256()
         for name, _, size in found:
             listed.update(os.fsencode(f"{name} {size}\n"))

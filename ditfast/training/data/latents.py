@@ -88,6 +88,9 @@ class Latents:
 
     Attributes:
         unreadable: how many images could not be read when latents were extracted.
+        image_size: pixels along a side of the images.
+        latent_scale: of their VAE, as ``autoencoder.scaling`` has it.
+        class_names: of the images; None in folders of earlier versions.
 
     Raises:
         DataError: shards are missing, cut off or something else, no image was readable, or they are another VAE's.
@@ -113,6 +116,8 @@ class Latents:
         channels, height, width = index.latents
         self.input_shape = channels, height, width
         self.num_classes = index.num_classes
+        self.image_size, self.latent_scale = index.image_size, self._scaling()
+        self.class_names = _class_names(path / INDEX)
         settings = hashlib.sha256(json.dumps(index.settings(), sort_keys=True).encode()).hexdigest()[:16]
         self.fingerprint = f"latents of {len(self)} images, {settings}"
 
@@ -129,5 +134,12 @@ class Latents:
 
     def clean(self, values: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
         moments = values[torch.arange(len(values), device=values.device), flips.long()]  # [b, 2C, H, W]
-        scaling = {name: self.index.vae[name] for name in ("scaling_factor", "shift_factor")}
-        return autoencoder.draw_latents(moments, noise, **scaling)  # [b, C, H, W]
+        return autoencoder.draw_latents(moments, noise, **self._scaling())  # [b, C, H, W]
+
+    def _scaling(self) -> dict[str, float]:
+        return {name: self.index.vae[name] for name in ("scaling_factor", "shift_factor")}
+
+
+def _class_names(path: Path) -> list[str] | None:
+    names = json.loads(path.read_text("utf-8")).get("about", {}).get("class_names")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -1,0 +1,271 @@
+"""Ctrl-C: one line, status 130, nothing half-written, no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import small
+from ctrl_c import press_ctrl_c
+from sampling_cli import checkpoint
+from tiny_vae import saved
+
+from ditfast import interrupt
+from ditfast.cli import main
+from ditfast.images import save_png
+
+ROOT = Path(__file__).resolve().parents[1]
+ON_A_TERMINAL = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """As at a terminal: a shell starts what is in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press(after: float) -> None:
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def stopped(*arguments: object, **options: object) -> Any:
+    raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------------ the one place
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_second_ctrl_c_does_not_disturb_what_the_first_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned_up = []
+
+    def command() -> int:
+        press(0.2)
+        try:
+            time.sleep(30)
+        finally:
+            press(0.1)
+            time.sleep(0.5)
+            cleaned_up.append(True)
+        return 0
+
+    assert interrupt.run("ditfast this", command) == 130
+    assert cleaned_up == [True]
+    assert capsys.readouterr() == ("", "ditfast this: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_late_second_ctrl_c_ends_the_command_in_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(interrupt, "GRACE", 0.05)
+    monkeypatch.setattr(interrupt, "end_at_once", lambda: ends.append(interrupt.STATUS))
+
+    def command() -> int:
+        press(0.1)
+        try:
+            time.sleep(30)
+        finally:
+            press(0.2)
+            time.sleep(0.5)
+        return 0
+
+    assert interrupt.run("ditfast this", command) == 130
+    assert ends == [130]
+    assert capsys.readouterr().err == "ditfast this: interrupted\n"
+
+
+def test_the_innermost_words_say_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(error: KeyboardInterrupt, inner: Callable[[], str]) -> int:
+        with interrupt.keeping(lambda: "outer"), interrupt.keeping(inner):
+            raise error
+
+    assert interrupt.run("a", lambda: command(KeyboardInterrupt(), lambda: "3 files\nare there")) == 130
+    assert interrupt.run("b", lambda: command(KeyboardInterrupt(), lambda: os.readlink("missing"))) == 130
+    assert interrupt.run("c", lambda: command(interrupt.Announced(), lambda: "inner")) == 130
+    assert capsys.readouterr().err == "a: interrupted; 3 files are there\nb: interrupted; outer\n"
+
+
+def test_of_several_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, line in (("0", "a: interrupted\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert interrupt.run("a", stopped) == 130
+        assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("program", "started_as", "expected"),
+    [
+        ("/venv/bin/ditfast", "python /venv/bin/ditfast sample", True),
+        ("-m", "python -u -m ditfast train", True),
+        ("-m", "python -m ditfast.benchmarks.training", True),
+        (str(ROOT / "benchmarks/bench.py"), "python benchmarks/bench.py", True),
+        (str(ROOT / "benchmarks/bench.py"), "python -c spawn_main() --multiprocessing-fork", False),
+        ("-m", "python -m pytest ditfast", False),
+        ("-m", "python -m ditfaster", False),
+        (str(ROOT / "examples/train_on_digits.py"), "python examples/train_on_digits.py", False),
+        ("", "python", False),
+    ],
+)
+def test_other_programs_keep_their_ctrl_c(
+    program: str, started_as: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "orig_argv", started_as.split())
+    assert interrupt._is_command() is expected
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+def arguments_of(command: str, folder: Path) -> list[str]:
+    if command == "extract-latents":
+        import numpy as np
+
+        (folder / "images").mkdir()
+        save_png(folder / "images" / "a.png", np.zeros((16, 16, 3), np.uint8))
+        return [command, "images", "out", "--image-size", "16", "--vae", str(saved(folder / "vae"))]
+    return {
+        "doctor": ["doctor"],
+        "sample": ["sample", "--out", "grid.png"],
+        "train": ["train", "--data", "digits", "--steps", "2", "--out", "out"],
+        "evaluate": ["evaluate", "images", "--reference", "digits"],
+        "convert": ["convert", str(checkpoint(folder / "dit.safetensors", small())), "out", "--to", "diffusers"],
+        "compile": ["compile", "--arch", "sm_90", "--model", "digits"],
+        "bench": ["bench", "--models", "DiT-S/8", "--dtype", "fp32", "--rivals", "eager", "--out", "out"],
+    }[command]
+
+
+STOPPED_IN = {
+    "doctor": ("ditfast.commands.doctor._parity", "interrupted"),
+    "sample": ("ditfast.sampling.Sampler.__call__", "interrupted; grid.png was not written"),
+    "train": ("ditfast.commands.train.Trainer", "interrupted; no checkpoint was written"),
+    "extract-latents": (
+        "ditfast.vae.encode_moments",
+        "interrupted; out: 0 of 1 shards are there; the same command writes the rest",
+    ),
+    "evaluate": ("ditfast.evaluation.command.open_images", "interrupted"),
+    "convert": ("ditfast.checkpoints.save.checked", "interrupted; out was not written"),
+    "compile": ("triton.compile", "interrupted; 0 of "),
+    "bench": ("ditfast.benchmarks.bench.bench_case", "interrupted; rows in out/bench.json: 0"),
+}
+NEEDS = {"train": "sklearn", "extract-latents": "diffusers", "compile": "triton", "bench": "matplotlib"}
+
+
+@pytest.mark.parametrize("command", STOPPED_IN)
+def test_a_command_says_what_it_kept(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(NEEDS.get(command, "torch"))
+    monkeypatch.chdir(tmp_path)
+    arguments = arguments_of(command, tmp_path)
+    place, line = STOPPED_IN[command]
+    monkeypatch.setattr(place, stopped)
+    assert main(arguments) == 130
+    *others, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"ditfast {command}: {line}")
+    assert not [other for other in others if "Traceback" in other]
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
+
+
+# ------------------------------------------------------------------------------------------------ on a terminal
+CHILDREN = """
+import multiprocessing, subprocess, sys, time
+from ditfast import interrupt
+def child():
+    subprocess.run(["sleep", "60"])
+def main():
+    print("begin", flush=True)
+    with interrupt.shielding_children():
+        pool = multiprocessing.get_context("spawn").Pool(1)
+    pool.apply_async(child)
+    time.sleep(60)
+if __name__ == "__main__":
+    sys.exit(interrupt.run("children", main))
+"""
+
+
+@ON_A_TERMINAL
+def test_children_are_gone_and_silent(tmp_path: Path) -> None:
+    (tmp_path / "children.py").write_text(CHILDREN)
+    ended = press_ctrl_c([sys.executable, "children.py"], "begin", cwd=tmp_path)
+    assert ended == (130, ["children: interrupted"], [])
+
+
+@ON_A_TERMINAL
+def test_compile_keeps_what_is_compiled(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "ditfast", "compile", "--arch", "sm_80", "--model", "DiT-S/2", "--batch", "2"]
+    ended = press_ctrl_c(command, "[1-9][0-9]*/[0-9]", times=2, cwd=tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert (ended.status, ended.left) == (130, [])
+    (line,) = ended.lines
+    assert line.startswith("ditfast compile: interrupted; ")
+    assert line.endswith(f"kernels are in {tmp_path / 'cache'}; the same command compiles the rest")
+    assert list((tmp_path / "cache").glob("*/*.ptx"))
+    assert not list((tmp_path / "cache").glob("*/tmp*"))
+
+
+@ON_A_TERMINAL
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.full), 2])
+def test_while_it_is_imported_a_command_ends_with_one_line(times: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "ditfast", "doctor"]
+    ended = press_ctrl_c(command, "torch._C", times=times, cwd=tmp_path)
+    assert ended.status == 130
+    assert [line for line in ended.lines if not line.startswith("import time:")] == ["ditfast: interrupted"]
+
+
+@ON_A_TERMINAL
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.full), 2])
+def test_train_says_what_it_does_and_what_a_second_ctrl_c_costs(times: int, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    command = [
+        sys.executable,
+        "-m",
+        "ditfast",
+        "train",
+        "--data",
+        "digits",
+        "--steps",
+        "9999",
+        "--batch",
+        "8",
+        "--workers",
+        "1",
+    ]
+    ended = press_ctrl_c([*command, "--out", "run"], "[1-9]/9999", times=times, cwd=tmp_path)
+    assert (ended.status, ended.left) == (130, [])
+    first, second = (line for line in ended.lines if line.startswith("ditfast"))  # the others are the progress bar's
+    assert first.startswith("ditfast train: Ctrl-C: writes a checkpoint behind this step and ends, in about ")
+    checkpoints = list((tmp_path / "run").glob("checkpoints/*"))
+    if checkpoints or times == 1:  # else it was written before the second
+        assert second.startswith("ditfast train: stopped at step ")
+        assert f"which run/checkpoints/{checkpoints[0].name} holds; --resume auto goes on from there" in second
+    else:
+        assert second.startswith("ditfast train: interrupted at once; lost: ")
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
+
+
+@ON_A_TERMINAL
+@pytest.mark.full
+@pytest.mark.parametrize("until", ["compiling in", "round [0-9]+"], ids=["compiling", "timing"])
+def test_bench_keeps_its_rows_and_ends_its_compilers(until: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rivals = ["eager", "compile"] if until == "compiling in" else ["eager"]
+    command = [sys.executable, str(ROOT / "benchmarks/bench.py"), "--models", "DiT-S/8", "--dtype", "fp32", "--rounds", "2000"]
+    ended = press_ctrl_c(
+        [*command, "--rivals", *rivals, "--out", "out"],
+        until,
+        times=2,
+        cwd=tmp_path,
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+    )
+    lines = [line for line in ended.lines if line.startswith("ditfast")]  # the others are the progress bar's
+    assert (ended.status, lines, ended.left) == (130, ["ditfast bench: interrupted; rows in out/bench.json: 0"], [])
+    assert "interrupted: later rows are missing" in (tmp_path / "out" / "bench.json").read_text()
