@@ -90,11 +90,13 @@ def test_int8(variant: engine.Engine) -> None:
 
 @torch.inference_mode()
 def test_int8_is_the_arithmetic_it_says(native: engine.Engine) -> None:
-    """An MLP alone, against sums of integers in float64."""
+    """An MLP alone, against sums of integers in float64. Between products, activations are bf16 where the CPU multiplies it."""
     x, (_, mlp), final = random_chain(2, 20, 100, 5, torch.float32, "none")
     ((fc1,), (fc2,)) = mlp.products.first, mlp.products.second
+    between = torch.bfloat16 if native._functions.ditfast_attention_is_half() else torch.float32
 
     def product(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        values = values.to(between).float()
         low, high = values.amin(-1, keepdim=True).clamp_max(0), values.amax(-1, keepdim=True).clamp_min(0)
         whole, scale = packed.quantised(weight, pairs=bool(native._functions.ditfast_pairs_saturate()))
         step, whole = (high - low) / 255, whole.double()
@@ -105,7 +107,8 @@ def test_int8_is_the_arithmetic_it_says(native: engine.Engine) -> None:
     u = F.layer_norm(x, (100,), eps=mlp.eps)
     expected = x + product(F.gelu(product(u, *fc1), approximate="tanh"), *fc2)
     found, _ = native.run(x, in_int8([mlp]), final)
-    assert error(found, expected) < 3e-4  # of values beside the middle of two steps, some go to the other one
+    of_rows = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten().sort().values
+    assert of_rows[-3] < 3e-7  # a value beside the middle of two steps may go to the other one, in two rows of forty
     assert error(native.run(x, [mlp], final)[0], expected) > 1e-3
 
 
