@@ -88,8 +88,9 @@ def asked_to_stop(announce: Callable[[bool], str | None] = lambda last: None) ->
         yield request
     finally:
         signal.set_wakeup_fd(wakeup)
-        writer.close()  # which ends the thread behind what it has still to say
+        writer.shutdown(socket.SHUT_WR)  # ends the thread behind what it has still to say; forked workers keep it open
         thread.join()
+        writer.close()
         reader.close()
         for name in SIGNALS:
             signal.signal(name, before[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -178,6 +179,16 @@ def test_the_first_ctrl_c_is_answered_while_the_main_thread_computes(capfd: pyte
         done = time.monotonic()
         assert asked()
     assert pressed < float(capfd.readouterr().err) < done - 0.1
+
+
+def test_a_child_that_outlives_it_does_not_hold_it_up() -> None:
+    """A loader's worker, forked from this process, has its own copies of the open files."""
+    with asked_to_stop():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+        child.start()
+    assert child.is_alive()
+    child.terminate()
+    child.join()
 
 
 def test_what_ctrl_c_costs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
