@@ -27,6 +27,8 @@ ONLY_DEPENDENCIES = """
 import importlib.metadata, re, sys
 from importlib.machinery import PathFinder
 
+loaded_before = set(sys.modules)  # what .pth files of the environment load, such as setuptools'
+
 def normalized(name):
     return re.sub("[-_.]+", "-", name).lower()
 
@@ -63,7 +65,7 @@ ditfast.accelerate(model)
 assert all(row.swapped for row in ditfast.acceleration_report(model).rows)
 assert main(["doctor"]) == 0
 assert main(["compile", "--arch", "sm_90", "--model", "digits"]) == 2
-foreign = {name.split(".")[0] for name in sys.modules} & owners.keys()
+foreign = {name.split(".")[0] for name in sys.modules.keys() - loaded_before} & owners.keys()
 print("foreign", *(name for name in foreign if needed.isdisjoint(map(normalized, owners[name]))))
 """
 
