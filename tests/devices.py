@@ -48,7 +48,8 @@ class Cpu:
 
     def allocated(self) -> int:
         gc.collect()
-        storages = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
+        storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def captured(self, run: Callable[[], Sequence[Tensor]]) -> Capture:
