@@ -14,7 +14,7 @@ else:
     from .final_layer import final_layer
     from .gated_residual import gated_residual
     from .gated_residual_layer_norm_modulate import gated_residual_layer_norm_modulate
-    from .grouped_linear import grouped_linear
+    from .grouped_linear import address_table, grouped_linear
     from .joint_backward import joint_backward
     from .launch import check_launchable, current_device, target
     from .layer_norm_modulate import layer_norm_modulate
@@ -29,6 +29,7 @@ else:
     from .unpatchify import unpatchify, unpatchify_backward
 
     __all__ = [
+        "address_table",
         "attention",
         "attention_backward",
         "check_launchable",

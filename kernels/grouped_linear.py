@@ -54,9 +54,13 @@ def grouped_linear_kernel(
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < outputs)[None, :])
 
 
-def grouped_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """x [M, K] for M up to 16; weights [N_i, K] and biases [N_i], contiguous. Returns [M, sum of N_i]."""
-    table = address_table(weights, biases)
+def grouped_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], table: Tensor | None = None) -> Tensor:
+    """x [M, K] for M up to 16; weights [N_i, K] and biases [N_i], contiguous; their ``address_table``, if it is at hand.
+
+    Returns [M, sum of N_i].
+    """
+    if table is None:
+        table = address_table(weights, biases)
     if table is None:
         return torch.cat([linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], dim=1)
     sizes = [len(bias) for bias in biases]

@@ -14,9 +14,11 @@ from .linear_backward import bias_gradient, input_gradient, input_gradient_throu
 from .linear_gelu import linear_gelu
 
 
-def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K], fc1 [H, K], fc2 [N, H]. Returns y [..., N], and the hidden layer [..., H] before GELU for the backward."""
-    hidden, z = linear_gelu(x, fc1_weight, fc1_bias, training=True)
+def mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, training: bool
+) -> tuple[Tensor, Tensor]:
+    """x [..., K], fc1 [H, K], fc2 [N, H]. Returns y [..., N], and z as ``linear_gelu`` does."""
+    hidden, z = linear_gelu(x, fc1_weight, fc1_bias, training)
     return linear(hidden, fc2_weight, fc2_bias), z
 
 

@@ -345,7 +345,7 @@ def test_the_profiler_sees_every_launch(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ installing
-def test_torch_is_left_as_it_was() -> None:
+def test_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     owners = (torch._C, torch.cuda, torch.version, torch.UntypedStorage, torch._TorchCompileInductorWrapper)
     before = [dict(vars(owner)) for owner in owners]
     modules = {name: sys.modules.get(name) for name in ("pynvml", "torch.cuda.streams", "torch.cuda.graphs")}
@@ -356,6 +356,7 @@ def test_torch_is_left_as_it_was() -> None:
         assert not changed, owner
     assert {name: sys.modules.get(name) for name in modules} == modules
     assert not torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "_initialized", False)  # which a failed call may leave True
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(1, device="cuda")
 

@@ -151,7 +151,8 @@ class Op:
     Args:
         select: checks the arguments and returns an implementation's name; it is told whether a backward may follow.
         triton: the Triton half.
-        prepare: from the op's arguments to those of ``triton``, where they differ.
+        prepare: from the op's arguments to those of ``triton``, where they differ: the signature of the first and the types of
+            the others determine what is launched.
         autocast: which arguments autocast casts.
         is_asked: the caller named the backend that ``select`` returns.
         implementations: the others, by name, on the op's arguments.
@@ -196,8 +197,13 @@ class Op:
             calls += [lambda *args: self.triton.launch(key, args, True)] if training else self.triton.plans(key)
             return made
         else:
-            prepare = self.prepare
-            calls.append(lambda *args: self.triton(*prepare(*args)))
+            prepare, launch = self.prepare, self.triton.launch
+
+            def prepared(*args: Any) -> Any:
+                args = prepare(*args)
+                return launch((key, *map(type, args)), args, training)
+
+            calls.append(prepared)
         return calls[0](*args)
 
     def _trace(self, *args: Any) -> Any:

@@ -50,12 +50,12 @@ def forget_plans() -> None:
 def signature(args: Sequence[Any]) -> tuple[tuple[Any, ...] | None, bool]:
     """Return all that the work on arguments depends on, their data aside, and whether a backward may follow.
 
-    The first is None if an argument is neither a strided tensor whose numbers are in memory nor a constant. Every call of an op
-    pays for this: few and small parts are quick to compare, and a contiguous tensor needs no strides.
+    The first is None if an argument is neither a strided tensor whose numbers are in memory nor a constant, nor a list of such.
+    Every call of an op pays for this: few and small parts are quick to compare, and a contiguous tensor needs no strides.
     """
     needs_grad = torch.is_grad_enabled()
     training = False
-    parts: list[Any] = [needs_grad, args[0].device if isinstance(args[0], Tensor) else None]
+    parts: list[Any] = [needs_grad, args[0].device if args and isinstance(args[0], Tensor) else None]
     try:
         for arg in args:
             kind = type(arg)
@@ -71,8 +71,12 @@ def signature(args: Sequence[Any]) -> tuple[tuple[Any, ...] | None, bool]:
                     parts.append(True)
             elif kind in CONSTANTS:
                 parts += (kind, arg)
-            elif kind in SEQUENCES and all(type(value) in CONSTANTS for value in arg):
-                parts += (kind, *map(type, arg), *arg)
+            elif kind in SEQUENCES:
+                inner, inner_training = signature(arg)
+                if inner is None:
+                    return None, False
+                parts += (kind, inner)
+                training = training or inner_training
             else:
                 return None, False
     except (RuntimeError, NotImplementedError):  # sparse and nested tensors have no strides, opaque ones no pointer
@@ -177,7 +181,9 @@ class Recorder(TorchDispatchMode):
             self.empty[len(self.values)] = made.shape, made.stride(), made.dtype, made.device
             self.values.append(made)
         elif func is torch.ops.aten.detach.default:  # torch.empty ends in one
-            self.aliases.append((made, self.as_slots(args[0]).place))
+            source = self.as_slots(args[0])
+            if type(source) is Slot:
+                self.aliases.append((made, source.place))
         else:
             self._note_call(func, args, kwargs, made)
         return made
@@ -191,7 +197,7 @@ class Recorder(TorchDispatchMode):
         places = range(len(self.values), len(self.values) + len(tensors))
         self.steps.append(Call(func, *inputs, tuple(places)))
         self.values.extend(tensors)
-        if func.is_view:
+        if func.is_view and type(inputs[0][0]) is Slot:
             source = inputs[0][0].place
             self.view_of.update(dict.fromkeys(places, self.view_of.get(source, source)))
 

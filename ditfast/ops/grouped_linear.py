@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..argument_checks import check_dtype, check_tensor, wrong_type
-from ..dispatch.op import TritonOp
-from ..dispatch.selection import select_backend, untransformed
+from ..dispatch.launchers import triton_kernels
+from ..dispatch.op import Op, TritonOp, is_eager
+from ..dispatch.selection import select_backend
 from ..dispatch.shapes import GROUPED_ROWS
 from ..torch_modes import autocast_dtype, computes_now, needs_gradient
 from .cpu_products import in_fp32, torch_linear
@@ -39,12 +41,29 @@ def grouped_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     Raises:
         ValueError: an argument's shape, dtype or device; the message names it.
     """
+    made = _op(x, weights, biases)
+    return list(made.split([len(bias) for bias in biases], dim=1)) if isinstance(made, Tensor) else made
+
+
+def _select(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], training: bool) -> str:
     _check(x, weights, biases)
-    if _is_supported(x, weights, biases):
-        sizes = [len(bias) for bias in biases]
-        backend = select_backend(x, "grouped_linear", len(x), (len(weights), sum(sizes), x.shape[1]))
-        if untransformed("grouped_linear", backend) == "triton":
-            return list(_op(x, list(weights), list(biases)).split(sizes, dim=1))
+    if (
+        training
+        or not 0 < len(x) <= GROUPED_ROWS
+        or torch.compiler.is_compiling()
+        or autocast_dtype(x.device) is not None
+        or not all(weight.is_contiguous() and bias.is_contiguous() for weight, bias in zip(weights, biases, strict=True))
+    ):
+        return "torch"
+    return select_backend(x, "grouped_linear", len(x), (len(weights), sum(map(len, biases)), x.shape[1]))
+
+
+def _with_table(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Any, ...]:
+    weights, biases = list(weights), list(biases)
+    return x, weights, biases, triton_kernels().address_table(weights, biases) if is_eager() else None
+
+
+def _torch(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
     return [_torch_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
@@ -81,17 +100,6 @@ def _check_list(name: str, tensors: Sequence[Tensor], shape: str) -> None:
             check_tensor(name, tensor, shape)
 
 
-def _is_supported(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
-    """Return whether the kernel is for tensors like these, wherever they are."""
-    return (
-        0 < len(x) <= GROUPED_ROWS
-        and not torch.compiler.is_compiling()
-        and not needs_gradient(x, *weights, *biases)
-        and autocast_dtype(x.device) is None
-        and all(weight.is_contiguous() and bias.is_contiguous() for weight, bias in zip(weights, biases, strict=True))
-    )
-
-
 def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if needs_gradient(x, weight, bias):
         return torch_linear(x, weight, bias)
@@ -104,8 +112,9 @@ def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch_linear(x, weight, bias)
 
 
-def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], table: Tensor | None = None) -> Tensor:
     return x.new_empty((len(x), sum(len(bias) for bias in biases)))
 
 
-_op = TritonOp("grouped_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _fake)
+_triton = TritonOp("grouped_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? table=None) -> Tensor", _fake)
+_op = Op(_select, _triton, _with_table, torch=_torch)

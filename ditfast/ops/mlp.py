@@ -37,9 +37,11 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
 def _select(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, training: bool) -> str:
     check_linear(x, fc1_weight, fc1_bias, prefix="fc1_")
     check_linear(x, fc2_weight, fc2_bias, prefix="fc2_", features=fc1_bias.shape[0])
-    if not training:
-        return "linears"
-    return select_backend(x, "mlp", token_rows(x), (len(fc1_bias), len(fc2_bias), x.shape[2]), training=True)
+    rows, (hidden, K), N = token_rows(x), fc1_weight.shape, len(fc2_bias)
+    if training:
+        return select_backend(x, "mlp", rows, (hidden, N, K), training=True)
+    backends = {select_backend(x, "linear_gelu", rows, (hidden, K)), select_backend(x, "linear", rows, (N, hidden))}
+    return "triton" if backends == {"triton"} else "linears"
 
 
 def _linears(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
@@ -51,12 +53,15 @@ def _torch(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, 
     return torch_linear(hidden, fc2_weight, fc2_bias).contiguous()
 
 
-def _fake(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], len(fc2_bias))), x.new_empty((*x.shape[:-1], len(fc1_bias)))
+def _fake(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, training: bool
+) -> tuple[Tensor, Tensor]:
+    z_shape = (*x.shape[:-1], len(fc1_bias)) if training else (0,)
+    return x.new_empty((*x.shape[:-1], len(fc2_bias))), x.new_empty(z_shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, fc1_weight, _, fc2_weight, _ = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, fc1_weight, _, fc2_weight, _, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], fc1_weight, fc2_weight)
 
@@ -64,7 +69,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:5])
     found = iter(_backward_op(dy, *ctx.saved_tensors, needed))
-    return tuple(next(found) if need else None for need in needed)
+    return *(next(found) if need else None for need in needed), None
 
 
 def _backward_fake(
@@ -75,7 +80,7 @@ def _backward_fake(
 
 
 _triton = TritonOp(
-    "mlp(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) -> (Tensor, Tensor)",
+    "mlp(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, bool training) -> (Tensor, Tensor)",
     _fake,
     save=_save,
     backward=_backward,

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..argument_checks import check_integer, check_tensor
 from ..config import TIMESTEP_FEATURES
-from ..dispatch.op import Op, TritonOp
+from ..dispatch.op import Op, TritonOp, is_eager
 from ..dispatch.selection import select_backend
 
 _tables: dict[tuple[torch.device, int, int], Tensor] = {}  # by device, number of frequencies and divisor
@@ -65,7 +65,7 @@ def _frequencies(t: Tensor, half: int, divisor: int) -> Tensor:
     device = t.device
     if torch.compiler.is_dynamo_compiling():
         return _table(device, half, divisor)
-    if is_fake(t):  # tracing takes numbers as constants, and tensors with data not always
+    if not is_eager() and is_fake(t):  # tracing takes numbers as constants, and tensors with data not always
         return torch.tensor(_table(torch.device("cpu"), half, divisor).tolist(), device=device)
     if device.type == "cuda" and (device, half, divisor) not in _tables and torch.cuda.is_current_stream_capturing():
         return _captured_table(device, half, divisor)
