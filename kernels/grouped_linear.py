@@ -97,7 +97,7 @@ def address_table(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor
     fields: list[int] = []
     column = 0
     for weight, bias in zip(weights, biases, strict=True):
-        address, outputs = weight.data_ptr(), len(bias)
+        address, outputs = weight.data_ptr(), weight.shape[0]
         if address % ALIGNMENT:
             return None
         fields += address, bias.data_ptr(), column, outputs

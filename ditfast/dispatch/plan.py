@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kernels.launch import Launch
 
 ALIGNMENT = 16  # bytes; Triton specializes kernels for pointers that are multiples of it
-CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
+CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
 SEQUENCES = (list, tuple, torch.Size)
 EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default)
 
@@ -71,6 +71,8 @@ def signature(args: Sequence[Any]) -> tuple[tuple[Any, ...] | None, bool]:
                     parts.append(True)
             elif kind in CONSTANTS:
                 parts += (kind, arg)
+            elif kind in SEQUENCES and CONSTANTS.issuperset(kinds := tuple(map(type, arg))):
+                parts += (kind, kinds, tuple(arg))
             elif kind in SEQUENCES:
                 inner, inner_training = signature(arg)
                 if inner is None:

@@ -42,7 +42,7 @@ def grouped_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
         ValueError: an argument's shape, dtype or device; the message names it.
     """
     made = _op(x, weights, biases)
-    return list(made.split([len(bias) for bias in biases], dim=1)) if isinstance(made, Tensor) else made
+    return list(made.split_with_sizes([bias.shape[0] for bias in biases], 1)) if isinstance(made, Tensor) else made
 
 
 def _select(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], training: bool) -> str:
