@@ -246,7 +246,8 @@ def main() -> int:
 
 def copy_repository(home: Path) -> None:
     """With the kernels where an installed package has them, so that ``import ditfast`` there finds the copies."""
-    shutil.copytree(ROOT / "ditfast", home / "ditfast")
+    links = shutil.ignore_patterns("kernels", "benchmarks")  # which an editable install makes
+    shutil.copytree(ROOT / "ditfast", home / "ditfast", ignore=links)
     shutil.copytree(ROOT / "kernels", home / "ditfast" / "kernels")
     shutil.copytree(ROOT / "tests", home / "tests")
     shutil.copy(ROOT / "pyproject.toml", home)
