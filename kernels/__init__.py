@@ -21,9 +21,8 @@ else:
     from .linear import linear
     from .linear_backward import linear_backward
     from .linear_gated_residual import linear_gated_residual
-    from .linear_gelu import linear_gelu, linear_gelu_backward
+    from .linear_gelu import linear_gelu, linear_gelu_backward, mlp, mlp_backward
     from .linear_unpatchify import linear_unpatchify, linear_unpatchify_backward
-    from .mlp import mlp, mlp_backward
     from .patch_embed import patch_embed, patch_embed_backward
     from .timestep_embedding import timestep_embedding, timestep_embedding_backward
     from .unpatchify import unpatchify, unpatchify_backward

@@ -13,8 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import LOG2_E, add_weighted, alignment, dot_rows, fold_scale, load_head, store_head, strides, zeros_like_head
-from .attention_tiles import attention_tile, head_blocks
+from .attention import (
+    LOG2_E,
+    add_weighted,
+    alignment,
+    attention_tile,
+    dot_rows,
+    fold_scale,
+    head_blocks,
+    load_head,
+    store_head,
+    strides,
+    zeros_like_head,
+)
 from .launch import launch
 
 

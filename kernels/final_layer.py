@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .launch import interpreted, launch, target
 from .linear_unpatchify import store_pixels
-from .patches import channel_last, image_shape
+from .patches import channel_last
 from .rows import load, modulate, modulation, row_offset
-from .tiles import INTERPRETER, GemmTile, first_that_fits, those_that_fit
-from .tuned import tuned
+from .tiles import INTERPRETER, GemmTile, first_that_fits, those_that_fit, tuned
 
 
 class NormTile(GemmTile):
@@ -142,7 +141,8 @@ def final_layer(
     """
     N, K = weight.shape
     batch, tokens, _ = x.shape
-    image = torch.empty(image_shape(x, grid, patch_size, N), dtype=x.dtype, device=x.device)
+    channels, (h, w) = N // patch_size**2, grid
+    image = torch.empty((batch, channels, h * patch_size, w * patch_size), dtype=x.dtype, device=x.device)
     tile = final_layer_tile(batch * tokens, N, K, x.dtype)
     per_sample = all(vector is None or vector.dim() == 2 for vector in (shift, scale))
     launch(

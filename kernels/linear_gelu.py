@@ -1,4 +1,4 @@
-"""y = GELU(x @ weight.T + bias), the first half of the MLP: the activation is applied before the store."""
+"""y = GELU(x @ weight.T + bias), the activation applied before the store; and the MLP, whose first half it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .gemm import gelu_tanh, gelu_tanh_derivative, linear_tile, store_tile
 from .launch import launch
-from .linear_backward import linear_backward
+from .linear import linear
+from .linear_backward import (
+    bias_gradient,
+    input_gradient,
+    input_gradient_through_gelu,
+    linear_backward,
+    weight_gradient,
+)
 from .tiles import MANY, gemm_tile
 
 ELEMENTS = 1024  # of a program of the elementwise kernel
@@ -87,3 +94,30 @@ def linear_gelu_backward(dy: Tensor, x: Tensor | None, z: Tensor, weight: Tensor
         num_warps=4,
     )
     return linear_backward(dz, x, weight, needed)
+
+
+def mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, training: bool
+) -> tuple[Tensor, Tensor]:
+    """x [..., K], fc1 [H, K], fc2 [N, H]. Returns y [..., N], and z as ``linear_gelu`` does.
+
+    One kernel for both products would need the [rows, N] accumulator of the second in registers while it streams all weights
+    through every program: it does not fit at any of the paper's widths. Of the hidden layer the backward keeps one tensor, not
+    two: the activation is recomputed in the epilogue that needs its derivative anyway.
+    """
+    hidden, z = linear_gelu(x, fc1_weight, fc1_bias, training)
+    return linear(hidden, fc2_weight, fc2_bias), z
+
+
+def mlp_backward(dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, needed: list[bool]) -> list[Tensor]:
+    """Of dx and the gradients of fc1's weight and bias, fc2's weight and bias, those needed."""
+    dy = dy.contiguous()
+    dz, hidden = input_gradient_through_gelu(dy, fc2_weight, z)
+    gradients = (
+        lambda: input_gradient(dz, fc1_weight),
+        lambda: weight_gradient(dz, x),
+        lambda: bias_gradient(dz),
+        lambda: weight_gradient(dy, hidden),
+        lambda: bias_gradient(dy),
+    )
+    return [gradient() for gradient, need in zip(gradients, needed, strict=True) if need]

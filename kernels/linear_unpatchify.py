@@ -11,8 +11,7 @@ from .gemm import multiply, tile_position
 from .launch import interpreted, launch, target
 from .linear_backward import linear_backward
 from .patches import channel_last, image_shape, patch_offset, pixel_offset, to_tokens
-from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits, those_that_fit
-from .tuned import tuned
+from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits, those_that_fit, tuned
 
 # Few columns (p*p*C: 32, 128, 512): reading x takes the time, so tiles are low enough for many programs to read at once.
 FEW = (GemmTile(16, 64, 128, num_warps=4, num_stages=4), GemmTile(16, 64, 64, num_warps=4, num_stages=4))

@@ -11,8 +11,7 @@ from .gemm import store_tile, tile_position
 from .launch import interpreted, launch, target
 from .linear_backward import bias_gradient, input_gradient, weight_gradient
 from .patches import patch_offset, pixel_offset, to_image, to_tokens
-from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits, those_that_fit
-from .tuned import tuned
+from .tiles import FULL_PRECISION, INTERPRETER, GemmTile, first_that_fits, those_that_fit, tuned
 
 # The product is short (K = 16, 64, 256 for the paper's patches): writing the tokens is what takes the time.
 FEW = (GemmTile(16, 128, 64, num_warps=4, num_stages=2),)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import interpreted, warp_size
-from .tuned import tuned
+from .tiles import tuned
 
 CHUNK = 128
 THREADS = 128  # of eight neighbouring elements each: 16 bytes of 16-bit storage

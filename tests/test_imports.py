@@ -114,4 +114,4 @@ def test_nothing_beneath_reaches_tuning(name: str) -> None:
 
 def test_an_import_inside_a_function_counts() -> None:
     assert "ditfast.checkpoints.save" in imports("ditfast.pretrained")
-    assert "ditfast.kernels.tuned" in imports("ditfast.dispatch.selection")
+    assert "ditfast.kernels.tiles" in imports("ditfast.dispatch.selection")

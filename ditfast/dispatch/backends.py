@@ -105,8 +105,7 @@ def why_not(backend: str, device: torch.device, shape: OpShape) -> str:
 def why_not_triton(device: torch.device, shape: OpShape) -> str:
     if not HAS_TRITON:
         return "triton is not installed"
-    too_old = why_too_old(device)
-    if too_old:
+    if device.type == "cuda" and (too_old := why_too_old(device)):
         return too_old
     if shape.op in ("attention", "cross_attention") and shape.sizes[-1] > LARGEST_HEAD:
         return f"the Triton kernels take head dims up to {LARGEST_HEAD}, not {shape.sizes[-1]}"

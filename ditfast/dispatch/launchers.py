@@ -57,5 +57,5 @@ def triton_kernels() -> ModuleType:
         raise RuntimeError("backend 'triton' needs the package triton, which is not installed: pip install triton (Linux)")
     import ditfast.kernels
 
-    ditfast.kernels.tuned.on_change.append(forget_plans)
+    ditfast.kernels.tiles.on_change.append(forget_plans)
     return ditfast.kernels

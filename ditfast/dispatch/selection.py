@@ -140,9 +140,9 @@ def use_measured_configs(device: torch.device) -> None:
     """Hand the kernel configs of the device's tuning cache to the launchers."""
     configs = {key: config for entry in measured(device).values() for key, config in entry.configs.items()}
     if configs and has_triton():
-        from ditfast.kernels import tuned
+        from ditfast.kernels import tiles
 
-        tuned.replace(tuned.TILES | {tuned.Key(*key): config for key, config in configs.items()})
+        tiles.replace(tiles.TILES | {tiles.Key(*key): config for key, config in configs.items()})
 
 
 def forget() -> None:
@@ -150,5 +150,5 @@ def forget() -> None:
     for cached in (measured, select, use_measured_configs):
         cached.cache_clear()
     if "ditfast.kernels" in sys.modules:
-        sys.modules["ditfast.kernels"].tuned.replace({})
+        sys.modules["ditfast.kernels"].tiles.replace({})
     forget_plans()

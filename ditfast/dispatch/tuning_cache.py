@@ -22,7 +22,7 @@ VARIABLE = "DITFAST_TUNING"
 OFF = "off"
 
 Config: TypeAlias = tuple[int, ...]
-ConfigKey: TypeAlias = tuple[str, str, torch.dtype, int, tuple[int, ...]]  # as kernels.tuned.Key
+ConfigKey: TypeAlias = tuple[str, str, torch.dtype, int, tuple[int, ...]]  # as kernels.tiles.Key
 
 
 class Entry(NamedTuple):

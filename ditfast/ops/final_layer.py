@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..argument_checks import check_linear, check_modulation, check_number, check_tokens, check_weight, token_rows
+from ..argument_checks import check_grid, check_linear, check_modulation, check_number, check_tokens, check_weight, token_rows
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
 from .layer_norm_modulate import layer_norm_modulate
 from .linear_unpatchify import linear_unpatchify
-from .patches import check_grid
 from .unpatchify import empty_image
 
 MOST_FEATURES = 128  # that one program computes for its rows: p*p*C up to patch size 4 with learned variances

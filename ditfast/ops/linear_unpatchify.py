@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..argument_checks import check_linear, token_rows
+from ..argument_checks import check_grid, check_linear, token_rows
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
-from .patches import check_grid
 from .unpatchify import empty_image, torch_unpatchify
 
 

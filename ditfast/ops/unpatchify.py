@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..argument_checks import check_tokens, token_rows
+from ..argument_checks import check_grid, check_tokens, token_rows
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
-from .patches import check_grid
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

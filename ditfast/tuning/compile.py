@@ -55,15 +55,15 @@ def kernel_builds(shape: OpShape, arch: str, every_config: bool) -> list[Any]:
 
     if why_not("triton", CPU, shape):
         return []
-    tuned = triton_kernels().tuned
+    tiles = triton_kernels().tiles
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with compiling_for(arch) as builds, fake, Launching(), on_trial(shape.op, "triton"):
         one = example(shape, CPU, seed=0)  # which launches too, to see the outputs of a step
-        with tuned.asking() as asked:
+        with tiles.asking() as asked:
             one.run()
         for key, configs in asked.items():
             for config in configs[1:] if every_config else ():
-                with tuned.trying({key: config}):
+                with tiles.trying({key: config}):
                     one.run()
     return list(builds)
 

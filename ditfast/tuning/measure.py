@@ -107,7 +107,7 @@ class _Prepared:
             return self.timer.median_ms([one.run for one in self.examples])
 
     def candidates(self) -> Mapping[ConfigKey, Sequence[Config]]:
-        with triton_kernels().tuned.asking() as asked:
+        with triton_kernels().tiles.asking() as asked:
             self._run("triton", {}, self.examples[0])
         return asked
 
@@ -149,8 +149,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def _using(configs: Mapping[ConfigKey, Config]) -> contextlib.AbstractContextManager[Any]:
     if not has_triton():
         return contextlib.nullcontext()
-    tuned = triton_kernels().tuned
-    return tuned.trying({tuned.Key(*key): config for key, config in configs.items()})
+    tiles = triton_kernels().tiles
+    return tiles.trying({tiles.Key(*key): config for key, config in configs.items()})
 
 
 def _sizes(config: Config) -> str:

@@ -201,14 +201,14 @@ def test_a_plan_follows_the_backend(jit_calls: list[str]) -> None:
 
 
 def test_other_kernel_configs_are_launched_at_once(jit_calls: list[str]) -> None:
-    from ditfast.kernels import tuned
+    from ditfast.kernels import tiles
 
     x, vector = torch.randn(1, 256, 128), torch.randn(1, 128)
     ops.layer_norm_modulate(x, vector, vector)
-    with tuned.asking() as asked:
+    with tiles.asking() as asked:
         ops.layer_norm_modulate(x, vector, vector)
-    ((key, tiles),) = asked.items()
-    with tuned.trying({key: tiles[1]}):
+    ((key, choices),) = asked.items()
+    with tiles.trying({key: choices[1]}):
         ops.layer_norm_modulate(x, vector, vector)
     assert len(jit_calls) == 3
 

@@ -180,14 +180,14 @@ def test_measured_configs_reach_the_launchers(monkeypatch: pytest.MonkeyPatch) -
     selection.use_measured_configs.cache_clear()
     kernels = triton_kernels()
     selection.use_measured_configs(CUDA)
-    assert configs == kernels.tuned.TILES
+    assert configs == kernels.tiles.TILES
     x, weight = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, 2048, 1152), (3456, 1152)))
     with importlib.import_module("ditfast.kernels.ahead").compiling_for("sm_90") as builds:
         kernels.linear(x, weight, weight[:, 0])
     assert (builds[0].constants["BLOCK_N"], builds[0].options["num_stages"]) == (256, 4)
     monkeypatch.undo()
     selection.forget()
-    assert not kernels.tuned.TILES
+    assert not kernels.tiles.TILES
 
 
 def test_old_names_of_modules_warn_for_one_release() -> None:

@@ -132,7 +132,7 @@ def test_errors_name_the_argument() -> None:
 @ON_SIMULATOR
 def test_opcheck(compiled: Runner) -> None:
     inputs = leaves(*arguments(compiled, 2, 5, 16, torch.float32))
-    torch.library.opcheck(torch.ops.ditfast.mlp.default, inputs)
+    torch.library.opcheck(torch.ops.ditfast.mlp.default, (*inputs, True))
 
 
 @ON_CPU

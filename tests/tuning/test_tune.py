@@ -142,7 +142,7 @@ def test_configs_are_tried_and_the_fastest_kept() -> None:
     def ms(op: str, backend: str) -> float:
         if backend == "torch":
             return 5.0
-        return 1.0 if (4, 128, 2) in triton_kernels().tuned.TILES.values() else 4.0
+        return 1.0 if (4, 128, 2) in triton_kernels().tiles.TILES.values() else 4.0
 
     with Runner.open(TARGETS[0]):
         timer = StubTimer(ms)
@@ -153,7 +153,7 @@ def test_configs_are_tried_and_the_fastest_kept() -> None:
         ((key, tile),) = entries[NORM.bucket()].configs.items()
         assert (key[0], key[2:], tile) == ("layer_norm_modulate", (torch.float32, 8, (128,)), (4, 128, 2))
         assert len(timer.measured) == (9 if WHERE == "simulator" else 2)
-        assert not triton_kernels().tuned.TILES
+        assert not triton_kernels().tiles.TILES
 
 
 @pytest.mark.skipif(WHERE != "simulator", reason="counts what is asked of compiled kernels")
@@ -173,13 +173,13 @@ def test_a_measured_config_is_launched() -> None:
 
     one = example(NORM, CPU, seed=0)
     with Runner.open(TARGETS[0]):
-        tuned = triton_kernels().tuned
-        with tuned.asking() as asked:
+        tiles = triton_kernels().tiles
+        with tiles.asking() as asked:
             expected = one.run()[0]
         (key,) = asked
         grids = []
         for tile in (None, (2, 128, 1)):
-            with tuned.trying({} if tile is None else {key: tile}), ptxsim.record() as recorded:
+            with tiles.trying({} if tile is None else {key: tile}), ptxsim.record() as recorded:
                 assert torch.equal(one.run()[0], expected)
             grids.append(recorded["layer_norm_modulate_kernel"].grid[0])
     assert grids == [1, 4]
@@ -292,7 +292,7 @@ def test_a_tile_that_raises_is_named_and_not_kept() -> None:
     found = Measured(NORM, 1, ms={"torch": 1.0, "triton": 1.0})
 
     def ms(op: str, backend: str) -> float:
-        if (2, 128, 1) in triton_kernels().tuned.TILES.values():
+        if (2, 128, 1) in triton_kernels().tiles.TILES.values():
             raise RuntimeError("out of resource: registers")
         return 2.0
 
