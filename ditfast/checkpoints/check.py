@@ -52,7 +52,10 @@ def checked(
     }
     told = [f"{fault} {listed(names)}" for fault, names in faults.items() if names]
     if not told and config is not None and POSITIONS in tensors:
-        told = _wrong_grid(tensors[POSITIONS], config)
+        grid = grid_of(tensors[POSITIONS])
+        if grid not in (None, config.grid):
+            expected_grid = f"expected {config.grid} for input_size={config.input_size}"
+            told = [f"{POSITIONS}: got the positions of a grid of {grid}, {expected_grid}"]
     if told or config is None:
         raise CheckpointError("; ".join(told) or why_unknown)
     return tensors, config
@@ -86,13 +89,11 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [
         f"{name} ({int((~value.isfinite()).sum())} of {value.numel()} values)"
         for name, value in tensors.items()
-        if value.dtype in DTYPES and value.numel() and not _is_finite(value)
+        if value.dtype in DTYPES
+        and value.numel()
+        # Without a mask as large as the tensor: a NaN is both its least and its largest value.
+        and not all(extreme.isfinite() for extreme in value.detach().aminmax())
     ]
-
-
-def _is_finite(value: Tensor) -> bool:
-    """Without a mask as large as the tensor: a NaN is both its least and its largest value."""
-    return all(bool(extreme.isfinite()) for extreme in value.detach().aminmax())
 
 
 def _wrong_dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -105,10 +106,3 @@ def _wrong_dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
         for name, value in tensors.items()
         if value.dtype not in DTYPES or (value.dtype != common and name != POSITIONS)
     ]
-
-
-def _wrong_grid(positions: Tensor, config: DiTConfig) -> list[str]:
-    grid = grid_of(positions)
-    if grid in (None, config.grid):
-        return []
-    return [f"{POSITIONS}: got the positions of a grid of {grid}, expected {config.grid} for input_size={config.input_size}"]

@@ -12,20 +12,9 @@ from .pickles import Inert
 WEIGHTS = ("auto", "ema", "model")
 # DistributedDataParallel, torch.compile, FSDP and activation checkpointing put these in, also within blocks.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_KEYS = {
-    "ema": "ema",
-    "ema_model": "ema",
-    "ema_model_state_dict": "ema",
-    "ema_state_dict": "ema",
-    "model_ema": "ema",
-    "model_ema_state_dict": "ema",
-    "state_dict_ema": "ema",
-    "model": "model",
-    "model_state_dict": "model",
-    "module": "model",  # DeepSpeed's
-    "net": "model",
-    "state_dict": "model",
-}
+_EMA_KEYS = ("ema_model", "ema_model_state_dict", "ema_state_dict", "model_ema", "model_ema_state_dict", "state_dict_ema")
+_MODEL_KEYS = ("model", "model_state_dict", "module", "net", "state_dict")  # module is DeepSpeed's
+_KEYS = {**dict.fromkeys(("ema", *_EMA_KEYS), "ema"), **dict.fromkeys(_MODEL_KEYS, "model")}
 _DEEPEST = 4
 # Heads that REPA (projectors) and SRA (ap_head) train beside the model, and the counter of torch.optim.swa_utils.
 _NOT_WEIGHTS = re.compile(r"(projectors?|projection_heads?|proj_heads?|ap_head)\..+|n_averaged")
