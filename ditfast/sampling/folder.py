@@ -108,9 +108,8 @@ class RunFolder:
         except OSError as error:
             if path.exists():  # another process of the same run has been here, and tidied up
                 return
-            reason = error.strerror or str(error)
             rest = f"every {self.content} there is whole, and the same command goes on from here"
-            raise RunStopped(f"{path}: {reason}; {rest}") from error
+            raise RunStopped(f"{path}: {error.strerror or error}; {rest}") from error
 
     def tidy(self) -> None:
         """Removes what killed processes left half-written, once everything is there."""

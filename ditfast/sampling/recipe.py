@@ -34,11 +34,6 @@ def is_pixels(config: DiTConfig, trained_for: TrainedFor) -> bool:
     return config.in_channels in PIXEL_CHANNELS or trained_for.image_size == config.input_shape[1:]
 
 
-def fitting_solvers(trained_for: TrainedFor) -> tuple[str, ...]:
-    """Return the names of the solvers that read what the model predicts."""
-    return FLOW_SOLVERS if trained_for.is_flow else GAUSSIAN_SOLVERS
-
-
 def default_solver(trained_for: TrainedFor, digits: bool, num_steps: str | None) -> str:
     if trained_for.is_flow:
         return "euler"
@@ -96,7 +91,7 @@ def check_solver(solver: str, trained_for: TrainedFor, name: str, hint: str, sch
         hint: how to insist on the solver, for the message.
         schedule_hint: what to do about the schedule.
     """
-    fitting = fitting_solvers(trained_for)
+    fitting = FLOW_SOLVERS if trained_for.is_flow else GAUSSIAN_SOLVERS
     if solver not in fitting:
         kind = "flow matching" if trained_for.is_flow else "a Gaussian diffusion"
         why = f"this model predicts {_PREDICTED[trained_for.prediction]} of {kind}"

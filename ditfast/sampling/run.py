@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -36,15 +37,12 @@ class Batch(NamedTuple):
 
     def part(self, place: slice) -> Batch:
         """Return some of the images."""
-        scale, latents, generators = self.scale, self.latents, self.generators
-        return Batch(
-            self.labels[place],
-            self.images[place],
-            None if scale is None else scale[place],
-            None if latents is None else latents[place],
-            self.first,
-            generators[place] if isinstance(generators, list) else generators,
-            self.resumes,
+        return self._replace(
+            labels=self.labels[place],
+            images=self.images[place],
+            scale=None if self.scale is None else self.scale[place],
+            latents=None if self.latents is None else self.latents[place],
+            generators=self.generators[place] if isinstance(self.generators, list) else self.generators,
         )
 
 
@@ -81,25 +79,19 @@ class Conditions:
         return scale, (torch.full_like(labels, self.times[step], dtype=torch.float32), labels)
 
 
+@dataclass
 class Run:
     """Everything about a run but its batches."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        clip: bool,
-        interval: tuple[float, float],
-        guided_channels: int,
-        seed: int,
-        table_bytes: int,
-    ):
-        self.denoiser = denoiser
-        self.clip = clip
-        self.interval = interval
-        self.guided_channels = guided_channels
-        self.seed = seed
-        self.table_bytes = table_bytes
-        self.device, self.dtype = denoiser.device, denoiser.dtype
+    denoiser: Denoiser
+    clip: bool
+    interval: tuple[float, float]
+    guided_channels: int
+    seed: int
+    table_bytes: int
+
+    def __post_init__(self) -> None:
+        self.device, self.dtype = self.denoiser.device, self.denoiser.dtype
         self.prediction_row = self._rows([PREDICTION])[0]
         on_cuda = self.device.type == "cuda"
         self.advance: Callable[..., Tensor] = Graphed(self._advance) if on_cuda else self._advance
