@@ -24,11 +24,7 @@ def checked(
 ) -> tuple[dict[str, Tensor], DiTConfig]:
     """Return the state dict, found to be a whole one of that layout and config, and the config.
 
-    Args:
-        state: whatever a file holds.
-        layout: ``official`` or ``diffusers``.
-        config: None is read off the state dict.
-        heads: the numbers of heads that saved arguments tell, where the config is None.
+    Without a config it is read off the state dict; ``heads`` are then the numbers of heads that saved arguments tell.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen, not finite, of several dtypes, or positions are another

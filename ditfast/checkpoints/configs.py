@@ -65,10 +65,7 @@ def is_own_content(content: object) -> TypeGuard[Mapping[str, Any]]:
 def stated_config(stored: Stored, layout: str, prediction: str | None = None) -> DiTConfig | None:
     """Return the config that a checkpoint states; None if it states none, or another program's.
 
-    Args:
-        stored: the checkpoint.
-        layout: of its weights.
-        prediction: what the weights predict if the config does not say; None for epsilon.
+    ``prediction`` is what the weights predict if the config does not say; None for epsilon.
 
     Raises:
         CheckpointError: the config is ours, or diffusers', and wrong.
@@ -85,11 +82,7 @@ def stated_config(stored: Stored, layout: str, prediction: str | None = None) ->
 
 
 def stated_training(stored: Stored, layout: str) -> TrainedFor | None:
-    """Return what a checkpoint of ours states about its training; None if it states nothing.
-
-    Raises:
-        CheckpointError: it is ours, and wrong.
-    """
+    """Return what a checkpoint of ours states about its training, if that is right; None if it states nothing."""
     if layout == "diffusers" and stored.config_file is not None:
         written = read_json(stored.config_file)
         fields = None if SAVED_BY_DIFFUSERS in written else written.get(PRIVATE_TRAINED_FOR_KEY)
@@ -159,10 +152,9 @@ def _from_config_file(file: Path, layout: str, prediction: str | None) -> DiTCon
 
 
 def check_agreement(given: DiTConfig, stated: DiTConfig) -> None:
-    """Whether ``config=`` says what a file states; shapes are checked by themselves, the flavour is the caller's to choose.
+    """Raise CheckpointError, which names every difference, unless ``config=`` says what a file states.
 
-    Raises:
-        CheckpointError: it is not; the message names every difference.
+    Shapes are checked by themselves, and the flavour is the caller's to choose.
     """
     differing = [
         f"{name} {getattr(given, name)!r} where the checkpoint says {getattr(stated, name)!r}"

@@ -58,10 +58,7 @@ class Stored(NamedTuple):
 def read(path: Path, variant: str | None = None, weights: str = "auto") -> Stored:
     """Read a file, a folder of ``save_pretrained`` or diffusers or a pipeline with a transformer, or of a training run.
 
-    Args:
-        path: of the file or folder.
-        variant: of a folder's weights, part of their files' names.
-        weights: of a run's checkpoint: its first average, or ``model``.
+    ``variant`` is part of the names of a folder's weights; ``weights`` are a run's first average, or ``model``.
 
     Raises:
         CheckpointError: it is none of these, cannot be read, is damaged, or holds code.
@@ -82,11 +79,7 @@ def read(path: Path, variant: str | None = None, weights: str = "auto") -> Store
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file holds something else.
-    """
+    """Return a JSON object; raise CheckpointError if the file holds something else."""
     try:
         content = json.loads(path.read_text("utf-8-sig"))  # editors of Windows begin a file with a mark
     except (ValueError, RecursionError) as error:

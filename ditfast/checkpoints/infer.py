@@ -32,12 +32,8 @@ def outline(names: Mapping[str, object]) -> DiTConfig:
 def infer_config(state: Mapping[str, Tensor], heads: Sequence[Heads] = ()) -> DiTConfig:
     """Return the config of an official state dict.
 
-    The label table's last row is taken for the null class, and without ``heads`` the number of heads for the paper's at that
-    width.
-
-    Args:
-        state: all of it tensors.
-        heads: the numbers of heads that the saved arguments tell.
+    The label table's last row is taken for the null class, and without ``heads``, the numbers that saved arguments tell, the
+    number of heads for the paper's at that width.
 
     Raises:
         CheckpointError: the shapes contradict each other, or leave something open that only ``config=`` can tell.

@@ -20,10 +20,7 @@ _PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}  # by
 def usual_training(stored: Stored, layout: str, path: str | None) -> TrainedFor | None:
     """Return what a checkpoint's kind tells of its training; None for the official DiT's: noise, linear, learned variance.
 
-    Args:
-        stored: the checkpoint.
-        layout: of its weights.
-        path: of the file or folder; one named after SiT is SiT's. None for a state dict.
+    A file or folder whose path is named after SiT is SiT's; a state dict has no path.
     """
     if layout == "diffusers":
         folder = None if stored.file is None else stored.file.parent

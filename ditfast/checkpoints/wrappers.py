@@ -57,11 +57,7 @@ def _held(content: Mapping[object, object], depth: int) -> dict[str, Mapping[obj
 
 
 def strip_wrappers(state: Mapping[object, object]) -> dict[str, object]:
-    """Return the state dict with names without the parts that wrappers of modules put in, wherever they stand.
-
-    Raises:
-        CheckpointError: two names become the same.
-    """
+    """Return the state dict with names without the parts that wrappers of modules put in, wherever they stand."""
     names = {key: ".".join(part for part in str(key).split(".") if part not in _WRAPPERS) for key in state}
     return _renamed(state, names, "module. or _orig_mod.")
 
@@ -82,15 +78,12 @@ def under_prefix(state: Mapping[str, object], prefix: str) -> dict[str, object]:
 
 
 def strip_prefix(state: Mapping[str, object], prefix: str) -> dict[str, object]:
-    """Return the state dict with names without a prefix, where they have it.
-
-    Raises:
-        CheckpointError: two names become the same.
-    """
+    """Return the state dict with names without a prefix, where they have it."""
     return _renamed(state, {name: name.removeprefix(prefix) for name in state}, repr(prefix))
 
 
 def _renamed(state: Mapping[Any, object], names: Mapping[Any, str], what: str) -> dict[str, object]:
+    """Return a state dict with other names; raise CheckpointError if two become the same."""
     renamed: dict[str, object] = {}
     twice: list[str] = []
     for key, value in state.items():

@@ -61,8 +61,8 @@ def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[
     """Return a copy without hooks or swaps.
 
     Args:
-        module: the module.
-        values: its copy's parameters, by the id of the module's; the others are shared.
+        module: stays as it is.
+        values: the copy's parameters, by the id of the module's; the others are shared.
         convert: makes the copy's buffers, and tensors among its attributes; in fp32 unless given.
     """
     convert = convert or in_fp32

@@ -37,15 +37,10 @@ class RunFolder:
         path: made if it does not exist.
         num: of files.
         batch: files in a block.
-
-    Attributes:
-        suffix: of the files.
-        content: what each of them is, for messages.
-        record: its name.
     """
 
     suffix: ClassVar[str]
-    content: ClassVar[str]
+    content: ClassVar[str]  # what each file is, for messages
     record: ClassVar[str] = RECORD
 
     def __init__(self, path: Path, num: int, batch: int):
@@ -141,11 +136,7 @@ class ImageFolder(RunFolder):
     content = "image"
 
     def fill(self, blocks: Iterable[range], paint: Callable[[range], Pixels]) -> None:
-        """Makes whole blocks, and writes the images of them that are missing.
-
-        Args:
-            blocks: of ``unfinished``.
-            paint: given numbers, the images: [n, height, width, C] 8-bit.
+        """Make whole blocks by ``paint``, which returns images [n, height, width, C] 8-bit, and write those that are missing.
 
         Raises:
             RunStopped: the disk is full, or fails.

@@ -30,22 +30,14 @@ def sample(
     labels: Tensor | Sequence[int],
     *,
     cfg_scale: float | Sequence[float] = 1.0,
-    cfg_interval: tuple[float, float] = (-math.inf, math.inf),
-    guidance_channels: int | None = None,
-    seed: int = 0,
     images: Sequence[int] | None = None,
-    clip: bool = False,
-    table_bytes: int = BUDGET_BYTES,
-    offload_conditioning: bool = False,
-    batch_invariant: bool = False,
-    scheduler: Any = None,
     on_step: Callable[[], None] = lambda: None,
-    config: Any = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: Tensor | None = None,
     start_time: float | None = None,
     callback: Callback | None = None,
     batch_size: int | None = None,
+    **settings: Any,
 ) -> Tensor:
     """Denoise one image for each label.
 
@@ -57,16 +49,9 @@ def sample(
             for epsilon, the default, are rewritten for what ``model.config.prediction`` names.
         labels: [B] integer classes, of any integer dtype, or a list of them.
         cfg_scale: where all are 1 the conditional model runs alone.
-        cfg_interval: as in Kynkäänniemi et al. 2024; other steps run the conditional model alone.
         images: [B] the images' numbers; 0, 1, ... unless given.
-        table_bytes: memory for a ``ModulationTable``; 0 computes the vectors in each step, as for a model whose forward is
-            its own or hooked.
-        offload_conditioning: keep adaLN's weights in the host's memory meanwhile: a third of the model, of which the table
-            brings one layer at a time to the device.
-        batch_invariant: a library's GEMM may round differently for other numbers of rows, so images are computed one by one.
-        scheduler: a diffusers scheduler, its timesteps set; its ``prediction_type`` is the model's. A copy is stepped, anew for
-            each batch.
         on_step: called after each step of each batch (progress).
+        settings: other fields of ``Sampler``, such as ``seed``.
 
     Returns:
         [B, C, H, W] fp32 on the model's device; fewer than labels after a stop in a batch before the last.
@@ -75,20 +60,7 @@ def sample(
         ValueError: an argument; the message names it.
         TypeError: likewise, one of the wrong kind.
     """
-    sampler = Sampler(
-        model,
-        steps,
-        cfg_interval=cfg_interval,
-        guidance_channels=guidance_channels,
-        seed=seed,
-        clip=clip,
-        table_bytes=table_bytes,
-        offload_conditioning=offload_conditioning,
-        batch_invariant=batch_invariant,
-        scheduler=scheduler,
-        config=config,
-    )
-    return sampler(
+    return Sampler(model, steps, **settings)(
         labels,
         cfg_scale=cfg_scale,
         images=images,
@@ -105,8 +77,19 @@ def sample(
 class Sampler:
     """``sample`` of one batch after another: what one batch had captured as a CUDA graph, the next of its size replays.
 
-    Fields are ``sample``'s arguments. A graph reads the weights where they were: a model that is moved, cast or changed in its
-    layers needs another sampler. Models with hooks, or of other classes, are called step by step.
+    A graph reads the weights where they were: a model that is moved, cast or changed in its layers needs another sampler.
+    Models with hooks, or of other classes, are called step by step.
+
+    Args:
+        model: as ``sample`` takes it, as are ``steps``; other arguments are those of ``ditfast.sample``.
+        cfg_interval: as in Kynkäänniemi et al. 2024; other steps run the conditional model alone.
+        table_bytes: memory for a ``ModulationTable``; 0 computes the vectors in each step, as for a model whose forward is
+            its own or hooked.
+        offload_conditioning: keep adaLN's weights in the host's memory meanwhile: a third of the model, of which the table
+            brings one layer at a time to the device.
+        batch_invariant: a library's GEMM may round differently for other numbers of rows, so images are computed one by one.
+        scheduler: a diffusers scheduler, its timesteps set; its ``prediction_type`` is the model's. A copy is stepped, anew for
+            each batch.
     """
 
     model: Any
@@ -155,7 +138,8 @@ class Sampler:
         batch_size: int | None = None,
     ) -> Tensor:
         """Return [B, C, H, W] fp32 on the model's device. Arguments and errors are those of ``sample``."""
-        self.denoiser.check_mode()
+        if getattr(self.denoiser.model, "training", False):
+            raise ValueError("model: got a model in training mode, expected model.eval()")
         self._check_offload()
         whole = self._batch(labels, cfg_scale, images, generator, latents, start_time)
         count = len(whole.labels)

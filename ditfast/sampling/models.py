@@ -76,10 +76,6 @@ class Denoiser:
             raise ValueError(f"model: got shape {tuple(output.shape)} from it, expected {single} or {double}")
         return output if output.dtype in DTYPES else output.float()
 
-    def check_mode(self) -> None:
-        if getattr(self.model, "training", False):
-            raise ValueError("model: got a model in training mode, expected model.eval()")
-
 
 def _unwrap(model: Any) -> Any:
     """Return the module inside averaging and data-parallel wrappers without hooks; other wrappers are called."""

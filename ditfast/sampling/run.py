@@ -98,12 +98,9 @@ class Run:
         self.predict: Callable[..., Tensor] = Graphed(self._predict) if on_cuda else self._predict
 
     def solved(self, steps: Sequence[Step], batch: Batch, before: Before = lambda i, x: x) -> Iterator[Tensor]:
-        """Yield the state [B, C, H, W] after each of a solver's steps; valid until the next.
+        """Yield the state [B, C, H, W] after each of a solver's steps from ``batch.first`` on; valid until the next.
 
-        Args:
-            steps: of the solver, all of them.
-            batch: says with which of them to begin.
-            before: called before each step with its index and the state, returns the state to go on with.
+        ``before`` is called before each step with its index and the state, and returns the state to go on with.
         """
         steps, first = steps[batch.first :], batch.first
         conditions = Conditions(self.denoiser, batch, [step.t for step in steps], self.interval, self.table_bytes)

@@ -33,9 +33,7 @@ _LISTS = ("derivatives", "ets")
 def check_scheduler(scheduler: Any, prediction: str) -> None:
     """Raise unless a scheduler's timesteps are set, and its step takes a model's output, a time and the latents alone.
 
-    Args:
-        scheduler: of diffusers.
-        prediction: of the model; the scheduler has to say the same, and may say nothing where it is epsilon.
+    It has to say the same ``prediction`` as the model, and may say nothing where that is epsilon.
 
     Raises:
         TypeError: no scheduler.
@@ -67,11 +65,7 @@ def check_scheduler(scheduler: Any, prediction: str) -> None:
 
 
 def unstepped(scheduler: Any, first: int = 0) -> Any:
-    """Return a copy of a scheduler that has taken no step of its timesteps; the original stays as it is.
-
-    Args:
-        scheduler: of diffusers.
-        first: index of the first of its timesteps to be stepped.
+    """Return a copy of a scheduler that has taken no step, to be stepped from its ``first`` timestep; the original stays.
 
     Raises:
         ValueError: a scheduler that steps from its first timestep only.
@@ -92,11 +86,7 @@ def unstepped(scheduler: Any, first: int = 0) -> Any:
 
 
 def set_timesteps(scheduler: Any, num_steps: int) -> Any:
-    """Return a copy of a scheduler whose timesteps are set.
-
-    Raises:
-        ValueError: its ``set_timesteps`` needs more than a number.
-    """
+    """Return a copy of a scheduler whose timesteps are set; raise ValueError if that needs more than a number."""
     fresh = copy.deepcopy(scheduler)
     try:
         fresh.set_timesteps(num_steps)
