@@ -77,9 +77,7 @@ def save_checkpoint(model: DiT, path: str | os.PathLike[str], *, layout: str = "
 def save_folder(model: DiT, folder: str | os.PathLike[str]) -> None:
     """Write a folder in diffusers' layout, or in the official one with its config.json where diffusers cannot hold the model.
 
-    Args:
-        model: its weights and its config.
-        folder: made with its parents; in one that exists the model's files are replaced, one after the other, and others stay.
+    The folder is made with its parents; in one that exists the model's files are replaced one by one, and others stay.
 
     Raises:
         CheckpointError: the model's weights are not a DiT's own, or not finite; or the folder cannot be written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,16 +85,10 @@ def strip_prefix(state: Mapping[str, object], prefix: str) -> dict[str, object]:
 
 def _renamed(state: Mapping[Any, object], names: Mapping[Any, str], what: str) -> dict[str, object]:
     """Return a state dict with other names; raise CheckpointError if two become the same."""
-    renamed: dict[str, object] = {}
-    twice: list[str] = []
-    for key, value in state.items():
-        name = names[key]
-        if name in renamed:
-            twice.append(name)
-        renamed[name] = value
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         raise CheckpointError(f"there twice, once {what} is stripped: {listed(twice)}")
-    return renamed
+    return {names[key]: value for key, value in state.items()}
 
 
 def leave_out(state: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:

@@ -58,10 +58,9 @@ def check_device(tensor: Tensor) -> torch.device:
 
 
 def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    """Return a copy without hooks or swaps.
+    """Return a copy of a module without hooks or swaps.
 
     Args:
-        module: stays as it is.
         values: the copy's parameters, by the id of the module's; the others are shared.
         convert: makes the copy's buffers, and tensors among its attributes; in fp32 unless given.
     """

@@ -120,9 +120,7 @@ class Swap:
     """Lies in a module's ``forward``. Copies and pickles with it; nothing else of the module has changed.
 
     Args:
-        module: whose forward it is.
-        home: the module's family.
-        options: how its ops compute.
+        options: how the module's ops compute.
         lengths: of the sequences that its parity check covers; with ``NO_LENGTHS`` it is checked at its first call.
         check: parity check of a call of another length, returns why it must not be fast.
     """

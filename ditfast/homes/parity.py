@@ -199,8 +199,6 @@ def check_first_call(
     Args:
         verdicts: of blocks swapped together, by how they are built and called; written.
         is_representative: False takes the verdict on a block built and called alike, where there is one.
-        swap: the block's.
-        args: of the call, as are ``kwargs``.
     """
     tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     if any(map(_is_symbolic, [*tensors, *swap.module.parameters()])):
