@@ -51,7 +51,7 @@ class Denoiser:
         self.trained_for = training_of(self.source, self.config)
         self.device, self.dtype = _place(self.model)
         self._is_ours = isinstance(self.model, DiT) and type(self.model).forward is DiT.forward
-        inner = getattr(self.model, "_orig_mod", self.model)  # diffusers' DiT may be compiled, or have another forward
+        inner = getattr(self.model, "_orig_mod", self.model)  # a compiled one is diffusers' too
         parameters = inspect.signature(type(inner).forward).parameters if isinstance(inner, nn.Module) else {}
         self._has_diffusers_arguments = "class_labels" in parameters
         if self.device.type == "meta" or (isinstance(self.model, DiT) and self.dtype not in DTYPES):

@@ -79,7 +79,7 @@ class Conditions:
         return scale, (torch.full_like(labels, self.times[step], dtype=torch.float32), labels)
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """Everything about a run but its batches."""
 
