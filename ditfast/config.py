@@ -224,8 +224,10 @@ def check_config(config: object) -> None:
 
 def _pythons(value: object) -> object:
     """Return numbers of NumPy, also in a pair, as Python's, which JSON can hold."""
-    if type(value) in (tuple, list):
-        return type(value)(map(_pythons, value))
+    if type(value) is tuple:
+        return tuple(map(_pythons, value))
+    if type(value) is list:
+        return list(map(_pythons, value))
     return value.item() if isinstance(value, np.generic) else value
 
 
