@@ -7,14 +7,14 @@ wrappers stay what and where they are. There is no global state: two models in o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from . import cpu
-from .argument_checks import as_bool, check_choice, check_type
+from .argument_checks import DTYPES, as_bool, check_choice, check_type
 from .dispatch.override import ATTENTION_BACKENDS
 from .dtypes import INT8
 from .homes import BLOCKS, MODELS, NOTE, Home, Options, Swap, cost_of_int8, swap_in
@@ -23,7 +23,6 @@ from .model import DiT
 from .ops.cpu_chain import check_int8
 
 ATTENTION = {"auto": None, "native": "sdpa", **{name: name for name in ATTENTION_BACKENDS}}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 T = TypeVar("T")
 
@@ -92,10 +91,15 @@ def accelerate(
         ValueError: an argument; or nothing could be swapped, with the reasons. The model is as it was.
         TypeError: an argument of the wrong kind; the message names it.
     """
-    check_type("dtype", dtype, (torch.dtype, str, type(None)), f"one of {', '.join(map(str, DTYPES))}, 'int8' or None")
+    expected = f"one of {', '.join(map(str, DTYPES))}, 'int8' or None"
+    check_type("dtype", dtype, (torch.dtype, str, type(None)), expected)
     cache_modulation, strict = as_bool("cache_modulation", cache_modulation), as_bool("strict", strict)
     int8 = dtype == INT8
-    options = Options(_compute_dtype(dtype), _attention_engine(attention), cache_modulation, int8)
+    if not int8 and dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype: got {dtype}, expected {expected}")
+    check_choice("attention", attention, ATTENTION)
+    computes_in = dtype if isinstance(dtype, torch.dtype) else None
+    options = Options(computes_in, ATTENTION[attention], cache_modulation, int8)
     if int8 and options.engine is not None:
         raise ValueError(f"attention: got {attention!r}, expected 'auto' with int8")
     roots = _roots(model_or_pipeline)
@@ -109,7 +113,10 @@ def accelerate(
     try:
         plan = Plan(roots.values(), int8)
         if not plan.swaps and strict:
-            raise ValueError(f"model_or_pipeline: {_why_nothing(model_or_pipeline, plan.reasons.values())}")
+            why = "with nothing inside that looks like a DiT's block or model"
+            if plan.reasons:
+                why = f"of which nothing could be swapped: {'; '.join(dict.fromkeys(plan.reasons.values()))}"
+            raise ValueError(f"model_or_pipeline: got {type(model_or_pipeline).__name__}, {why}")
         if int8:
             _print_costs(roots, {module: how.home for module, how in plan.swaps.items()})
     except BaseException:
@@ -199,49 +206,22 @@ def _roots(model_or_pipeline: object) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
-def _compute_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype == INT8:
-        return None
-    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}, 'int8' or None")
-    return dtype
-
-
-def _attention_engine(name: str) -> str | None:
-    check_choice("attention", name, ATTENTION)
-    return ATTENTION[name]
-
-
-def _inner(module: nn.Module, swaps: Mapping[nn.Module, Home]) -> dict[str, Home]:
-    return {name: swaps[part] for name, part in module.named_modules() if part in swaps and part is not module}
-
-
 def _print_costs(roots: Mapping[str, nn.Module], swaps: Mapping[nn.Module, Home]) -> None:
     """Of each swapped model; of the first block where no model is."""
     names = {module: name for prefix, root in roots.items() for name, module in root.named_modules(prefix=prefix)}
     models = [module for module, home in swaps.items() if home in MODELS]
     for module in models or list(swaps)[:1]:
-        cost = cost_of_int8(module, swaps[module], _inner(module, swaps))
+        inner = {name: swaps[part] for name, part in module.named_modules() if part in swaps and part is not module}
+        cost = cost_of_int8(module, swaps[module], inner)
         print(f"{names[module]}: {cost}" if names[module] else cost)
-
-
-def _why_nothing(model_or_pipeline: object, reasons: Collection[str]) -> str:
-    got = type(model_or_pipeline).__name__
-    if not reasons:
-        return f"got {got}, with nothing inside that looks like a DiT's block or model"
-    return f"got {got}, of which nothing could be swapped: {'; '.join(dict.fromkeys(reasons))}"
 
 
 def _in_words(row: ReportRow) -> str:
     """Return the engine and the calls so far, or why the module is left."""
     if not row.swapped or not (row.fast_calls or row.original_calls):
         return row.engine or row.reason
-    calls = f"{row.fast_calls} fast calls"
-    return (
-        f"{row.engine}; {calls}, {row.original_calls} original ({row.reason})"
-        if row.original_calls
-        else f"{row.engine}; {calls}"
-    )
+    calls = f"{row.engine}; {row.fast_calls} fast calls"
+    return f"{calls}, {row.original_calls} original ({row.reason})" if row.original_calls else calls
 
 
 def _runs(rows: tuple[ReportRow, ...]) -> Iterator[tuple[str, ReportRow]]:

@@ -26,9 +26,7 @@ ATTENTION = "attention"  # a part of every such op's name: torch's, flash-attn's
 def checkpointed(block: Callable[..., Any], draws: bool) -> Callable[..., Any]:
     """Return the block as a function that keeps the outputs of its products alone for the backward.
 
-    Args:
-        block: called with tensors.
-        draws: it may draw random numbers, so the recomputation begins with the random state of the forward.
+    The recomputation of a block that draws random numbers begins with the random state of the forward.
     """
     return partial(checkpoint, block, use_reentrant=False, context_fn=selective_contexts, preserve_rng_state=draws)
 

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +28,6 @@ from .model import DiT
 from .modulation_table import ROWS
 from .sampling.models import Denoiser
 from .sampling.run import Batch, Run
-
-
-class Kind(NamedTuple):
-    """How a model computes."""
-
-    weights: torch.dtype
-    autocast: torch.dtype | None
 
 
 def launches(config: DiTConfig, arch: str, batches: Sequence[int], dtype: torch.dtype, training: bool) -> Sequence[Any]:
@@ -60,12 +53,13 @@ def launches(config: DiTConfig, arch: str, batches: Sequence[int], dtype: torch.
     triton_kernels()
     from .kernels.ahead import compiling_for
 
-    kinds = [Kind(dtype, None)] if dtype == torch.float32 else [Kind(dtype, None), Kind(torch.float32, dtype)]
+    kinds = [(dtype, None)] if dtype == torch.float32 else [(dtype, None), (torch.float32, dtype)]  # weights', autocast's
     solvers = _solvers(config)
     with compiling_for(arch) as builds:
-        for kind, batch in itertools.product(kinds, batches):
-            model = _without_data(config, kind.weights)
-            with backend("triton"), FakeTensorMode(allow_non_fake_inputs=True), Launching(), _autocast(kind):
+        for (weights, to_dtype), batch in itertools.product(kinds, batches):
+            model = _without_data(config, weights)
+            autocast = torch.autocast("cpu", to_dtype or torch.bfloat16, enabled=to_dtype is not None)
+            with backend("triton"), FakeTensorMode(allow_non_fake_inputs=True), Launching(), autocast:
                 with torch.no_grad():
                     _sample(model.eval(), batch, solvers)
                 if training:
@@ -81,10 +75,6 @@ class Launching(TorchDispatchMode):
             return 0  # a label, when the model checks its range
         launcher = launchers().get(func._schema.name.partition("::")[2]) if func.namespace == "ditfast" else None
         return func(*args, **(kwargs or {})) if launcher is None else launcher(*args)
-
-
-def _autocast(kind: Kind) -> torch.autocast:
-    return torch.autocast("cpu", kind.autocast or torch.bfloat16, enabled=kind.autocast is not None)
 
 
 def _without_data(config: DiTConfig, dtype: torch.dtype) -> DiT:

@@ -40,12 +40,7 @@ def read_names(path: Path) -> list[str]:
 
 
 def find_class(text: str, num_classes: int, names: Sequence[str] | None = None) -> int:
-    """The class that a number, a name or one of a name's comma-separated synonyms stands for; case does not matter.
-
-    Args:
-        text: a number, or a name.
-        num_classes: the classes are 0..num_classes-1.
-        names: of each class; None where nobody knows them.
+    """Return the class, 0..num_classes-1, that a number stands for, or a name as in ``class_called`` where there are names.
 
     Raises:
         ClassNameError: there is no such class, or several.

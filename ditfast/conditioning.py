@@ -77,10 +77,7 @@ def modulations(x: Tensor, linears: Sequence[nn.Linear], int8: bool = False) -> 
     weights in one storage; medians, one storage and now, in ms: fp32 501 and 463 (B=1), 585 and 542 (B=8); bf16 161 and 171,
     287 and 302. Runs there differed by as much. Python's share of a call: 0.18 and 0.21 ms. Nothing was timed on a GPU.
 
-    Args:
-        x: [B, K].
-        linears: of weights [N, K], each with a storage of its own; N may differ.
-        int8: as ``project``.
+    x is [B, K]; each linear's weight [N, K] has a storage of its own, and N may differ.
     """
     return project(x, [blocks.view(linear) for linear in linears], int8)
 

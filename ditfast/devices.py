@@ -24,9 +24,7 @@ class DeviceError(ValueError):
 def add_device_argument(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup | None = None) -> None:
     """Add ``--device``, whose value is a device with an index that is the current one.
 
-    Args:
-        parser: of a command or a bench; it ends with status 2 and one line for a device that cannot be used.
-        group: the group of the parser that lists the option.
+    The parser ends with status 2 and one line for a device that cannot be used; ``group`` lists the option in its help.
     """
 
     def parse(text: str) -> torch.device:
@@ -106,10 +104,7 @@ def as_device(name: str, value: torch.device | str | int) -> torch.device:
 
 
 def default_device(program: str = "ditfast") -> torch.device:
-    """Return this process's GPU, or the CPU where there is no GPU, or one that is too old, which a line on stderr says.
-
-    Args:
-        program: begins that line.
+    """Return this process's GPU, or the CPU where there is none, or one that is too old, as the program then says on stderr.
 
     Raises:
         DeviceError: torchrun started more processes than there are GPUs.

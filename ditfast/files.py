@@ -15,30 +15,19 @@ from pathlib import Path
 PART = ".part"
 # Of Windows, macOS, Synology and ext4. macOS's ._NAME beside NAME and .DS_Store are hidden by their names.
 LEFT_BEHIND = {
-    "$recycle.bin",
-    "@eadir",
-    "__macosx",
-    "desktop.ini",
-    "ehthumbs.db",
-    "icon\r",
-    "lost+found",
-    "system volume information",
-    "thumbs.db",
+    *("$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found"),
+    *("system volume information", "thumbs.db"),
 }
-NO_HOME = Path("/nonexistent")  # as Debian calls it
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 def cache_folder(name: str) -> Path:
     """The user's, for what a name stands for; perhaps not there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "ditfast" / name
-
-
-def _home() -> Path:
     try:
-        return Path.home()
+        home = Path.home()
     except RuntimeError:  # a user whom the system does not know, as in containers, without HOME
-        return NO_HOME
+        home = Path("/nonexistent")  # as Debian calls it
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "ditfast" / name
 
 
 def format_bytes(size: int, digits: int = 3) -> str:
@@ -66,11 +55,8 @@ def check_room(path: Path, needed: int, content: str) -> None:
 
 def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
     """List a folder in the order of names, without hidden entries and what systems and disks leave behind."""
-    return sorted((entry for entry in os.scandir(folder) if not _is_left_behind(entry.name)), key=lambda entry: entry.name)
-
-
-def _is_left_behind(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in LEFT_BEHIND
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.casefold() not in LEFT_BEHIND]
 
 
 def free_path(path: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +49,11 @@ def _find(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
             yield prefix + entry.name, entry
 
 
-@contextmanager
-def open_image(path: Path, formats: tuple[str, ...]) -> Iterator[Any]:
-    """Open a file as Pillow's image, of which nothing but the header is read yet.
-
-    Args:
-        path: of the file.
-        formats: Pillow's names of those that it may have.
-    """
+def open_image(path: Path, formats: tuple[str, ...]) -> Any:
+    """Open a file of one of Pillow's formats as its image, for a ``with`` block; nothing but the header is read yet."""
     from PIL import Image
 
-    with Image.open(path, formats=formats) as image:
-        yield image
+    return Image.open(path, formats=formats)
 
 
 def upright(image: Any) -> Any:

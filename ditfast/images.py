@@ -17,6 +17,7 @@ from .argument_checks import as_int, as_list, as_path, check_tensor, check_type,
 from .files import whole_file
 
 Pixels = NDArray[np.uint8]
+_BACKGROUND = 32  # grey of a grid
 
 # 3x5 glyphs, a row of bits each.
 _GLYPHS = {
@@ -62,35 +63,26 @@ def labelled_grid(rows: Mapping[int, Tensor], scale: int = 4, gap: int = 2) -> P
     for label in rows:
         as_int("rows", label, 0)
     scale, gap = as_int("scale", scale, 1), as_int("gap", gap, 0)
-    cells = {label: to_pixels(images).repeat(scale, axis=1).repeat(scale, axis=2) for label, images in rows.items()}
-    count, height, width, channels = next(iter(cells.values())).shape
-    numbers = {label: _number(label, height // 8 or 1) for label in rows}
-    margin = max(number.shape[1] for number in numbers.values()) + 2 * gap
-    line = max(height, *(number.shape[0] for number in numbers.values())) + gap
-    grid = np.full((line * len(rows) + gap, margin + count * (width + gap), channels), 32, np.uint8)
-    for i, (label, images) in enumerate(cells.items()):
-        top, number = gap + i * line, numbers[label]
-        offset = top + (line - gap - number.shape[0]) // 2
-        grid[offset : offset + number.shape[0], gap : gap + number.shape[1]] = number[..., None]
-        for k, image in enumerate(images):
-            left = margin + k * (width + gap)
-            grid[top : top + height, left : left + width] = image
+    cells = np.concatenate([to_pixels(images) for images in rows.values()]).repeat(scale, axis=1).repeat(scale, axis=2)
+    height = cells.shape[1]
+    numbers = [_number(label, height // 8 or 1) for label in rows]
+    line = max(height, *(len(number) for number in numbers))
+    cells = np.pad(cells, ((0, 0), (0, line - height), (0, 0), (0, 0)), constant_values=_BACKGROUND)
+    images = tile(cells, len(cells) // len(rows), gap=gap)
+    margin = max(number.shape[1] for number in numbers) + gap
+    grid = np.pad(images, ((0, 0), (margin, 0), (0, 0)), constant_values=_BACKGROUND)
+    for i, number in enumerate(numbers):
+        top = gap + i * (line + gap) + (line - len(number)) // 2
+        grid[top : top + len(number), gap : gap + number.shape[1]] = number[..., None]
     return grid
 
 
 def tile(pixels: Pixels, columns: int, scale: int = 1, gap: int = 2) -> Pixels:
-    """Return images [N, H, W, C] side by side, so many in a row: [height, width, C] 8-bit.
-
-    Args:
-        pixels: 8-bit, N >= 1.
-        columns: images in a row.
-        scale: pixels of the grid for each pixel of an image.
-        gap: pixels between cells.
-    """
+    """Return N >= 1 images [N, H, W, C] side by side, so many in a row, each pixel ``scale`` wide: [height, width, C] 8-bit."""
     cells = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = cells.shape
     rows = -(-count // columns)
-    grid = np.full((gap + rows * (height + gap), gap + columns * (width + gap), channels), 32, np.uint8)
+    grid = np.full((gap + rows * (height + gap), gap + columns * (width + gap), channels), _BACKGROUND, np.uint8)
     for i, cell in enumerate(cells):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         grid[top : top + height, left : left + width] = cell
@@ -187,4 +179,4 @@ def _number(value: int, scale: int) -> Pixels:
         bits = np.array([[row >> (2 - column) & 1 for column in range(3)] for row in _GLYPHS[digit]], np.uint8)
         columns += [bits, np.zeros((5, 1), np.uint8)]
     glyphs = np.concatenate(columns[:-1], axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
-    return (32 + glyphs * 200).astype(np.uint8)
+    return (_BACKGROUND + glyphs * 200).astype(np.uint8)

@@ -106,15 +106,9 @@ class Modulation(nn.Sequential):
 
 
 def adaln_vectors(layers: Sequence[nn.Module], c: Tensor, int8: bool = False) -> list[Tensor]:
-    """Return what each layer's ``adaLN_modulation`` makes of the conditioning vector.
+    """Return what each layer's ``adaLN_modulation`` makes of c [B, D]: [B, n * D] each, n vectors side by side.
 
-    Args:
-        layers: blocks and final layers.
-        c: [B, D].
-        int8: the CPU engine multiplies with weights rounded to int8.
-
-    Returns:
-        [B, n * D] each, n vectors side by side; in one product where nobody wants one of the modules to be called.
+    That is one product where nobody wants one of the modules to be called; in int8 the CPU engine's, with rounded weights.
     """
     modules = [cast(nn.Module, layer.adaLN_modulation) for layer in layers]
     if modules and all(map(is_silu_and_linear, modules)):

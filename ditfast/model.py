@@ -185,12 +185,13 @@ class DiT(PretrainedMixin):
                 cpu.forget(self.parameters())
             return self
         check_int8("dtype", self.parameters())
-        called = [i for i, block in enumerate(self.blocks) if not self._is_fusible(block)]
-        if called:
-            raise ValueError(f"dtype: got 'int8', but block {called[0]}, or a linear in it, was hooked, wrapped or replaced")
+        for i, block in enumerate(self.blocks):
+            if not is_read(block, Block) or not blocks.are_read(cast(Block, block).chain(None, self.pos_embed)):
+                raise ValueError(f"dtype: got 'int8', but block {i}, or a linear in it, was hooked, wrapped or replaced")
         modes = [(module, module.training) for module in self.modules()]
         try:
-            print(cpu.measure(self.eval().forward, self._examples(), list(self.parameters()), self._switch_int8))
+            switch = partial(setattr, self, "int8")
+            print(cpu.measure(self.eval().forward, self._examples(), list(self.parameters()), switch))
         except BaseException:
             self.int8 = False
             raise
@@ -198,13 +199,6 @@ class DiT(PretrainedMixin):
             for module, training in modes:
                 module.training = training
         return self
-
-    def _is_fusible(self, block: nn.Module) -> bool:
-        """Return True if neither a block nor one of its linears must be called."""
-        return is_read(block, Block) and blocks.are_read(cast(Block, block).chain(None, self.pos_embed))
-
-    def _switch_int8(self, on: bool) -> None:
-        self.int8 = on
 
     def _examples(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """One sample each, at a few timesteps."""

@@ -25,12 +25,7 @@ def html_lines(*lines: str) -> str:
 
 
 def svg_curve(values: Sequence[float | None], title: str) -> str:
-    """Return a curve with its range in the title; values that are missing or not finite are left out.
-
-    Args:
-        values: in order; of many, means of neighbors are drawn.
-        title: of the curve.
-    """
+    """Return a curve, of many values the means of neighbors, with its range in the title; those not finite are left out."""
     step = -(-len(values) // MOST_POINTS) or 1
     parts = [[v for v in values[i : i + step] if v is not None and math.isfinite(v)] for i in range(0, len(values), step)]
     points = [(i, sum(part) / len(part)) for i, part in enumerate(parts) if part]

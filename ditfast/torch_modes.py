@@ -37,11 +37,9 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = autocast_dtype(tensors[0].device) if isinstance(tensors[0], Tensor) else None
     if dtype is None:
         return tensors
-    return tuple(t.to(dtype) if _is_cast(t) else t for t in tensors)
-
-
-def _is_cast(tensor: Tensor) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

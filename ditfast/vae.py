@@ -48,7 +48,13 @@ def load_vae(source: str | Path) -> VAE:
     except VAEError:
         raise
     except Exception as error:  # diffusers and the hub's client raise whatever befits them
-        raise VAEError(f"vae: {source}: {_why(error, place)}") from error
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if Path(place).is_dir():
+            raise VAEError(f"vae: {source}: cannot be loaded: {line}") from error
+        raise VAEError(
+            f"vae: {source}: no folder here, and the hub did not give it: {line} "
+            f"(without a network: `hf download {place} --local-dir FOLDER` where there is one, then give FOLDER)"
+        ) from error
     if loading["missing_keys"]:
         raise VAEError(f"vae: {source}: its weights lack {len(loading['missing_keys'])}, such as {loading['missing_keys'][0]}")
     return vae.float().eval()
@@ -188,13 +194,3 @@ def _place(source: str) -> tuple[str, dict[str, Any]]:
         raise VAEError(f"vae: {source}: there is no such folder")
     owner, name, *inside = source.split("/")
     return f"{owner}/{name}", {"subfolder": inside[0]} if inside else {}
-
-
-def _why(error: Exception, place: str) -> str:
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if Path(place).is_dir():
-        return f"cannot be loaded: {line}"
-    return (
-        f"no folder here, and the hub did not give it: {line} "
-        f"(without a network: `hf download {place} --local-dir FOLDER` where there is one, then give FOLDER)"
-    )

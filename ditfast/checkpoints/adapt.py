@@ -64,11 +64,8 @@ def adapted(state: Mapping[str, Tensor], old: DiTConfig, new: DiTConfig) -> tupl
 
 
 def _label_table(table: Tensor, old: DiTConfig, new: DiTConfig) -> tuple[Tensor, list[str]]:
-    has_fresh_classes, had_null, has_null = (
-        new.num_classes != old.num_classes,
-        old.has_null_class,
-        new.has_null_class,
-    )
+    has_fresh_classes = new.num_classes != old.num_classes
+    had_null, has_null = old.has_null_class, new.has_null_class
     if not has_fresh_classes and had_null == has_null:
         return table, []
     classes = _fresh_rows(new.num_classes, table) if has_fresh_classes else table[: old.num_classes]

@@ -28,11 +28,8 @@ _DEEPEST = 7
 def heads_in_arguments(content: object, metadata: Mapping[str, str], width: int) -> list[Heads]:
     """Return the numbers of heads that the arguments in a checkpoint tell, of those that are nested the least deep.
 
-    Args:
-        content: of a file; its arguments are beside the weights, or a dict, an ``argparse.Namespace``, an OmegaConf config or
-            JSON, perhaps nested.
-        metadata: of a safetensors file.
-        width: of the model, which the width of a head divides.
+    Arguments are beside the weights, or a dict, an ``argparse.Namespace``, an OmegaConf config or JSON, perhaps nested. The
+    width of a head divides the model's ``width``.
     """
     for items in _levels(content, metadata):
         heads, dims = (

@@ -24,11 +24,7 @@ def checked(
 ) -> tuple[dict[str, Tensor], DiTConfig]:
     """Return the state dict, found to be a whole one of that layout and config, and the config.
 
-    Args:
-        state: whatever a file holds.
-        layout: ``official`` or ``diffusers``.
-        config: None is read off the state dict.
-        heads: the numbers of heads that saved arguments tell, where the config is None.
+    Without a config it is read off the state dict; ``heads`` are then the numbers of heads that saved arguments tell.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen, not finite, of several dtypes, or positions are another
@@ -52,7 +48,10 @@ def checked(
     }
     told = [f"{fault} {listed(names)}" for fault, names in faults.items() if names]
     if not told and config is not None and POSITIONS in tensors:
-        told = _wrong_grid(tensors[POSITIONS], config)
+        grid = grid_of(tensors[POSITIONS])
+        if grid not in (None, config.grid):
+            expected_grid = f"expected {config.grid} for input_size={config.input_size}"
+            told = [f"{POSITIONS}: got the positions of a grid of {grid}, {expected_grid}"]
     if told or config is None:
         raise CheckpointError("; ".join(told) or why_unknown)
     return tensors, config
@@ -86,13 +85,11 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [
         f"{name} ({int((~value.isfinite()).sum())} of {value.numel()} values)"
         for name, value in tensors.items()
-        if value.dtype in DTYPES and value.numel() and not _is_finite(value)
+        if value.dtype in DTYPES
+        and value.numel()
+        # Without a mask as large as the tensor: a NaN is both its least and its largest value.
+        and not all(extreme.isfinite() for extreme in value.detach().aminmax())
     ]
-
-
-def _is_finite(value: Tensor) -> bool:
-    """Without a mask as large as the tensor: a NaN is both its least and its largest value."""
-    return all(bool(extreme.isfinite()) for extreme in value.detach().aminmax())
 
 
 def _wrong_dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -105,10 +102,3 @@ def _wrong_dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
         for name, value in tensors.items()
         if value.dtype not in DTYPES or (value.dtype != common and name != POSITIONS)
     ]
-
-
-def _wrong_grid(positions: Tensor, config: DiTConfig) -> list[str]:
-    grid = grid_of(positions)
-    if grid in (None, config.grid):
-        return []
-    return [f"{POSITIONS}: got the positions of a grid of {grid}, expected {config.grid} for input_size={config.input_size}"]

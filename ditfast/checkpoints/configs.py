@@ -65,34 +65,26 @@ def is_own_content(content: object) -> TypeGuard[Mapping[str, Any]]:
 def stated_config(stored: Stored, layout: str, prediction: str | None = None) -> DiTConfig | None:
     """Return the config that a checkpoint states; None if it states none, or another program's.
 
-    Args:
-        stored: the checkpoint.
-        layout: of its weights.
-        prediction: what the weights predict if the config does not say; None for epsilon.
+    ``prediction`` is what the weights predict if the config does not say; None for epsilon.
 
     Raises:
         CheckpointError: the config is ours, or diffusers', and wrong.
     """
+    beside = stored.config_file
     if layout == "diffusers":
-        beside = stored.config_file
-        return _from_metadata(stored.metadata, prediction) if beside is None else _from_diffusers_config(beside, prediction)
+        return _from_metadata(stored.metadata, prediction) if beside is None else _from_config_file(beside, layout, prediction)
     config = _from_metadata(stored.metadata, prediction)
     if config is None and isinstance(stored.content, Mapping) and _is_own(fields := stored.content.get(CONFIG_KEY)):
         config = _parsed(fields, prediction)
-    if config is None and stored.config_file is not None and stored.file is not None and stored.file.name == OFFICIAL_FILE:
-        config = _from_own_file(stored.config_file, prediction)
+    if config is None and beside is not None and stored.file is not None and stored.file.name == OFFICIAL_FILE:
+        config = _from_config_file(beside, layout, prediction)
     return config
 
 
 def stated_training(stored: Stored, layout: str) -> TrainedFor | None:
-    """Return what a checkpoint of ours states about its training; None if it states nothing.
-
-    Raises:
-        CheckpointError: it is ours, and wrong.
-    """
-    beside = stored.config_file if layout == "diffusers" else None
-    if beside is not None:
-        written = read_json(beside)
+    """Return what a checkpoint of ours states about its training, if that is right; None if it states nothing."""
+    if layout == "diffusers" and stored.config_file is not None:
+        written = read_json(stored.config_file)
         fields = None if SAVED_BY_DIFFUSERS in written else written.get(PRIVATE_TRAINED_FOR_KEY)
     elif TRAINED_FOR_KEY in stored.metadata:
         fields = _parsed_json(stored.metadata[TRAINED_FOR_KEY])
@@ -103,11 +95,7 @@ def stated_training(stored: Stored, layout: str) -> TrainedFor | None:
 
 
 def _from_metadata(metadata: Mapping[str, str], prediction: str | None) -> DiTConfig | None:
-    """Return the config in a safetensors file's metadata; None if there is none of ours.
-
-    Raises:
-        CheckpointError: it is ours, and wrong.
-    """
+    """Return the config in a safetensors file's metadata; None if there is none of ours."""
     fields = _parsed_json(metadata.get(CONFIG_KEY, "null"))
     is_part_of_ours = isinstance(fields, dict) and "depth" in fields and fields.keys() <= _FIELDS
     return _parsed(fields, prediction) if is_part_of_ours or _is_own(fields) else None
@@ -143,16 +131,15 @@ def to_diffusers_config(config: DiTConfig, trained_for: TrainedFor | None = None
     }
 
 
-def _from_diffusers_config(file: Path, prediction: str | None) -> DiTConfig:
-    """Return what a diffusers model's config.json says; its flavour is diffusers' with that file's ``norm_eps``.
+def _from_config_file(file: Path, layout: str, prediction: str | None) -> DiTConfig | None:
+    """Return what a model's config.json says; None if it is another program's. diffusers' flavour has the file's ``norm_eps``.
 
-    A file that ``save_checkpoint`` wrote gives back the model's own flavour, until diffusers saves the model again.
-
-    Raises:
-        CheckpointError: it is another architecture's, or contradicts itself.
+    A diffusers file that ``save_checkpoint`` wrote gives back the model's own flavour, until diffusers saves the model again.
     """
     written = read_json(file)
     try:
+        if layout == "official":
+            return _parsed(written, prediction) if _is_own(written) else None
         if PRIVATE_KEY not in written or SAVED_BY_DIFFUSERS in written:
             return _from_public(written, prediction)
         config = _parsed(written[PRIVATE_KEY], prediction)
@@ -165,10 +152,9 @@ def _from_diffusers_config(file: Path, prediction: str | None) -> DiTConfig:
 
 
 def check_agreement(given: DiTConfig, stated: DiTConfig) -> None:
-    """Whether ``config=`` says what a file states; shapes are checked by themselves, the flavour is the caller's to choose.
+    """Raise CheckpointError, which names every difference, unless ``config=`` says what a file states.
 
-    Raises:
-        CheckpointError: it is not; the message names every difference.
+    Shapes are checked by themselves, and the flavour is the caller's to choose.
     """
     differing = [
         f"{name} {getattr(given, name)!r} where the checkpoint says {getattr(stated, name)!r}"
@@ -182,14 +168,6 @@ def check_agreement(given: DiTConfig, stated: DiTConfig) -> None:
 def _is_own(fields: object) -> bool:
     """True if fields are a DiTConfig's; other programs share its other names."""
     return isinstance(fields, Mapping) and "flavour" in fields
-
-
-def _from_own_file(file: Path, prediction: str | None) -> DiTConfig | None:
-    fields = read_json(file)
-    try:
-        return _parsed(fields, prediction) if _is_own(fields) else None
-    except CheckpointError as error:
-        raise CheckpointError(f"{file.name}: {error}") from error
 
 
 def _from_public(written: Mapping[str, Any], prediction: str | None) -> DiTConfig:

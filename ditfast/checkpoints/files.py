@@ -58,10 +58,7 @@ class Stored(NamedTuple):
 def read(path: Path, variant: str | None = None, weights: str = "auto") -> Stored:
     """Read a file, a folder of ``save_pretrained`` or diffusers or a pipeline with a transformer, or of a training run.
 
-    Args:
-        path: of the file or folder.
-        variant: of a folder's weights, part of their files' names.
-        weights: of a run's checkpoint: its first average, or ``model``.
+    ``variant`` is part of the names of a folder's weights; ``weights`` are a run's first average, or ``model``.
 
     Raises:
         CheckpointError: it is none of these, cannot be read, is damaged, or holds code.
@@ -82,11 +79,7 @@ def read(path: Path, variant: str | None = None, weights: str = "auto") -> Store
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file holds something else.
-    """
+    """Return a JSON object; raise CheckpointError if the file holds something else."""
     try:
         content = json.loads(path.read_text("utf-8-sig"))  # editors of Windows begin a file with a mark
     except (ValueError, RecursionError) as error:
@@ -98,8 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def find_weights(folder: Path, variant: str | None) -> Path | None:
     """Return the weights, or the index of their shards, in a folder or in its ``transformer``; None if there are none."""
-    names = _weights_files(variant)
-    return next((file for place in _places(folder) for name in names if (file := place / name).is_file()), None)
+    places, names = (folder, folder / TRANSFORMER), _weights_files(variant)
+    return next((file for place in places for name in names if (file := place / name).is_file()), None)
 
 
 def with_variant(name: str, variant: str | None) -> str:
@@ -110,10 +103,6 @@ def with_variant(name: str, variant: str | None) -> str:
 
 def _weights_files(variant: str | None) -> list[str]:
     return [with_variant(name, variant) for name in WEIGHTS_FILES] + ([OFFICIAL_FILE] if variant is None else [])
-
-
-def _places(folder: Path) -> list[Path]:
-    return [folder, folder / TRANSFORMER]
 
 
 def _read_checkpoint(found: RunWeights, path: Path, weights: str) -> dict[str, object]:
@@ -127,7 +116,7 @@ def _read_folder(folder: Path, variant: str | None) -> Stored:
     file = find_weights(folder, variant)
     if file is not None:
         return Stored(*(_read_shards(file) if file.suffix == ".json" else _read_member(file)), file)
-    folder = next(place for place in reversed(_places(folder)) if place.is_dir())
+    folder = folder / TRANSFORMER if (folder / TRANSFORMER).is_dir() else folder
     expected = _weights_files(variant)
     names = [entry.name for entry in visible_entries(folder)]
     variants = sorted({found["variant"] for name in names if (found := _VARIANT.fullmatch(name))})

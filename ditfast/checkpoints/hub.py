@@ -39,8 +39,9 @@ def fetch(hub_id: str, variant: str | None, subfolder: str | None, **options: An
         ) from error
     places = [f"{subfolder}/"] if subfolder else ["", f"{TRANSFORMER}/"]
     try:
-        for names in (_safetensors(variant), _pickles(variant)):
-            patterns = [f"scheduler/{SCHEDULER_FILE}", *(place + name for place in places for name in (CONFIG_FILE, *names))]
+        for ending in ("safetensors", "bin"):
+            names = [CONFIG_FILE, *_files(ending, variant)]
+            patterns = [f"scheduler/{SCHEDULER_FILE}", *(place + name for place in places for name in names)]
             root = huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, **options)
             folder = Path(root, subfolder or "")
             if find_weights(folder, variant) is not None:
@@ -53,17 +54,11 @@ def fetch(hub_id: str, variant: str | None, subfolder: str | None, **options: An
     return folder
 
 
-def _safetensors(variant: str | None) -> list[str]:
-    return [*_files("safetensors", variant), *([OFFICIAL_FILE] if variant is None else [])]
-
-
-def _pickles(variant: str | None) -> list[str]:
-    return _files("bin", variant)
-
-
 def _files(ending: str, variant: str | None) -> list[str]:
     """Return names, and patterns of shards' names, of both orders of number and variant that diffusers has written."""
     whole = [with_variant(name, variant) for name in WEIGHTS_FILES if f".{ending}" in name]
     numbers = "?????-of-?????"
     first = f"diffusion_pytorch_model{'' if variant is None else f'.{variant}'}-{numbers}.{ending}"
-    return list(dict.fromkeys([*whole, first, with_variant(f"diffusion_pytorch_model-{numbers}.{ending}", variant)]))
+    second = with_variant(f"diffusion_pytorch_model-{numbers}.{ending}", variant)
+    official = [OFFICIAL_FILE] if ending == "safetensors" and variant is None else []
+    return list(dict.fromkeys([*whole, first, second, *official]))

@@ -16,7 +16,6 @@ from .arguments import Heads
 from .errors import CheckpointError
 
 POSITIONS_TOLERANCE = 2.0**-7  # above the rounding of bf16, far below the distance to another grid's positions
-_DESIGN_OF_VECTORS = {6: "adaln_zero", 4: "adaln"}
 _WIDTHS = r"(t_embedder\.mlp\.[02]|blocks\.\d+\.(attn\.proj|mlp\.fc2))\.bias"
 _MLP_WIDTHS = r"blocks\.\d+\.mlp\.fc1\.bias"
 _ADALN_ROWS = r"blocks\.\d+\.adaLN_modulation\.1\.bias"
@@ -33,12 +32,8 @@ def outline(names: Mapping[str, object]) -> DiTConfig:
 def infer_config(state: Mapping[str, Tensor], heads: Sequence[Heads] = ()) -> DiTConfig:
     """Return the config of an official state dict.
 
-    The label table's last row is taken for the null class, and without ``heads`` the number of heads for the paper's at that
-    width.
-
-    Args:
-        state: all of it tensors.
-        heads: the numbers of heads that the saved arguments tell.
+    The label table's last row is taken for the null class, and without ``heads``, the numbers that saved arguments tell, the
+    number of heads for the paper's at that width.
 
     Raises:
         CheckpointError: the shapes contradict each other, or leave something open that only ``config=`` can tell.
@@ -67,6 +62,8 @@ def _config(state: Mapping[str, Tensor], stated_heads: Sequence[Heads]) -> DiTCo
     rows, _ = _shape(state, "y_embedder.embedding_table.weight", "[classes + 1, D]")
     out_features, _ = _shape(state, "final_layer.linear.weight", "[p*p*C', D]")
     height, width = _grid(state)
+    mlp_width = _most_common_length(state, _MLP_WIDTHS)
+    ratio = mlp_width / hidden_size  # or the next number, which ``DiTConfig`` truncates to exactly this width
     fields: dict[str, Any] = {
         "depth": outline(state).depth,
         "hidden_size": hidden_size,
@@ -75,7 +72,7 @@ def _config(state: Mapping[str, Tensor], stated_heads: Sequence[Heads]) -> DiTCo
         "in_channels": channels,
         "num_classes": rows - 1,
         "learn_sigma": _learns_sigma(out_features, channels, patch),
-        "mlp_ratio": _ratio(_most_common_length(state, _MLP_WIDTHS), hidden_size),
+        "mlp_ratio": ratio if int(hidden_size * ratio) == mlp_width else math.nextafter(ratio, math.inf),
         "conditioning": _design(state, hidden_size),
     }
     heads = HEADS_OF_WIDTH.get(hidden_size) if not stated_heads else stated_heads[0]
@@ -147,12 +144,6 @@ def _learns_sigma(out_features: int, channels: int, patch: int) -> bool:
     return out_features == 2 * plain
 
 
-def _ratio(mlp_width: int, width: int) -> float:
-    """The ratio that ``DiTConfig`` truncates to exactly this MLP width."""
-    ratio = mlp_width / width
-    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
-
-
 def _design_by_name(names: Mapping[str, object]) -> str:
     if any(re.fullmatch(_ADALN_ROWS, name) for name in names):
         return "adaln_zero"
@@ -160,9 +151,10 @@ def _design_by_name(names: Mapping[str, object]) -> str:
 
 
 def _design(state: Mapping[str, Tensor], width: int) -> str:
-    if _design_by_name(state) != "adaln_zero":
-        return _design_by_name(state)
+    design = _design_by_name(state)
+    if design != "adaln_zero":
+        return design
     rows = _most_common_length(state, _ADALN_ROWS)
     if rows not in (4 * width, 6 * width):
         raise CheckpointError(f"adaLN_modulation: got {rows} rows a block, expected 6 or 4 times the width {width}")
-    return _DESIGN_OF_VECTORS[rows // width]
+    return "adaln_zero" if rows == 6 * width else "adaln"

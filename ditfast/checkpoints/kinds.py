@@ -20,13 +20,12 @@ _PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}  # by
 def usual_training(stored: Stored, layout: str, path: str | None) -> TrainedFor | None:
     """Return what a checkpoint's kind tells of its training; None for the official DiT's: noise, linear, learned variance.
 
-    Args:
-        stored: the checkpoint.
-        layout: of its weights.
-        path: of the file or folder; one named after SiT is SiT's. None for a state dict.
+    A file or folder whose path is named after SiT is SiT's; a state dict has no path.
     """
     if layout == "diffusers":
-        file = _scheduler_file(stored)
+        folder = None if stored.file is None else stored.file.parent
+        places = () if folder is None else (folder / "scheduler", folder.parent / "scheduler", folder)
+        file = next((file for place in places if (file := place / SCHEDULER_FILE).is_file()), None)
         return None if file is None else _of_scheduler(read_json(file))
     flow_path = flow_path_in_arguments(stored.content, stored.metadata)
     if flow_path is None and not _is_named_sit(path):
@@ -35,19 +34,8 @@ def usual_training(stored: Stored, layout: str, path: str | None) -> TrainedFor 
 
 
 def _is_named_sit(path: str | None) -> bool:
-    if path is None:
-        return False
-    file = Path(path)
+    file = Path(path or "")
     return bool(_SIT.search(file.parent.name if file.name == OFFICIAL_FILE else file.name))
-
-
-def _scheduler_file(stored: Stored) -> Path | None:
-    """Return the configuration of the scheduler in a model's pipeline, or beside its weights."""
-    if stored.file is None:
-        return None
-    folder = stored.file.parent
-    places = (folder / "scheduler", folder.parent / "scheduler", folder)
-    return next((file for place in places if (file := place / SCHEDULER_FILE).is_file()), None)
 
 
 def _of_scheduler(written: Mapping[str, Any]) -> TrainedFor:

@@ -122,8 +122,8 @@ def load_checkpoint(
         model = _build(official, config, to_device, to_dtype or weights_dtype(official))
     except CheckpointError as error:
         raise CheckpointError(f"{place}: {error}") from error
-    trained_for = _trained_for(training, config, stored_config)
     path = path if stored.place is None else str(stored.place)
+    trained_for = TrainedFor.of_config(config) if training is None else training.fitted(config, stored_config)
     model.source = CheckpointSource(path, layout, chosen, describe_flavour(config), trained_for)
     logger.info("%s", model.source)
     return model
@@ -140,13 +140,6 @@ def as_subclass(model: DiT, cls: type[M]) -> M:
         warnings.warn(f"{cls.__name__}: not in the checkpoint, so fresh: {listed(fresh)}", stacklevel=3)
     other.source = model.source
     return other.to(model.device, model.dtype).eval()
-
-
-def _trained_for(record: TrainedFor | None, config: DiTConfig, stored_config: DiTConfig) -> TrainedFor:
-    """Return a checkpoint's own record, or that of its kind, as far as it holds for the config that the model got."""
-    if record is None or record.prediction != config.prediction:
-        return TrainedFor.of_config(config)
-    return record.fitted(config, stored_config)
 
 
 def _known_config(

@@ -52,21 +52,13 @@ def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int,
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
-def _parameter(values: object, *_: object) -> object:
-    return values
-
-
-def _dict(*_: object) -> dict[object, object]:
-    return {}
-
-
 _CALLED: dict[str, Callable[..., object]] = {
     "collections.OrderedDict": OrderedDict,
-    "collections.defaultdict": _dict,
+    "collections.defaultdict": lambda *_: {},
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_parameter": lambda values, *_: values,
+    "torch._utils._rebuild_parameter_with_state": lambda values, *_: values,
 }
 _INERT_PACKAGES = {"collections", "datetime", "numpy", "omegaconf", "pathlib", "typing"}
 _INERT_MODULES = {"torch", "torch._utils"}  # dtypes, devices, sizes, kinds of tensors that are no weights
@@ -91,11 +83,7 @@ class Unpickler(pickle._Unpickler):
     stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what may be called, or a new inert type.
-
-        Raises:
-            Refused: the name is on no list.
-        """
+        """Return what may be called, or a new inert type; raise Refused for a name that is on no list."""
         qualified = f"{module}.{name}"
         if qualified in _CALLED:
             return _CALLED[qualified]
@@ -106,19 +94,11 @@ class Unpickler(pickle._Unpickler):
         return type("Inert", (Inert,), {"type_name": qualified})
 
     def get_extension(self, code: int) -> None:
-        """Refuse types by number, which this process may have registered.
-
-        Raises:
-            Refused: always.
-        """
+        """Refuse types by number, which this process may have registered."""
         raise Refused(f"the extension {code}")
 
     def _build(self) -> None:
-        """Take a value's state.
-
-        Raises:
-            Refused: it is that of a value that keeps none, such as a function.
-        """
+        """Take a value's state; raise Refused if the value keeps none, as a function."""
         state = self.stack.pop()
         value = self.stack[-1]
         if isinstance(value, Inert):

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -56,12 +56,20 @@ def save_checkpoint(model: DiT, path: str | os.PathLike[str], *, layout: str = "
     check_choice("layout", layout, LAYOUTS)
     path = Path(path)
     with _one_error(path):
-        write = _file_writer(path) if layout == "official" else _write_diffusers_folder
-        _check_place(path, layout)
+        writers: dict[str, Writer] = {".safetensors": _write_safetensors, ".pt": _write_torch, ".pth": _write_torch}
+        if layout == "official" and path.suffix not in writers:
+            raise CheckpointError(f"expected a name that ends in {', '.join(writers)} for the official layout")
+        if not path.parent.is_dir():
+            raise CheckpointError(f"the folder {path.parent} does not exist")
+        if layout == "official" and path.is_dir():
+            raise CheckpointError("is a folder, expected a file")
+        if layout == "diffusers" and os.path.lexists(path):
+            raise CheckpointError("exists already, expected the name of a new folder")
         state = checked_state(model)
         if layout == "diffusers":
             check_expressible(state, model.config)
-        _check_room(path, state)
+        check_room(path, sum(value.nbytes for value in state.values()), "weights")
+        write = writers[path.suffix] if layout == "official" else _write_diffusers_folder
         with whole_file(path) as temporary:
             write(temporary, state, model.config, stated_training_of(model))
 
@@ -69,9 +77,7 @@ def save_checkpoint(model: DiT, path: str | os.PathLike[str], *, layout: str = "
 def save_folder(model: DiT, folder: str | os.PathLike[str]) -> None:
     """Write a folder in diffusers' layout, or in the official one with its config.json where diffusers cannot hold the model.
 
-    Args:
-        model: its weights and its config.
-        folder: made with its parents; in one that exists the model's files are replaced, one after the other, and others stay.
+    The folder is made with its parents; in one that exists the model's files are replaced one by one, and others stay.
 
     Raises:
         CheckpointError: the model's weights are not a DiT's own, or not finite; or the folder cannot be written.
@@ -81,8 +87,12 @@ def save_folder(model: DiT, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     with _one_error(folder):
         state = checked_state(model)
-        write = _write_diffusers_folder if _is_expressible(state, model.config) else _write_official_folder
-        _check_room(folder, state)
+        write: Writer = _write_diffusers_folder
+        try:
+            check_expressible(state, model.config)
+        except CheckpointError:
+            write = _write_official_folder
+        check_room(folder, sum(value.nbytes for value in state.values()), "weights")
         folder.mkdir(parents=True, exist_ok=True)
         shards = {shard for name in WEIGHTS_FILES if name.endswith(".index.json") for shard in _shards(folder / name)}
         with tempfile.TemporaryDirectory(prefix=".", suffix=PART, dir=folder) as temporary:
@@ -115,26 +125,6 @@ def _one_error(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be written: {one_line(reason)}") from error
 
 
-def _file_writer(path: Path) -> Writer:
-    writers = {".safetensors": _write_safetensors, ".pt": _write_torch, ".pth": _write_torch}
-    if path.suffix not in writers:
-        raise CheckpointError(f"expected a name that ends in {', '.join(writers)} for the official layout")
-    return writers[path.suffix]
-
-
-def _check_place(path: Path, layout: str) -> None:
-    if not path.parent.is_dir():
-        raise CheckpointError(f"the folder {path.parent} does not exist")
-    if layout == "official" and path.is_dir():
-        raise CheckpointError("is a folder, expected a file")
-    if layout == "diffusers" and os.path.lexists(path):
-        raise CheckpointError("exists already, expected the name of a new folder")
-
-
-def _check_room(path: Path, state: dict[str, Tensor]) -> None:
-    check_room(path, sum(value.nbytes for value in state.values()), "weights")
-
-
 def check_expressible(state: dict[str, Tensor], config: DiTConfig) -> None:
     """Raise CheckpointError unless diffusers' ``DiTTransformer2DModel`` has a place for everything that the model is."""
     height, width = config.grid
@@ -154,26 +144,12 @@ def check_expressible(state: dict[str, Tensor], config: DiTConfig) -> None:
         )
 
 
-def _is_expressible(state: dict[str, Tensor], config: DiTConfig) -> bool:
-    try:
-        check_expressible(state, config)
-    except CheckpointError:
-        return False
-    return True
-
-
 def _write_safetensors(path: Path, state: dict[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None) -> None:
     """Write a file with the permissions that the umask leaves, where safetensors gives some to the user alone."""
     path.touch()
     mode = path.stat().st_mode & 0o777
     save_file(state, path, metadata=to_metadata(config, trained_for))
-    _sort_metadata(path)
-    path.chmod(mode)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Order the metadata of a safetensors file, which is written in any order: the same weights are the same bytes."""
-    with path.open("r+b") as stream:
+    with path.open("r+b") as stream:  # in one order of metadata the same weights are the same bytes
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -182,6 +158,7 @@ def _sort_metadata(path: Path) -> None:
             raise CheckpointError(f"cannot be written: its header took {len(text)} bytes, expected at most {size}")
         stream.seek(8)
         stream.write(text.ljust(size))
+    path.chmod(mode)
 
 
 def _write_torch(path: Path, state: dict[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None) -> None:
@@ -196,13 +173,15 @@ def _write_torch(path: Path, state: dict[str, Tensor], config: DiTConfig, traine
 def _write_diffusers_folder(path: Path, state: dict[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None) -> None:
     path.mkdir()
     _write_safetensors(path / WEIGHTS_FILE, to_diffusers(state), config, trained_for)
-    _write_json(path / CONFIG_FILE, to_diffusers_config(config, trained_for))
+    fields = to_diffusers_config(config, trained_for)
+    (path / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
 
 def _write_official_folder(path: Path, state: dict[str, Tensor], config: DiTConfig, trained_for: TrainedFor | None) -> None:
     path.mkdir()
     _write_safetensors(path / OFFICIAL_FILE, state, config, trained_for)
-    _write_json(path / CONFIG_FILE, to_json(config))  # as huggingface_hub's mixin writes it
+    fields = to_json(config)  # as huggingface_hub's mixin writes it
+    (path / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
 
 def _shards(index: Path) -> set[str]:
@@ -213,7 +192,3 @@ def _shards(index: Path) -> set[str]:
         return set()
     listed = files.values() if isinstance(files, dict) else ()
     return {f for f in listed if isinstance(f, str) and Path(f).name == f and f.endswith((".safetensors", ".bin"))}
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import FLAVOURS, DiTConfig
@@ -38,15 +37,7 @@ class CheckpointSource(NamedTuple):
 
 def training_of(source: CheckpointSource | None, config: DiTConfig) -> TrainedFor:
     """Return what a model was trained for: as its source has it, with what is usual where its config says otherwise."""
-    usual = TrainedFor.of_config(config)
-    if source is None:
-        return usual
-    stated = source.trained_for
-    if stated.prediction == config.prediction:
-        return stated
-    return dataclasses.replace(
-        usual, image_size=stated.image_size, latent_scale=stated.latent_scale, class_names=stated.class_names
-    )
+    return TrainedFor.of_config(config) if source is None else source.trained_for.fitted(config)
 
 
 def stated_training_of(model: DiT) -> TrainedFor | None:

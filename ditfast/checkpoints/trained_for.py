@@ -59,15 +59,17 @@ class TrainedFor:
     def is_flow(self) -> bool:
         return self.prediction == VELOCITY
 
-    def fitted(self, config: DiTConfig, stored: DiTConfig) -> TrainedFor:
-        """Return the record of weights that were changed from one config to another, without what no longer holds."""
-        same_size, same_classes = config.input_size == stored.input_size, config.num_classes == stored.num_classes
-        return dataclasses.replace(
-            self,
-            prediction=config.prediction,
-            image_size=self.image_size if same_size else None,
-            class_names=self.class_names if same_classes else None,
-        )
+    def fitted(self, config: DiTConfig, stored: DiTConfig | None = None) -> TrainedFor:
+        """Return the record of weights that another config now describes, without what no longer holds.
+
+        Args:
+            config: says what the model predicts; of another prediction than the record's the objective is the usual one.
+            stored: the weights' own, if their shapes were changed to those of ``config``.
+        """
+        objective = self if self.prediction == config.prediction else TrainedFor.of_config(config)
+        image_size = self.image_size if stored is None or config.input_size == stored.input_size else None
+        class_names = self.class_names if stored is None or config.num_classes == stored.num_classes else None
+        return dataclasses.replace(objective, image_size=image_size, latent_scale=self.latent_scale, class_names=class_names)
 
 
 def training_to_json(trained_for: TrainedFor) -> dict[str, Any]:
@@ -99,30 +101,18 @@ def training_from_json(fields: Any) -> TrainedFor:
         raise _wrong("loss", loss, "a name")
     if step is not None and not _is_count(step, 0):
         raise _wrong("step", step, "a number of steps")
-    return TrainedFor(
-        prediction,
-        schedule,
-        variance,
-        loss,
-        _image_size(fields.get("image_size")),
-        _latent_scale(fields.get("latent_scale")),
-        _class_names(fields.get("class_names")),
-        step,
-        stated=True,
-    )
+    readers = {"image_size": _image_size, "latent_scale": _latent_scale, "class_names": _class_names}
+    data: dict[str, Any] = {name: read(fields[name]) for name, read in readers.items() if fields.get(name) is not None}
+    return TrainedFor(prediction, schedule, variance, loss, step=step, stated=True, **data)
 
 
-def _image_size(value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
+def _image_size(value: Any) -> tuple[int, int]:
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_count(side, 1) for side in value):
         raise _wrong("image_size", value, "a height and a width")
     return value[0], value[1]
 
 
-def _latent_scale(value: Any) -> LatentScale | None:
-    if value is None:
-        return None
+def _latent_scale(value: Any) -> LatentScale:
     numbers = [value.get(name, 0.0) for name in LatentScale._fields] if isinstance(value, Mapping) else []
     are_finite = all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if not numbers or not are_finite or not numbers[0]:
@@ -130,9 +120,7 @@ def _latent_scale(value: Any) -> LatentScale | None:
     return LatentScale(*map(float, numbers))
 
 
-def _class_names(value: Any) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _class_names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) for name in value):
         raise _wrong("class_names", value, "a list of names")
     return tuple(value)

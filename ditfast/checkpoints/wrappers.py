@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,20 +13,9 @@ from .pickles import Inert
 WEIGHTS = ("auto", "ema", "model")
 # DistributedDataParallel, torch.compile, FSDP and activation checkpointing put these in, also within blocks.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_KEYS = {
-    "ema": "ema",
-    "ema_model": "ema",
-    "ema_model_state_dict": "ema",
-    "ema_state_dict": "ema",
-    "model_ema": "ema",
-    "model_ema_state_dict": "ema",
-    "state_dict_ema": "ema",
-    "model": "model",
-    "model_state_dict": "model",
-    "module": "model",  # DeepSpeed's
-    "net": "model",
-    "state_dict": "model",
-}
+_EMA_KEYS = ("ema_model", "ema_model_state_dict", "ema_state_dict", "model_ema", "model_ema_state_dict", "state_dict_ema")
+_MODEL_KEYS = ("model", "model_state_dict", "module", "net", "state_dict")  # module is DeepSpeed's
+_KEYS = {**dict.fromkeys(("ema", *_EMA_KEYS), "ema"), **dict.fromkeys(_MODEL_KEYS, "model")}
 _DEEPEST = 4
 # Heads that REPA (projectors) and SRA (ap_head) train beside the model, and the counter of torch.optim.swa_utils.
 _NOT_WEIGHTS = re.compile(r"(projectors?|projection_heads?|proj_heads?|ap_head)\..+|n_averaged")
@@ -68,11 +58,7 @@ def _held(content: Mapping[object, object], depth: int) -> dict[str, Mapping[obj
 
 
 def strip_wrappers(state: Mapping[object, object]) -> dict[str, object]:
-    """Return the state dict with names without the parts that wrappers of modules put in, wherever they stand.
-
-    Raises:
-        CheckpointError: two names become the same.
-    """
+    """Return the state dict with names without the parts that wrappers of modules put in, wherever they stand."""
     names = {key: ".".join(part for part in str(key).split(".") if part not in _WRAPPERS) for key in state}
     return _renamed(state, names, "module. or _orig_mod.")
 
@@ -93,25 +79,16 @@ def under_prefix(state: Mapping[str, object], prefix: str) -> dict[str, object]:
 
 
 def strip_prefix(state: Mapping[str, object], prefix: str) -> dict[str, object]:
-    """Return the state dict with names without a prefix, where they have it.
-
-    Raises:
-        CheckpointError: two names become the same.
-    """
+    """Return the state dict with names without a prefix, where they have it."""
     return _renamed(state, {name: name.removeprefix(prefix) for name in state}, repr(prefix))
 
 
 def _renamed(state: Mapping[Any, object], names: Mapping[Any, str], what: str) -> dict[str, object]:
-    renamed: dict[str, object] = {}
-    twice: list[str] = []
-    for key, value in state.items():
-        name = names[key]
-        if name in renamed:
-            twice.append(name)
-        renamed[name] = value
+    """Return a state dict with other names; raise CheckpointError if two become the same."""
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         raise CheckpointError(f"there twice, once {what} is stripped: {listed(twice)}")
-    return renamed
+    return {names[key]: value for key, value in state.items()}
 
 
 def leave_out(state: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:

@@ -163,14 +163,8 @@ class FlowMatching:
         from_x0 = lengths * (path.determinant / path.sigma + diffusion * path.alpha / path.sigma.square())
         from_x = 1 + lengths * (path.sigma_rate / path.sigma - diffusion / path.sigma.square())
         log_variance = (2 * diffusion * lengths).log()
-        columns = (
-            -path.sigma_rate / path.determinant,
-            path.sigma / path.determinant,
-            from_x0,
-            from_x,
-            log_variance,
-            log_variance,
-        )
+        x0_from_x, x0_from_output = -path.sigma_rate / path.determinant, path.sigma / path.determinant
+        columns = [x0_from_x, x0_from_output, from_x0, from_x, log_variance, log_variance]
         rows = torch.stack(columns, dim=1).tolist()
         return [Step(t, Update(*row), prediction=VELOCITY) for t, row in zip(starts.tolist(), rows, strict=True)]
 

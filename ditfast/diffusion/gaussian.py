@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..argument_checks import as_bool, as_float, check_callable, check_choice, check_device, check_same_shape, check_tensor
 from ..config import PREDICTIONS
-from .schedule import betas, respaced_timesteps
+from . import schedule
+from .schedule import respaced_timesteps
 from .solvers import Step, Update, check_samples, compute_dtype, draw, step_gaussian
 from .step_table import StepTable
 
@@ -46,7 +47,8 @@ class GaussianDiffusion:
         self._betas = betas
         self.learn_sigma = as_bool("learn_sigma", learn_sigma)
         self.prediction = prediction
-        self._bar, self._bar_previous = _kept_bars(self.timesteps, betas)
+        bar = torch.cumprod(1 - schedule.betas(betas), dim=0)[self.timesteps]  # [kept] float64: products of alphas
+        self._bar, self._bar_previous = bar, torch.cat([bar.new_ones(1), bar[:-1]])
         self._marginal = StepTable(self.timesteps, self._bar.sqrt(), (1 - self._bar).sqrt())
         low, high = self._log_variances()
         self._posterior = self._posterior_table(low, high)
@@ -215,12 +217,6 @@ class GaussianDiffusion:
         if self.prediction == "v":
             return self._bar.sqrt(), -(1 - self._bar).sqrt()
         return self._bar.rsqrt(), -((1 - self._bar) / self._bar).sqrt()
-
-
-def _kept_bars(timesteps: list[int], schedule: str) -> tuple[Tensor, Tensor]:
-    """The product of all alphas up to each kept step, and up to the one before it: [kept] float64."""
-    bar = torch.cumprod(1 - betas(schedule), dim=0)[timesteps]
-    return bar, torch.cat([bar.new_ones(1), bar[:-1]])
 
 
 def _gaussian_kl(mean1: Tensor, log_variance1: Tensor | float, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -13,12 +13,7 @@ from .solvers import Step, Update, compute_dtype
 
 
 class StepTable:
-    """A row of float64 numbers for every kept step; each device gets its copy once.
-
-    Args:
-        timesteps: the kept steps, ascending.
-        columns: [number of kept steps] float64 each.
-    """
+    """A row of float64 numbers, one from each column, for every kept step, ascending; each device gets its copy once."""
 
     def __init__(self, timesteps: list[int], *columns: Tensor):
         self._timesteps = timesteps
@@ -43,9 +38,9 @@ class StepTable:
             raise ValueError(f"t: got {t.dtype} {tuple(t.shape)}, expected {x.shape[0]} integers, one for each sample of x")
         check_device("t", t, x)
         if t.device.type == "cpu" and not set(t.tolist()) <= set(self._timesteps):
-            raise ValueError(
-                f"t: got {t.tolist()}, expected original steps that .timesteps keeps: {_abbreviated(self._timesteps)}"
-            )
+            kept = list(map(str, self._timesteps))
+            kept = kept if len(kept) <= 8 else [*kept[:2], "...", kept[-1]]
+            raise ValueError(f"t: got {t.tolist()}, expected original steps that .timesteps keeps: {', '.join(kept)}")
         if t.device not in self._by_step:
             self._by_step[t.device] = self._by_step[torch.device("cpu")].to(t.device)
         rows = self._by_step[t.device][t.long()].to(compute_dtype(x))
@@ -55,7 +50,3 @@ class StepTable:
         """The rows at t [B], as one ``Update`` of tensors."""
         columns: list = self.columns(t, x)
         return Update(*columns)
-
-
-def _abbreviated(steps: list[int]) -> str:
-    return ", ".join(map(str, steps)) if len(steps) <= 8 else f"{steps[0]}, {steps[1]}, ..., {steps[-1]}"

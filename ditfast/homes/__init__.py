@@ -3,11 +3,10 @@
 A new one is a ``Home`` in a file of its own, and a name in one of these lists. The first that fits is taken.
 """
 
-from .calls import UNLIMITED
 from .diffusers_dit import DiffusersBlock, DiffusersModel
 from .diffusers_sites import JointBlock, PixArtBlock, PixArtInputs, SD3Inputs
-from .home import NOTE, Home, Mismatch, ModelInputs, Options, Swap, swap_in
-from .int8 import cost_of_int8, why_not_int8
+from .home import NOTE, Home, ModelInputs, Options, Swap, swap_in
+from .int8 import cost_of_int8
 from .official import OfficialBlock, OfficialModel
 
 BLOCKS: tuple[Home, ...] = (OfficialBlock(), DiffusersBlock(), PixArtBlock(), JointBlock())
@@ -18,17 +17,4 @@ MODELS: tuple[Home, ...] = (
 )
 INPUTS: tuple[ModelInputs, ...] = (*MODELS, PixArtInputs(), SD3Inputs())
 
-__all__ = [
-    "BLOCKS",
-    "INPUTS",
-    "MODELS",
-    "NOTE",
-    "UNLIMITED",
-    "Home",
-    "Mismatch",
-    "Options",
-    "Swap",
-    "cost_of_int8",
-    "swap_in",
-    "why_not_int8",
-]
+__all__ = ["BLOCKS", "INPUTS", "MODELS", "NOTE", "Home", "Options", "Swap", "cost_of_int8", "swap_in"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import blocks
 from ..dispatch.override import current_override
-from ..torch_modes import computes_now
+from ..torch_modes import autocast_dtype, computes_now
 
 Fingerprint: TypeAlias = tuple[tuple[int, int], ...]
 Modulations: TypeAlias = tuple[Sequence[blocks.Modulation | None], blocks.Norm]  # None of a block that is called
@@ -108,7 +108,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _bits(condition: Tensor) -> tuple[Any, ...]:
-    """Of a conditioning vector, and of autocast, which says in what dtype modulation comes out of it."""
-    device = condition.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return condition.dtype, condition.cpu().contiguous().view(torch.uint8).numpy().tobytes(), autocast
+    """Return those of a conditioning vector, and autocast's dtype, in which modulation comes out of it."""
+    numbers = condition.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return condition.dtype, numbers, autocast_dtype(condition.device)

@@ -40,8 +40,4 @@ def is_tensor(value: object, dim: int) -> TypeGuard[Tensor]:
 
 def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Return the longest T of a call's tensors [B, T, D]."""
-    tokens = 1
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() == 3:
-            tokens = max(tokens, value.shape[1])
-    return tokens
+    return max([1, *(value.shape[1] for value in (*args, *kwargs.values()) if is_tensor(value, 3))])

@@ -58,11 +58,10 @@ def check_device(tensor: Tensor) -> torch.device:
 
 
 def copy_of(module: nn.Module, values: Mapping[int, Tensor], convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    """Return a copy without hooks or swaps.
+    """Return a copy of a module without hooks or swaps.
 
     Args:
-        module: the module.
-        values: its copy's parameters, by the id of the module's; the others are shared.
+        values: the copy's parameters, by the id of the module's; the others are shared.
         convert: makes the copy's buffers, and tensors among its attributes; in fp32 unless given.
     """
     convert = convert or in_fp32

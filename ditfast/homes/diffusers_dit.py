@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import blocks, ops
+from .. import blocks
 from ..argument_checks import DTYPES
 from .caches import Modulations
 from .home import SEVERAL_CONDITIONS, VECTORS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require, unused
@@ -39,10 +39,20 @@ class DiffusersBlock(BlockHome):
         check_layer_norm(block.norm3, "norm3")
         hidden_size = block.norm1.norm.normalized_shape[0]
         check_features(block.norm1.linear, VECTORS * hidden_size, "norm1.linear")
-        check_attention(block.attn1, "attn1")
-        check_children(block.attn1, {"to_q", "to_k", "to_v", "to_out"}, "attn1")
+        attn, mlp = block.attn1, block.ff.net
+        for part in ("norm_q", "norm_k", "spatial_norm", "group_norm", "norm_cross"):
+            require(getattr(attn, part, None) is None, f"attn1.{part} is there, expected none")
+        only_attends = not attn.residual_connection and attn.rescale_output_factor == 1
+        require(only_attends, "attn1 adds its input or rescales its output")
+        require(math.isclose(attn.scale, (attn.inner_dim // attn.heads) ** -0.5), f"attn1.scale is {attn.scale}")
+        require(attn.inner_dim == attn.inner_kv_dim, "attn1 has fewer heads of keys than of queries")
+        check_idle(attn.to_out, "1")
+        check_children(attn, {"to_q", "to_k", "to_v", "to_out"}, "attn1")
         require(not block.only_cross_attention, "attn1 attends to something else")
-        check_mlp(block.ff, "ff")
+        require(len(mlp) == 3, f"ff.net has {len(mlp)} layers, expected 3")
+        tanh = has_children(mlp[0], "proj") and getattr(mlp[0], "approximate", None) == "tanh"
+        require(tanh and type(mlp[0]).__name__ == "GELU", "ff is no MLP with GELU(approximate='tanh')")
+        check_idle(mlp, "1")
         require(self.as_found(block), "attn1 has a processor of its own, or ff is chunked")
 
     def as_found(self, block: Foreign) -> bool:
@@ -165,12 +175,7 @@ class DiffusersModel(Home):
             for block, inner, modulation in zip(model.transformer_blocks, fused, per_block, strict=True)
         ]
         u = blocks.run_through(swap.cast(x), segments, final)  # [B, T, D]
-        linear = swap.view(model.proj_out_2)
-        if isinstance(linear, blocks.Linear):
-            out = ops.linear_unpatchify(u, *linear, grid, model.patch_size)  # [B, C', H, W]
-        else:
-            out = ops.unpatchify(linear(u), grid, model.patch_size)  # [B, C', H, W]
-        out = out if swap.dtype is None else out.to(hidden_states.dtype)
+        out = swap.image(model.proj_out_2, u, grid, model.patch_size, hidden_states)  # [B, C', H, W]
         if not return_dict:
             return (out,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -208,23 +213,3 @@ class DiffusersModel(Home):
 
 def _has_several(timestep: Tensor, labels: Tensor, B: int) -> bool:
     return any(condition.dim() and len(condition) not in (1, B) for condition in (timestep, labels))
-
-
-def check_attention(attn: Foreign, name: str) -> None:
-    """diffusers' Attention, of itself, as nothing but three linears, softmax attention and an output linear."""
-    for part in ("norm_q", "norm_k", "spatial_norm", "group_norm", "norm_cross"):
-        require(getattr(attn, part, None) is None, f"{name}.{part} is there, expected none")
-    plain = not attn.residual_connection and attn.rescale_output_factor == 1
-    require(plain, f"{name} adds its input or rescales its output")
-    head_dim = attn.inner_dim // attn.heads
-    require(math.isclose(attn.scale, head_dim**-0.5), f"{name}.scale is {attn.scale}")
-    require(attn.inner_dim == attn.inner_kv_dim, f"{name} has fewer heads of keys than of queries")
-    check_idle(attn.to_out, "1")
-
-
-def check_mlp(ff: Foreign, name: str) -> None:
-    """diffusers' FeedForward with ``activation_fn="gelu-approximate"``."""
-    require(len(ff.net) == 3, f"{name}.net has {len(ff.net)} layers, expected 3")
-    tanh = has_children(ff.net[0], "proj") and getattr(ff.net[0], "approximate", None) == "tanh"
-    require(tanh and type(ff.net[0]).__name__ == "GELU", f"{name} is no MLP with GELU(approximate='tanh')")
-    check_idle(ff.net, "1")

@@ -6,6 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import CodeType, MethodType
 from typing import Any, NamedTuple, TypeAlias
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import blocks
+from .. import blocks, ops
 from ..conditioning import project
 from ..dispatch.selection import choose
 from ..dispatch.shapes import OpShape
@@ -114,30 +115,24 @@ class BlockHome(Home):
         """The block's sublayers."""
 
 
+@dataclass(eq=False, repr=False)
 class Swap:
     """Lies in a module's ``forward``. Copies and pickles with it; nothing else of the module has changed.
 
     Args:
-        module: the module.
-        home: its family.
-        options: how its ops compute.
+        options: how the module's ops compute.
         lengths: of the sequences that its parity check covers; with ``NO_LENGTHS`` it is checked at its first call.
         check: parity check of a call of another length, returns why it must not be fast.
     """
 
-    def __init__(
-        self,
-        module: Foreign,
-        home: Home,
-        options: Options,
-        lengths: Lengths = UNLIMITED,
-        check: Callable[[Swap, Sequence[Any], Mapping[str, Any]], str | None] | None = None,
-    ):
-        self.module = module
-        self.home = home
-        self.options = options
-        self.lengths = lengths
-        self.check = check
+    module: Foreign
+    home: Home
+    options: Options
+    lengths: Lengths = UNLIMITED
+    check: Callable[[Swap, Sequence[Any], Mapping[str, Any]], str | None] | None = None
+
+    def __post_init__(self) -> None:
+        module, home = self.module, self.home
         self.refuted = ""  # why calls of other lengths are left to the original, once that was checked
         self.fast_calls = 0
         self.original_calls: Counter[str] = Counter()  # by reason
@@ -177,29 +172,20 @@ class Swap:
             return "traced by torch.jit"
         if not self.is_as_found():
             return "changed since, or hooked inside"
-        if self.is_rounded and recomputed_later(args, kwargs):
+        is_rounded = self.dtype is not None or (self.options.int8 and not torch.is_grad_enabled())
+        if is_rounded and recomputed_later(args, kwargs):
             return "recomputed in the backward, where it is not rounded"
         if self.lengths == UNLIMITED or self.lengths.cover(tokens_of(args, kwargs)):
             return ""
         if self.refuted or self.check is None:
             return self.refuted
-        return self._checked_now(args, kwargs)
-
-    def _checked_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Check a longer or shorter call than any before, ahead of it.
-
-        Its recomputation in a backward then takes the same forward.
-        """
-        assert self.check is not None
-        if torch.compiler.is_compiling():
-            return UNCHECKED
-        reason = self.check(self, args, kwargs)
+        # Longer or shorter than any call before: checked ahead of it, so that its recomputation takes the same forward.
+        reason = None if torch.compiler.is_compiling() else self.check(self, args, kwargs)
         if reason is None:
             return UNCHECKED
-        if reason:
-            self.refuted = reason
-        else:
+        if not reason:
             self.lengths = self.lengths.including(tokens_of(args, kwargs))
+        self.refuted = reason
         return reason
 
     @property
@@ -236,11 +222,6 @@ class Swap:
     def dtype(self) -> torch.dtype | None:
         return None if torch.is_grad_enabled() else self.options.dtype
 
-    @property
-    def is_rounded(self) -> bool:
-        """Whether it computes in less than the parameters' dtype."""
-        return self.dtype is not None or (self.options.int8 and not torch.is_grad_enabled())
-
     def takes(self, linear: nn.Module, *activations: Tensor) -> bool:
         """Return True if activations have the dtype of a linear's weight, or are cast: by autocast, or to ``dtype``."""
         weight = linear._parameters.get("weight")
@@ -265,6 +246,15 @@ class Swap:
         if isinstance(projection, blocks.Linear):
             return blocks.Linear(*(self.stored(part) for part in projection))
         return partial(self.call, linear)
+
+    def image(self, linear: nn.Module, u: Tensor, grid: tuple[int, int], patch_size: int, like: Tensor) -> Tensor:
+        """Return the image [B, C', H, W], in the dtype of the model's input, of tokens [B, T, D] behind the last norm."""
+        projection = self.view(linear)
+        if isinstance(projection, blocks.Linear):
+            out = ops.linear_unpatchify(u, *projection, grid, patch_size)  # [B, C', H, W]
+        else:
+            out = ops.unpatchify(projection(u), grid, patch_size)  # [B, C', H, W]
+        return out if self.dtype is None else out.to(like.dtype)
 
     def call(self, module: Foreign, x: Tensor, *others: Tensor, **kwargs: Any) -> Any:
         """Calls a module on activations as its parameters want them, if those are not what is computed in."""

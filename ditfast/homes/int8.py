@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import blocks, cpu
+from .comparison import cast_inputs, example_call
 from .copies import copy_of
 from .home import BlockHome, Foreign, Home, Options, Swap
 
@@ -23,12 +24,9 @@ def why_not_int8(block: nn.Module, home: Home) -> str:
 
 
 def cost_of_int8(module: nn.Module, home: Home, inner: Mapping[str, Home]) -> cpu.Cost:
-    """Measure a module swapped like that on a few random inputs of one sample each.
+    """Measure a module swapped like that, and ``inner`` submodules by their names, on random inputs of one sample each.
 
-    Args:
-        module: it is left as it is, and none of its hooks are called.
-        home: its family.
-        inner: the names of submodules that are swapped as well, and their families.
+    The module is left as it is, and none of its hooks are called.
     """
     twin = copy_of(module, {}, convert=lambda tensor: tensor).eval()
     swaps = []
@@ -41,12 +39,7 @@ def cost_of_int8(module: nn.Module, home: Home, inner: Mapping[str, Home]) -> cp
         for swap in swaps:
             swap.options = Options(int8=on)
 
-    dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-    with torch.device("cpu"):
-        example = [
-            value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for value in home.example(module, torch.Generator().manual_seed(0))
-        ]
+    example = cast_inputs(example_call(module, home).args, module)
     samples = len(next(value for value in example if isinstance(value, Tensor)))
     inputs = [tuple(value[i : i + 1] if isinstance(value, Tensor) else value for value in example) for i in range(samples)]
     with torch.autocast("cpu", enabled=False), torch.no_grad():

@@ -36,7 +36,6 @@ from .structure import (
     check_adaptive,
     check_children,
     check_features,
-    check_gelu,
     check_idle,
     check_layer_norm,
     convolution_in,
@@ -70,7 +69,8 @@ class OfficialBlock(BlockHome):
         check_children(mlp, {"fc1", "act", "drop", "drop1", "norm", "fc2", "drop2"}, "mlp")
         check_idle(mlp, "drop", "drop1", "norm", "drop2")
         require(has_children(mlp, "act"), "mlp has no act")
-        check_gelu(mlp.act, "mlp.act")
+        tanh = isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "tanh"
+        require(tanh, f"mlp.act is {mlp.act}, expected GELU(approximate='tanh')")
         check_adaptive(block.adaLN_modulation, VECTORS, hidden_size, "adaLN_modulation")
 
     def called(self, block: Foreign) -> Sequence[nn.Module]:
@@ -172,12 +172,7 @@ class OfficialModel(Home):
             for block, inner, modulation in zip(model.blocks, fused, per_block, strict=True)
         ]
         u = blocks.run_through(stream, segments, final)  # [B, T, D]
-        linear = swap.view(model.final_layer.linear)
-        if isinstance(linear, blocks.Linear):
-            out = ops.linear_unpatchify(u, *linear, grid, patch_size)  # [B, C', H, W]
-        else:
-            out = ops.unpatchify(linear(u), grid, patch_size)  # [B, C', H, W]
-        out = out if swap.dtype is None else out.to(x.dtype)
+        out = swap.image(model.final_layer.linear, u, grid, patch_size, x)  # [B, C', H, W]
         return out if self.returns_variance else out.chunk(2, dim=1)[0]
 
     def _embed(self, swap: Swap, x: Tensor, patch_size: int) -> Tensor:

@@ -27,7 +27,6 @@ from .comparison import (
     cast_inputs,
     compare_kinds,
     compare_outputs,
-    reason_of,
     to_device,
     weight_of,
     why_not_block,
@@ -84,11 +83,8 @@ class ModelRun:
         self.own_dtype_output: Any = None  # in the dtype of the weights, if it takes inputs in that
         self.states: list[list[bytes]] = []  # of random number generators, after each
 
-    def run(self, inputs: ModelInputs) -> str:
-        """Run the model's own forward in both modes; return why that cannot be done, or nothing."""
-        return reason_of(partial(self._run, inputs))
-
-    def _run(self, inputs: ModelInputs) -> None:
+    def run(self, inputs: ModelInputs) -> None:
+        """Run the model's own forward in both modes, which may raise anything."""
         device = check_device(weight_of(self.model))
         self.example = to_device(inputs.example(self.model, torch.Generator().manual_seed(0)), device)
         self.other_example = inputs.other_example(self.example)
@@ -120,16 +116,8 @@ class ModelRun:
             if verdict:
                 reasons[block] = verdict
 
-    def why_not(self, home: Home, swapped: Sequence[str]) -> str:
-        """Return why the model's forward must not be replaced by a family's fast one, or nothing.
-
-        Args:
-            home: the family.
-            swapped: names of the blocks that are.
-        """
-        return reason_of(partial(self._compare, home, swapped))
-
-    def _compare(self, home: Home, swapped: Sequence[str]) -> None:
+    def compare(self, home: Home, swapped: Sequence[str]) -> None:
+        """Raise unless a family's fast forward agrees with the model's own, some of whose blocks are swapped."""
         twin: Foreign = self._twin(lambda name, call: None)
         first, inner = next(iter(self.blocks.items()))
         if first in swapped:
@@ -211,9 +199,6 @@ def check_first_call(
     Args:
         verdicts: of blocks swapped together, by how they are built and called; written.
         is_representative: False takes the verdict on a block built and called alike, where there is one.
-        swap: the block's.
-        args: positional arguments of the call.
-        kwargs: named arguments of the call.
     """
     tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     if any(map(_is_symbolic, [*tensors, *swap.module.parameters()])):

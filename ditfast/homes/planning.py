@@ -11,7 +11,7 @@ from torch import nn
 from . import BLOCKS, INPUTS, MODELS
 from .build import build_of
 from .calls import NO_LENGTHS, UNLIMITED, Lengths
-from .comparison import example_call, in_one_line, weight_of, why_not_block
+from .comparison import example_call, in_one_line, reason_of, weight_of, why_not_block
 from .home import Home, Mismatch, Swap, swap_in
 from .int8 import why_not_int8
 from .parity import ModelRun, Verdicts, check_first_call, representatives
@@ -34,7 +34,9 @@ class Plan:
         modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
         candidates = self._recognized(modules, BLOCKS)
         if int8:
-            self._leave_out(candidates, {block: why_not_int8(block, home) for block, home in candidates.items()})
+            reasons = {block: why_not_int8(block, home) for block, home in candidates.items()}
+            self.reasons.update((block, reason) for block, reason in reasons.items() if reason)
+            candidates = {block: home for block, home in candidates.items() if not reasons[block]}
         models = self._recognized(modules, MODELS)
         runs = self._run_models(modules, models, candidates)
         self._plan_blocks(candidates, runs)
@@ -55,12 +57,6 @@ class Plan:
                 self.reasons.setdefault(module, reason)
         return recognized
 
-    def _leave_out(self, candidates: dict[nn.Module, Home], reasons: Mapping[nn.Module, str]) -> None:
-        for module, reason in reasons.items():
-            if reason:
-                self.reasons[module] = reason
-                del candidates[module]
-
     def _run_models(
         self, modules: Iterable[nn.Module], models: Mapping[nn.Module, Home], candidates: Mapping[nn.Module, Home]
     ) -> dict[nn.Module, ModelRun]:
@@ -72,7 +68,7 @@ class Plan:
             if inputs is None or not blocks or module in candidates:
                 continue
             run = ModelRun(module, blocks)
-            reason = run.run(inputs)
+            reason = reason_of(partial(run.run, inputs))
             if reason:
                 self.reasons.setdefault(module, reason)
             else:
@@ -113,7 +109,7 @@ class Plan:
             for home in MODELS:
                 if not home.looks_like(model) or why_not_built(model, home):
                     continue
-                reason = runs[model].why_not(home, swapped)
+                reason = reason_of(partial(runs[model].compare, home, swapped))
                 if not reason:
                     self.swaps[model] = Planned(home, UNLIMITED, None)
                     break

@@ -12,11 +12,6 @@ def check_layer_norm(norm: Foreign, name: str) -> None:
     require(norm.weight is None and norm.bias is None, f"{name} has a weight or a bias, expected a LayerNorm without")
 
 
-def check_gelu(activation: Foreign, name: str) -> None:
-    tanh = isinstance(activation, nn.GELU) and activation.approximate == "tanh"
-    require(tanh, f"{name} is {activation}, expected GELU(approximate='tanh')")
-
-
 def check_adaptive(modulation: Foreign, vectors: int, hidden_size: int, name: str) -> None:
     built = isinstance(modulation, nn.Sequential) and len(modulation) == 2 and type(modulation[0]) is nn.SiLU
     require(built, f"{name} is not SiLU and a linear")

@@ -85,12 +85,7 @@ def as_generators(generator: Any, count: int) -> Generators | None:
 
 
 def as_first_step(start_time: Any, starts: Sequence[tuple[int, float]]) -> int:
-    """Return the index of the step that begins at a time.
-
-    Args:
-        start_time: None begins with the first step.
-        starts: index and time of each step that a run may begin with.
-    """
+    """Return the index of the step that begins at a time, of those that a run may begin with; for None that is the first."""
     if start_time is None:
         return 0
     start_time = as_float("start_time", start_time)

@@ -37,15 +37,10 @@ class RunFolder:
         path: made if it does not exist.
         num: of files.
         batch: files in a block.
-
-    Attributes:
-        suffix: of the files.
-        content: what each of them is, for messages.
-        record: its name.
     """
 
     suffix: ClassVar[str]
-    content: ClassVar[str]
+    content: ClassVar[str]  # what each file is, for messages
     record: ClassVar[str] = RECORD
 
     def __init__(self, path: Path, num: int, batch: int):
@@ -108,9 +103,8 @@ class RunFolder:
         except OSError as error:
             if path.exists():  # another process of the same run has been here, and tidied up
                 return
-            reason = error.strerror or str(error)
             rest = f"every {self.content} there is whole, and the same command goes on from here"
-            raise RunStopped(f"{path}: {reason}; {rest}") from error
+            raise RunStopped(f"{path}: {error.strerror or error}; {rest}") from error
 
     def tidy(self) -> None:
         """Removes what killed processes left half-written, once everything is there."""
@@ -142,11 +136,7 @@ class ImageFolder(RunFolder):
     content = "image"
 
     def fill(self, blocks: Iterable[range], paint: Callable[[range], Pixels]) -> None:
-        """Makes whole blocks, and writes the images of them that are missing.
-
-        Args:
-            blocks: of ``unfinished``.
-            paint: given numbers, the images: [n, height, width, C] 8-bit.
+        """Make whole blocks by ``paint``, which returns images [n, height, width, C] 8-bit, and write those that are missing.
 
         Raises:
             RunStopped: the disk is full, or fails.

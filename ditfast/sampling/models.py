@@ -31,9 +31,7 @@ class Denoiser:
     Args:
         model: a ``ditfast.DiT``, a wrapper of one, an official or diffusers' DiT, or anything that is called as
             ``model(x [B, C, H, W], t [B], y [B])`` and returns [B, C, H, W] or [B, 2C, H, W].
-        config: describes the model: a ``DiTConfig``, or any object with ``in_channels``, ``input_size`` and ``num_classes``,
-            where they differ ``learn_sigma`` (False unless given) and ``class_dropout_prob`` (0: there is no null class). None
-            takes the model's own.
+        config: describes the model, as in ``ditfast.sample``; None takes the model's own.
 
     Attributes:
         source: of a model that ``load_checkpoint`` made; None of others.
@@ -53,7 +51,9 @@ class Denoiser:
         self.trained_for = training_of(self.source, self.config)
         self.device, self.dtype = _place(self.model)
         self._is_ours = isinstance(self.model, DiT) and type(self.model).forward is DiT.forward
-        self._has_diffusers_arguments = _takes_class_labels(self.model)
+        inner = getattr(self.model, "_orig_mod", self.model)  # a compiled one is diffusers' too
+        parameters = inspect.signature(type(inner).forward).parameters if isinstance(inner, nn.Module) else {}
+        self._has_diffusers_arguments = "class_labels" in parameters
         if self.device.type == "meta" or (isinstance(self.model, DiT) and self.dtype not in DTYPES):
             got = f"weights of {self.dtype} on {self.device}"
             raise ValueError(f"model: got {got}, expected float32, float16 or bfloat16 on a device with memory: call model.to")
@@ -76,10 +76,6 @@ class Denoiser:
             raise ValueError(f"model: got shape {tuple(output.shape)} from it, expected {single} or {double}")
         return output if output.dtype in DTYPES else output.float()
 
-    def check_mode(self) -> None:
-        if getattr(self.model, "training", False):
-            raise ValueError("model: got a model in training mode, expected model.eval()")
-
 
 def _unwrap(model: Any) -> Any:
     """Return the module inside averaging and data-parallel wrappers without hooks; other wrappers are called."""
@@ -91,11 +87,18 @@ def _unwrap(model: Any) -> Any:
 def _own_config(model: Any) -> DiTConfig:
     """Return the config of a model, or of the outermost module in it that has one."""
     for module in model.modules() if isinstance(model, nn.Module) else (model,):
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if isinstance(config, DiTConfig):
             return config
         if hasattr(config, "num_embeds_ada_norm"):
-            return _diffusers_config(module)
+            return DiTConfig(
+                patch_size=1,
+                in_channels=config.in_channels,
+                input_size=config.sample_size,
+                num_classes=config.num_embeds_ada_norm,
+                learn_sigma=module.out_channels == 2 * config.in_channels,
+                flavour="diffusers",
+            )
         if all(hasattr(module, name) for name in _OFFICIAL_CHILDREN):
             try:
                 return infer_config(module.state_dict(), heads=[1])  # which no sampler reads
@@ -126,26 +129,8 @@ def _as_config(config: Any) -> DiTConfig:
         raise type(error)(f"config: {error}") from error
 
 
-def _diffusers_config(model: Any) -> DiTConfig:
-    config = model.config
-    return DiTConfig(
-        patch_size=1,
-        in_channels=config.in_channels,
-        input_size=config.sample_size,
-        num_classes=config.num_embeds_ada_norm,
-        learn_sigma=model.out_channels == 2 * config.in_channels,
-        flavour="diffusers",
-    )
-
-
 def _place(model: Any) -> tuple[torch.device, torch.dtype]:
     """Return the device and dtype of the first floating-point weight; the CPU and fp32 for a model without any."""
     weights: Iterator[Tensor] = model.parameters() if hasattr(model, "parameters") else iter(())
     weight = next((weight for weight in weights if weight.is_floating_point()), None)
     return (torch.device("cpu"), torch.float32) if weight is None else (weight.device, weight.dtype)
-
-
-def _takes_class_labels(model: Any) -> bool:
-    """True for diffusers' DiT, whose arguments have other names, also where its forward was replaced or compiled."""
-    inner = getattr(model, "_orig_mod", model)
-    return isinstance(inner, nn.Module) and "class_labels" in inspect.signature(type(inner).forward).parameters

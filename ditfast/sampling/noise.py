@@ -41,12 +41,7 @@ def image_noise(shape: Sequence[int], images: Sequence[int], seed: int, step: in
 
 
 def generated_noise(shape: Sequence[int], generators: Generators) -> Tensor:
-    """Draw fp32 normal noise on the generators' device, with the bits that diffusers' pipelines draw.
-
-    Args:
-        shape: of the batch, (B, C, H, W).
-        generators: one that draws them all, or a list of B that draw an image each.
-    """
+    """Draw fp32 normal noise (B, C, H, W) on the generators' device, with the bits that diffusers' pipelines draw."""
     if isinstance(generators, torch.Generator):
         return torch.randn(*shape, generator=generators, device=generators.device, dtype=torch.float32)
     parts = [torch.randn(1, *shape[1:], generator=g, device=g.device, dtype=torch.float32) for g in generators]

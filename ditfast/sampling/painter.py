@@ -38,11 +38,7 @@ class Painter:
         return autoencoder.image_size(self.vae, size[0]), autoencoder.image_size(self.vae, size[1]), 3
 
     def paint(self, numbers: Sequence[int], advance: Callable[[float], None] = lambda images: None) -> Pixels:
-        """[n, height, width, C] 8-bit.
-
-        Args:
-            numbers: of the images.
-            advance: called after each step with how many images' work that was.
+        """Return images [n, height, width, C] 8-bit; each step calls ``advance`` with how many images' work it was.
 
         Raises:
             FloatingPointError: an image holds infinities or NaN, which have no pixels.
@@ -54,15 +50,10 @@ class Painter:
 
 
 def decode_pixels(latents: Tensor, vae: autoencoder.VAE | None, numbers: Sequence[int]) -> Pixels:
-    """Return images [n, height, width, C] 8-bit.
-
-    Args:
-        latents: [n, C, h, w], or pixels in [-1, 1].
-        vae: decodes latents; None for pixels.
-        numbers: of the images, for messages.
+    """Return images [n, height, width, C] 8-bit of latents [n, C, h, w], or without a VAE of pixels in [-1, 1].
 
     Raises:
-        FloatingPointError: an image holds infinities or NaN, which have no pixels.
+        FloatingPointError: an image, named by its number, holds infinities or NaN, which have no pixels.
     """
     images = latents if vae is None else autoencoder.decode(vae, latents)  # [n, 1 or 3, H, W]
     finite = images.isfinite().flatten(1).all(1)

@@ -34,11 +34,6 @@ def is_pixels(config: DiTConfig, trained_for: TrainedFor) -> bool:
     return config.in_channels in PIXEL_CHANNELS or trained_for.image_size == config.input_shape[1:]
 
 
-def fitting_solvers(trained_for: TrainedFor) -> tuple[str, ...]:
-    """Return the names of the solvers that read what the model predicts."""
-    return FLOW_SOLVERS if trained_for.is_flow else GAUSSIAN_SOLVERS
-
-
 def default_solver(trained_for: TrainedFor, digits: bool, num_steps: str | None) -> str:
     if trained_for.is_flow:
         return "euler"
@@ -89,14 +84,10 @@ def fitted_vae(vae: autoencoder.VAE, config: DiTConfig, trained_for: TrainedFor)
 def check_solver(solver: str, trained_for: TrainedFor, name: str, hint: str, schedule_hint: str) -> None:
     """Raise ValueError for a solver of another kind than a model was trained for, or a schedule that no solver has.
 
-    Args:
-        solver: one of ``diffusion.SOLVERS``.
-        trained_for: of the model.
-        name: of the argument, for the message.
-        hint: how to insist on the solver, for the message.
-        schedule_hint: what to do about the schedule.
+    The message begins with the ``name`` of the argument, and ends with how to insist on the solver, or with what to do about
+    the schedule.
     """
-    fitting = fitting_solvers(trained_for)
+    fitting = FLOW_SOLVERS if trained_for.is_flow else GAUSSIAN_SOLVERS
     if solver not in fitting:
         kind = "flow matching" if trained_for.is_flow else "a Gaussian diffusion"
         why = f"this model predicts {_PREDICTED[trained_for.prediction]} of {kind}"
@@ -125,15 +116,8 @@ def solver_steps(
 ) -> list[Step]:
     """Return the steps of a solver that fits the model.
 
-    Args:
-        solver: one of ``diffusion.SOLVERS``.
-        num_steps: how many, or for ddpm and ddim a respacing such as ``"ddim50"`` (``diffusion.respaced_timesteps``).
-        config: of the model.
-        trained_for: of the model.
-        name: of ``num_steps``, for messages.
-
     Raises:
-        ValueError: no such number of steps.
+        ValueError: no such number of steps, nor for ddpm and ddim a respacing such as ``"ddim50"``; it begins with ``name``.
     """
     if solver in FLOW_SOLVERS:
         if not re.fullmatch("[0-9]{1,9}", num_steps) or not 1 <= int(num_steps) <= MOST_STEPS:

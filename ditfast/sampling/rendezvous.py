@@ -39,11 +39,7 @@ def of_this_start(store: Store, rank: int, world: int, patience: datetime.timede
     Each rank signs in with a name that is new. The first one publishes the names it finds, again and again; a rank that
     reads its own there knows that the first one is alive, and takes its name for the start's.
 
-    Args:
-        store: of all ranks; holds whatever earlier ones wrote.
-        rank: as ``rendezvous`` takes it.
-        world: as ``rendezvous`` takes it.
-        patience: as ``rendezvous`` takes it.
+    The store is of all ranks, and holds whatever earlier ones wrote; the other arguments are those of ``rendezvous``.
     """
     name, until = secrets.token_hex(8), time.monotonic() + patience.total_seconds()
     store.set(f"name {rank}", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -36,15 +37,12 @@ class Batch(NamedTuple):
 
     def part(self, place: slice) -> Batch:
         """Return some of the images."""
-        scale, latents, generators = self.scale, self.latents, self.generators
-        return Batch(
-            self.labels[place],
-            self.images[place],
-            None if scale is None else scale[place],
-            None if latents is None else latents[place],
-            self.first,
-            generators[place] if isinstance(generators, list) else generators,
-            self.resumes,
+        return self._replace(
+            labels=self.labels[place],
+            images=self.images[place],
+            scale=None if self.scale is None else self.scale[place],
+            latents=None if self.latents is None else self.latents[place],
+            generators=self.generators[place] if isinstance(self.generators, list) else self.generators,
         )
 
 
@@ -81,37 +79,28 @@ class Conditions:
         return scale, (torch.full_like(labels, self.times[step], dtype=torch.float32), labels)
 
 
+@dataclass(eq=False)
 class Run:
     """Everything about a run but its batches."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        clip: bool,
-        interval: tuple[float, float],
-        guided_channels: int,
-        seed: int,
-        table_bytes: int,
-    ):
-        self.denoiser = denoiser
-        self.clip = clip
-        self.interval = interval
-        self.guided_channels = guided_channels
-        self.seed = seed
-        self.table_bytes = table_bytes
-        self.device, self.dtype = denoiser.device, denoiser.dtype
+    denoiser: Denoiser
+    clip: bool
+    interval: tuple[float, float]
+    guided_channels: int
+    seed: int
+    table_bytes: int
+
+    def __post_init__(self) -> None:
+        self.device, self.dtype = self.denoiser.device, self.denoiser.dtype
         self.prediction_row = self._rows([PREDICTION])[0]
         on_cuda = self.device.type == "cuda"
         self.advance: Callable[..., Tensor] = Graphed(self._advance) if on_cuda else self._advance
         self.predict: Callable[..., Tensor] = Graphed(self._predict) if on_cuda else self._predict
 
     def solved(self, steps: Sequence[Step], batch: Batch, before: Before = lambda i, x: x) -> Iterator[Tensor]:
-        """Yield the state [B, C, H, W] after each of a solver's steps; valid until the next.
+        """Yield the state [B, C, H, W] after each of a solver's steps from ``batch.first`` on; valid until the next.
 
-        Args:
-            steps: of the solver, all of them.
-            batch: says with which of them to begin.
-            before: called before each step with its index and the state, returns the state to go on with.
+        ``before`` is called before each step with its index and the state, and returns the state to go on with.
         """
         steps, first = steps[batch.first :], batch.first
         conditions = Conditions(self.denoiser, batch, [step.t for step in steps], self.interval, self.table_bytes)

@@ -41,9 +41,7 @@ class Samples:
         """Keep the results of a run.
 
         Args:
-            latents: [N, C, H, W].
-            labels: [N].
-            settings: by name.
+            latents: as the attribute, as are ``labels`` and ``settings``.
             vae: decodes the latents, an ``AutoencoderKL`` or what ``load_vae`` takes; None where they are pixels.
             fit_vae: checks one that is loaded when images are asked for, and gives it the latents' scale.
         """

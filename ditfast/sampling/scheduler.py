@@ -22,19 +22,9 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 # What schedulers remember of the steps they took, and what set_timesteps makes of it; lists keep their length, of Nones.
 _HISTORY = {
-    "_init_size": None,
-    "_step_index": None,
-    "counter": 0,
-    "cur_model_output": 0,
-    "cur_sample": None,
-    "dt": None,
-    "last_noise": None,
-    "last_sample": None,
-    "lower_order_nums": 0,
-    "mid_point_sigma": None,
-    "noise_sampler": None,
-    "prev_derivative": None,
-    "sample": None,
+    **dict.fromkeys(("counter", "cur_model_output", "lower_order_nums"), 0),
+    **dict.fromkeys(("_init_size", "_step_index", "cur_sample", "dt", "last_noise", "last_sample")),
+    **dict.fromkeys(("mid_point_sigma", "noise_sampler", "prev_derivative", "sample")),
 }
 _QUEUES = ("model_outputs", "timestep_list")  # as many entries as the solver's order
 _LISTS = ("derivatives", "ets")
@@ -43,9 +33,7 @@ _LISTS = ("derivatives", "ets")
 def check_scheduler(scheduler: Any, prediction: str) -> None:
     """Raise unless a scheduler's timesteps are set, and its step takes a model's output, a time and the latents alone.
 
-    Args:
-        scheduler: of diffusers.
-        prediction: of the model; the scheduler has to say the same, and may say nothing where it is epsilon.
+    It has to say the same ``prediction`` as the model, and may say nothing where that is epsilon.
 
     Raises:
         TypeError: no scheduler.
@@ -55,7 +43,9 @@ def check_scheduler(scheduler: Any, prediction: str) -> None:
     if getattr(scheduler, "timesteps", None) is None or not callable(step):
         raise TypeError(f"scheduler: got {describe(scheduler)}, expected {EXPECTED}")
     required = [p.name for p in inspect.signature(step).parameters.values() if p.default is p.empty and p.kind not in _VARIADIC]
-    if len(required) > len(_STEP_INPUTS) or not _are_set(scheduler.timesteps):
+    timesteps = scheduler.timesteps
+    are_set = isinstance(timesteps, (Tensor, np.ndarray)) and timesteps.ndim == 1 and len(timesteps) > 0
+    if len(required) > len(_STEP_INPUTS) or not are_set:
         needs = f", whose step takes {', '.join(required)}" if len(required) > len(_STEP_INPUTS) else ""
         raise ValueError(
             f"scheduler: got {describe(scheduler)}{needs}, expected {EXPECTED}, which takes {', '.join(_STEP_INPUTS)}"
@@ -75,11 +65,7 @@ def check_scheduler(scheduler: Any, prediction: str) -> None:
 
 
 def unstepped(scheduler: Any, first: int = 0) -> Any:
-    """Return a copy of a scheduler that has taken no step of its timesteps; the original stays as it is.
-
-    Args:
-        scheduler: of diffusers.
-        first: index of the first of its timesteps to be stepped.
+    """Return a copy of a scheduler that has taken no step, to be stepped from its ``first`` timestep; the original stays.
 
     Raises:
         ValueError: a scheduler that steps from its first timestep only.
@@ -100,11 +86,7 @@ def unstepped(scheduler: Any, first: int = 0) -> Any:
 
 
 def set_timesteps(scheduler: Any, num_steps: int) -> Any:
-    """Return a copy of a scheduler whose timesteps are set.
-
-    Raises:
-        ValueError: its ``set_timesteps`` needs more than a number.
-    """
+    """Return a copy of a scheduler whose timesteps are set; raise ValueError if that needs more than a number."""
     fresh = copy.deepcopy(scheduler)
     try:
         fresh.set_timesteps(num_steps)
@@ -131,10 +113,6 @@ def step_scheduler(scheduler: Any, output: Tensor, t: Tensor, x: Tensor, options
         got = f"{describe(scheduler)}, whose step returned shape {tuple(stepped.shape)}"
         raise ValueError(f"scheduler: got {got}, expected {tuple(x.shape)}")
     return stepped
-
-
-def _are_set(timesteps: Any) -> bool:
-    return isinstance(timesteps, (Tensor, np.ndarray)) and timesteps.ndim == 1 and len(timesteps) > 0
 
 
 def _is_unset(scheduler: Any) -> bool:
