@@ -54,9 +54,14 @@ class ModulationTable:
         timesteps: what the model is told at each step.
         labels: [B] integers on the model's device; with guidance both halves'.
         budget_bytes: the most that the table may take, beside one step.
+
+    Raises:
+        ValueError: a model without adaLN.
     """
 
     def __init__(self, model: DiT, timesteps: Sequence[float], labels: Tensor, budget_bytes: int = BUDGET_BYTES):
+        if not model.config.modulation_vectors:
+            raise ValueError(f"model: got a DiT with {model.config.conditioning} conditioning, which has no modulation vectors")
         self.model = model
         self.timesteps = torch.tensor(timesteps, dtype=torch.float32, device=labels.device)
         self.labels, self._places = labels.unique(return_inverse=True)

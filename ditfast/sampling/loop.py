@@ -30,28 +30,60 @@ def sample(
     labels: Tensor | Sequence[int],
     *,
     cfg_scale: float | Sequence[float] = 1.0,
+    cfg_interval: tuple[float, float] = (-math.inf, math.inf),
+    guidance_channels: int | None = None,
+    seed: int = 0,
     images: Sequence[int] | None = None,
+    clip: bool = False,
+    table_bytes: int = BUDGET_BYTES,
+    offload_conditioning: bool = False,
+    batch_invariant: bool = False,
+    scheduler: Any = None,
     on_step: Callable[[], None] = lambda: None,
+    config: Any = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: Tensor | None = None,
     start_time: float | None = None,
     callback: Callback | None = None,
     batch_size: int | None = None,
-    **settings: Any,
 ) -> Tensor:
     """Denoise one image for each label.
 
-    Arguments that ``ditfast.sample`` has too are described there; here nothing depends on what a checkpoint says.
-
     Args:
-        model: in eval mode, on any device, of any of its dtypes; the state between steps is fp32.
+        model: in eval mode, on any device, of any of its dtypes; the state between steps is fp32. A ``ditfast.DiT``, a
+            compiled, averaged or otherwise wrapped one, an official or diffusers' DiT, or any that is called as
+            ``model(x, t, y)``.
         steps: of a solver, such as ``diffusion.steps(GaussianDiffusion("250"), "ddpm")``; not read with a ``scheduler``. Steps
             for epsilon, the default, are rewritten for what ``model.config.prediction`` names.
         labels: [B] integer classes, of any integer dtype, or a list of them.
-        cfg_scale: where all are 1 the conditional model runs alone.
+        cfg_scale: strength of classifier-free guidance, one or one an image; where all are 1 the conditional model runs
+            alone.
+        cfg_interval: the lowest and highest time the model is told that are guided (Kynkäänniemi et al. 2024); other steps
+            run the conditional model alone.
+        guidance_channels: how many of the first channels are guided; the flavour's unless given (official: 3).
+        seed: 0..2^64-1; with an image's number it decides its noise.
         images: [B] the images' numbers; 0, 1, ... unless given.
+        clip: clamp the predicted x_0 to [-1, 1] (pixel-space models).
+        table_bytes: memory for a ``ModulationTable``; 0 computes the vectors in each step, as for a model whose forward is
+            its own or hooked.
+        offload_conditioning: keep adaLN's weights in the host's memory meanwhile: a third of the model, of which the table
+            brings one layer at a time to the device.
+        batch_invariant: call the model with one image at a time, so that an image's bits do not depend on the batch (a
+            library's GEMM may round differently for other numbers of rows); slower.
+        scheduler: a diffusers scheduler, its timesteps set, that takes the steps instead; its ``prediction_type`` is the
+            model's. A copy is stepped, anew for each batch.
         on_step: called after each step of each batch (progress).
-        settings: other fields of ``Sampler``, such as ``seed``.
+        config: describes a model that does not describe itself: a ``DiTConfig``, or any object with ``in_channels``,
+            ``input_size`` and ``num_classes``, and where they differ ``learn_sigma`` (False unless given) and
+            ``class_dropout_prob`` (0: there is no null class).
+        generator: draws all noise instead of ``seed``, with the bits of diffusers' pipelines: one, or one for each image.
+        latents: [B, C, H, W] to begin from: the noise of the first step, or with ``start_time`` what was noised up to it.
+        start_time: the time of the step to begin with, in the model's own unit: 999..0, or 0..1 for a SiT. A solver ends in
+            the bits of the whole run. A scheduler with a history begins it anew.
+        callback: called before each step as ``callback(step, time, latents)``, with the step's place in the whole run, the
+            time that the model is about to be told and the latents that it is about to be given. It may return other latents
+            to go on with, or raise StopIteration to end the run: the latents then come back as they are.
+        batch_size: how many images are computed together; all unless given.
 
     Returns:
         [B, C, H, W] fp32 on the model's device; fewer than labels after a stop in a batch before the last.
@@ -60,7 +92,20 @@ def sample(
         ValueError: an argument; the message names it.
         TypeError: likewise, one of the wrong kind.
     """
-    return Sampler(model, steps, **settings)(
+    sampler = Sampler(
+        model,
+        steps,
+        cfg_interval=cfg_interval,
+        guidance_channels=guidance_channels,
+        seed=seed,
+        clip=clip,
+        table_bytes=table_bytes,
+        offload_conditioning=offload_conditioning,
+        batch_invariant=batch_invariant,
+        scheduler=scheduler,
+        config=config,
+    )
+    return sampler(
         labels,
         cfg_scale=cfg_scale,
         images=images,
@@ -77,19 +122,8 @@ def sample(
 class Sampler:
     """``sample`` of one batch after another: what one batch had captured as a CUDA graph, the next of its size replays.
 
-    A graph reads the weights where they were: a model that is moved, cast or changed in its layers needs another sampler.
-    Models with hooks, or of other classes, are called step by step.
-
-    Args:
-        model: as ``sample`` takes it, as are ``steps``; other arguments are those of ``ditfast.sample``.
-        cfg_interval: as in Kynkäänniemi et al. 2024; other steps run the conditional model alone.
-        table_bytes: memory for a ``ModulationTable``; 0 computes the vectors in each step, as for a model whose forward is
-            its own or hooked.
-        offload_conditioning: keep adaLN's weights in the host's memory meanwhile: a third of the model, of which the table
-            brings one layer at a time to the device.
-        batch_invariant: a library's GEMM may round differently for other numbers of rows, so images are computed one by one.
-        scheduler: a diffusers scheduler, its timesteps set; its ``prediction_type`` is the model's. A copy is stepped, anew for
-            each batch.
+    Fields are ``sample``'s arguments. A graph reads the weights where they were: a model that is moved, cast or changed in its
+    layers needs another sampler. Models with hooks, or of other classes, are called step by step.
     """
 
     model: Any
