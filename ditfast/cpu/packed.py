@@ -104,10 +104,11 @@ class PackedChains:
         bias = torch.cat([bias.detach().float() for _, bias in together])
         outputs, inputs = weight.shape
         columns = -(-outputs // self._engine.ditfast_panel()) * self._engine.ditfast_panel()
-        vectors = [self._padded(bias, columns)]
+        vectors = [F.pad(bias, (0, columns - outputs))]
         if product == BYTE:
             weight, scale = quantised(weight, pairs=bool(self._engine.ditfast_pairs_saturate()))
-            vectors += [self._padded(scale, columns), self._padded(weight.sum(1, dtype=torch.int32).float(), columns)]
+            sums = weight.sum(1, dtype=torch.int32).float()
+            vectors += [F.pad(vector, (0, columns - outputs)) for vector in (scale, sums)]
         else:
             weight = weight.to(STORED[product])
         size = self._engine.ditfast_packed_bytes(product, outputs, inputs) + library.READ_AHEAD
@@ -123,12 +124,6 @@ class PackedChains:
         weights, scales = zip(*(quantised(weight.detach(), pairs=False) for weight, _ in together), strict=True)
         tensors = torch.cat(weights), torch.cat([bias.detach().float() for _, bias in together]), torch.cat(scales)
         return PackedLinear((*(tensor.data_ptr() for tensor in tensors), 0, *tensors[0].shape), tensors)
-
-    @staticmethod
-    def _padded(vector: Tensor, columns: int) -> Tensor:
-        padded = vector.new_zeros(columns)
-        padded[: len(vector)] = vector
-        return padded
 
 
 def _extent(tensor: Tensor) -> int:

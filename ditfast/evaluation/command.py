@@ -24,7 +24,6 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that ``run`` takes."""
     parser.add_argument("images", type=Path, metavar="DIR", help="a folder of PNG files, or an .npz file in ADM's layout")
     parser.add_argument(
         "--reference",

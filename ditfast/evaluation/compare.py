@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,10 +53,7 @@ def compare_with_digits(images: ImageSet) -> Report:
     digits = torch.cat([_grey(pixels, images.source) for pixels in images.batches(4096)])
     found = _digits_scores(classifier, digits, scans)
     scale = zip(_digits_scores(classifier, half, other_half), _digits_scores(classifier, noise, scans), strict=True)
-    scores = [
-        Score(score.key, score.name, score.better, score.value, real.value, random.value)
-        for score, (real, random) in zip(found, scale, strict=True)
-    ]
+    scores = [replace(score, real=real.value, noise=noise.value) for score, (real, noise) in zip(found, scale, strict=True)]
     if images.labels is not None:
         read = classifier.probabilities(classifier.features(digits)).argmax(dim=1)
         asked = (read == torch.from_numpy(images.labels)).double().mean()

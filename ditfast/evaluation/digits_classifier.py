@@ -25,17 +25,11 @@ HELD_OUT = 360
 
 @dataclass(frozen=True)
 class DigitsClassifier:
-    """An MLP, 64 - 128 - 32 - 10, in float64 on the CPU.
+    """An MLP, 64 - 128 - 32 - 10, in float64 on the CPU."""
 
-    Attributes:
-        trunk: [N, 64] in [-1, 1] -> features [N, 32].
-        head: features -> logits [N, 10].
-        accuracy: on the 360 scans that it was not trained on.
-    """
-
-    trunk: nn.Module
-    head: nn.Module
-    accuracy: float
+    trunk: nn.Module  # [N, 64] in [-1, 1] -> features [N, 32]
+    head: nn.Module  # features -> logits [N, 10]
+    accuracy: float  # on the 360 scans that it was not trained on
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -74,8 +68,8 @@ def digits_classifier() -> DigitsClassifier:
             loss.backward()
             optimizer.step()
             schedule.step()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        trunk.requires_grad_(False)
+        head.requires_grad_(False)
         read = head(trunk(scans[held_out].double().flatten(1))).argmax(dim=1)
         return DigitsClassifier(trunk, head, (read == labels[held_out]).double().mean().item())
 

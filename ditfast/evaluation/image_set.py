@@ -28,19 +28,12 @@ MODES = {"L": 1, "RGB": 3}
 
 @dataclass(frozen=True)
 class ImageSet:
-    """N images of one size.
+    """N images of one size; ``batches`` raises EvaluationError where one cannot be read."""
 
-    Attributes:
-        source: where they come from, for messages.
-        shape: (N, H, W, C), C = 1 or 3.
-        labels: [N] int64, where the source tells.
-        batches: batches of up to so many, [n, H, W, C] 8-bit, in order; raises EvaluationError where one cannot be read.
-    """
-
-    source: str
-    shape: tuple[int, int, int, int]
-    labels: NDArray[np.int64] | None
-    batches: Callable[[int], Iterator[Pixels]]
+    source: str  # where they come from, for messages
+    shape: tuple[int, int, int, int]  # (N, H, W, C), C = 1 or 3
+    labels: NDArray[np.int64] | None  # [N], where the source tells
+    batches: Callable[[int], Iterator[Pixels]]  # of up to so many, [n, H, W, C] 8-bit, in order
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import shlex
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..argument_checks import check_type
+from ..checkpoints.runs import sha256
 from ..devices import with_index
 from .errors import EvaluationError, one_line
 from .image_set import ImageSet
@@ -82,16 +82,10 @@ def _library() -> Any:
 
 
 def _checked(path: Path) -> Path:
-    """The weights' file if it is that."""
     if not path.is_file():
         get = f"curl -L --create-dirs -o {shlex.quote(str(path))} {URL}"
         raise EvaluationError(f"{path}: no such file, expected Inception's weights; get them once: {get}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(SHA256):
-        raise EvaluationError(
-            f"{path}: its SHA-256 begins with {digest.hexdigest()[:8]}, expected {SHA256}: not the weights of {URL}"
-        )
+    begins = sha256(path)[:8]
+    if begins != SHA256:
+        raise EvaluationError(f"{path}: its SHA-256 begins with {begins}, expected {SHA256}: not the weights of {URL}")
     return path

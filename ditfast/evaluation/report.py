@@ -42,13 +42,7 @@ class Report:
             column: {score.key: value for score in self.scores if (value := getattr(score, attribute)) is not None}
             for column, attribute in (("scores", "value"), ("real", "real"), ("noise", "noise"))
         }
-        facts = {
-            "images": self.images,
-            "count": self.count,
-            "reference": self.reference,
-            "reference_count": self.reference_count,
-            "network": self.network,
-        }
+        facts = {name: getattr(self, name) for name in ("images", "count", "reference", "reference_count", "network")}
         return facts | {column: values for column, values in columns.items() if values} | {"notes": self.notes}
 
     def __repr__(self) -> str:

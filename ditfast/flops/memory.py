@@ -13,7 +13,7 @@ import torch
 
 from ..argument_checks import check_choice, check_integer, check_type
 from ..config import TIMESTEP_FEATURES, DiTConfig, check_config
-from .counts import multiplied_weights, parameters
+from .counts import modulation_vectors, multiplied_weights, parameters
 
 PLANS = ("none", "keep", "checkpoint")
 FP32 = 4  # bytes
@@ -38,11 +38,7 @@ class TrainingBytes(NamedTuple):
         return sum(self)
 
     def least_peak(self, *, accumulates: bool) -> int:
-        """Return what a step surely holds at once: without accumulation, gradients take the place of activations.
-
-        Args:
-            accumulates: True where a forward runs beside the gradients of an earlier one.
-        """
+        """Return what a step surely holds at once: without accumulation, gradients take the place of activations."""
         passing = self.gradients + self.activations if accumulates else max(self.gradients, self.activations)
         return self.weights + self.moments + self.averages + passing
 
@@ -204,6 +200,6 @@ class _Sizes:
     def inference(self) -> int:
         """In a block's MLP: the stream and its norm, those the block began with and the branch before, hidden layer, output."""
         conditioning = 1 if self.modulated else 3  # their sum; without adaLN the context of both too
-        vectors = (self.config.depth * self.config.modulation_vectors + 2 * self.modulated + conditioning) * self.vector
+        vectors = (modulation_vectors(self.config) + conditioning) * self.vector
         attention = (2 if self.attends_twice else 1) * self.stream
         return (6 * self.stream + max(self.hidden, attention) + vectors) * self.itemsize

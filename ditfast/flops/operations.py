@@ -3,6 +3,9 @@
 Every operation reads its inputs from memory and writes its outputs there, once. ``fused`` is the data flow of ``ditfast.DiT``;
 otherwise that of eager PyTorch with a fused attention, where norm, scale, shift, gate, residual and GELU are passes of their
 own. Left out: launches, what ranks exchange, the loss, reading of data.
+
+The paper's "Gflops" are multiply-adds (MACs) of one forward for one image, attention's two products included; a MAC is two
+floating-point operations. Norms, activations and other elementwise work are left out of both, as the paper does.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import torch
 
 from ..argument_checks import as_bool, check_integer
 from ..config import TIMESTEP_FEATURES, DiTConfig
-from .counts import multiplied_weights, parameters
+from .counts import modulation_vectors, multiplied_weights, parameters
 from .memory import FP32, check_work
 
 ADAMW_PASSES = 7  # over fp32 values: weight, gradient and two moments read, weight and moments written
@@ -58,6 +61,16 @@ def operations(
     return [*found, *flow.weights(averages)] if flow.training else found
 
 
+def macs(config: DiTConfig) -> int:
+    """Multiply-adds of one forward for one image: 1e9 of them are one of the paper's "Gflops" (tables 1 and 4)."""
+    return sum(op.times * op.macs for op in operations(config, 1, torch.float32))
+
+
+def flops(config: DiTConfig) -> int:
+    """Floating-point operations of one forward for one image: 2 x ``macs``."""
+    return 2 * macs(config)
+
+
 class _Flow:
     def __init__(self, config: DiTConfig, batch: int, product: int, training: bool, fused: bool):
         self.config, self.batch, self.training, self.fused = config, batch, training, fused
@@ -69,8 +82,7 @@ class _Flow:
         self.sublayers = 3 if config.conditioning == "cross_attention" else 2
 
     def conditioning(self) -> list[Op]:
-        D, config = self.config.hidden_size, self.config
-        vectors = config.depth * config.modulation_vectors + (2 if config.modulation_vectors else 0)
+        D, vectors = self.config.hidden_size, modulation_vectors(self.config)
         found = [self._linear_of_inputs("timestep's features", 1, TIMESTEP_FEATURES, D), self._linear("timestep", 1, 1, D, D)]
         return [*found, self._linear("adaLN", 1, 1, D, vectors * D)] if vectors else found
 

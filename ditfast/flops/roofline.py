@@ -29,9 +29,7 @@ def floor_ms(
         batch: images, on this device.
         dtype: of products.
         device: its peaks, one of ``DEVICES``.
-        plan: as of ``operations``.
-        fused: as of ``operations``.
-        averages: as of ``operations``.
+        plan, fused, averages: as of ``operations``.
 
     Raises:
         ValueError: there is no such plan.

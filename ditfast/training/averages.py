@@ -14,11 +14,9 @@ from torch.distributed.tensor import DTensor
 
 
 class Averages:
-    """One average for each decay, sharded as the parameters are.
+    """One average for each decay, which starts from the trained parameters and is sharded as they are.
 
-    Args:
-        parameters: trained ones by name; what the averages start from.
-        decays: an average keeps that part of itself at each step, in the end; after n steps (1 + n) / (10 + n) at most.
+    It keeps ``decay`` of itself at each step, in the end; after n steps (1 + n) / (10 + n) at most.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decays: Sequence[float]):

@@ -14,11 +14,7 @@ from typing import Any
 
 
 class Board:
-    """A file of events.
-
-    Args:
-        folder: of the run's event files, made if it does not exist.
-        step: scalars of later steps, which an earlier file may hold, no longer count.
+    """A file of events; scalars of steps after ``step``, which an earlier file may hold, no longer count.
 
     Raises:
         ImportError: TensorBoard is not installed.

@@ -46,28 +46,19 @@ class _Writer(FileSystemWriter):
 
 
 class Checkpoints:
-    """The checkpoints in a folder. Every method is called by all ranks, and raises on all of them or on none.
-
-    Args:
-        folder: shared by all ranks; made by the first ``save``.
-        keep: how many of the latest stay.
-        ranks: which process of how many this is, ``parallel.joined`` already.
-    """
+    """The checkpoints in a folder, which all ranks share. Every method is called by all ranks, and raises on all or on none."""
 
     def __init__(self, folder: Path, keep: int, ranks: Ranks):
         self.folder, self.keep, self.ranks = folder, keep, ranks
         self._torn: list[Path] = []
 
     def save(self, step: int, state: dict[str, Any], about: dict[str, Any]) -> Path:
-        """Writes a checkpoint; then older ones go, but for the last ``keep`` and those that ``newest`` found torn.
+        """Writes a checkpoint, a folder; then older ones go, but for the last ``keep`` and those that ``newest`` found torn.
 
         Args:
             step: how many were taken. A whole checkpoint of that step stays as it is.
             state: nested dicts of tensors (plain ones are the same on all ranks) and of plain values.
             about: to be written down with it, as JSON takes it.
-
-        Returns:
-            The checkpoint's folder.
 
         Raises:
             CheckpointFault: it cannot be written; the older ones are still there.
@@ -105,11 +96,7 @@ class Checkpoints:
         return self._first(self.folder, self._newest)
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Fills the tensors in place, whatever number of ranks saved them, and replaces plain values.
-
-        Args:
-            path: of a checkpoint that ``newest`` gave.
-            state: with the keys and shapes that were saved, or some of them.
+        """Fills tensors in place, whatever number of ranks saved them, and replaces plain values; some of those saved will do.
 
         Raises:
             CheckpointFault: it holds something else, or cannot be read.

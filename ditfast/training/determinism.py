@@ -34,9 +34,7 @@ def deterministic(device: torch.device, compiled: bool = False) -> Iterator[None
 
     On CUDA attention takes our Triton kernels, whose sums have a fixed order: the backwards of libraries may add with atomics.
 
-    Args:
-        device: the model's.
-        compiled: the block runs torch.compile's kernels, whose sums are not to follow what is measured to be fast.
+    If ``compiled``, the block runs torch.compile's kernels, whose sums are not to follow what is measured to be fast.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark

@@ -17,14 +17,7 @@ PURPOSES = ("flips", "moments", "times", "noise", "labels")
 
 
 class Draws:
-    """Of one step.
-
-    Args:
-        seed: of the run.
-        step: its number.
-        batch: samples of the step, over all ranks.
-        device: where tensors are wanted; CPU and CUDA draw different numbers.
-    """
+    """Random numbers of one step, for its ``batch`` samples over all ranks; CPU and CUDA draw different ones."""
 
     def __init__(self, seed: int, step: int, batch: int, device: torch.device):
         self.key = (seed, step)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diffusion import FlowMatching, GaussianDiffusion, Step, steps
+from ..diffusion import FlowMatching, GaussianDiffusion, steps
 from ..evaluation.digits_classifier import digits_quality
 from ..images import labelled_grid, save_png
 from ..model import DiT
@@ -29,31 +29,19 @@ NO_STEP = 2**62  # whose draws no step of training sees
 
 
 def preview(path: Path, model: DiT, settings: TrainSettings, decode: Callable[[Tensor], Tensor] | None) -> None:
-    """A labelled grid of the first ten classes, drawn from the run's seed.
-
-    Args:
-        path: of the PNG file, in a folder that exists.
-        model: the average, in eval mode.
-        settings: of the run.
-        decode: latents to images in [-1, 1]; None where they are images.
-    """
+    """Save a labelled grid of the first ten classes, drawn from the run's seed; without ``decode`` latents are images."""
     classes = list(range(min(CLASSES, model.config.num_classes)))
     labels = torch.tensor(classes).repeat_interleave(PER_CLASS)
     latents = _samples(model, settings, labels, clip=decode is None)  # [N, C, H, W]
     images = latents if decode is None else decode(latents)
-    save_png(
-        path,
-        labelled_grid(dict(zip(classes, images.cpu().split(PER_CLASS), strict=True)), scale=max(1, 32 // images.shape[-1])),
-    )
+    by_class = dict(zip(classes, images.cpu().split(PER_CLASS), strict=True))
+    save_png(path, labelled_grid(by_class, scale=max(1, 32 // images.shape[-1])))
 
 
 def evaluate(model: DiT, data: Data, settings: TrainSettings) -> dict[str, float]:
-    """``loss`` on the same records, timesteps and noise every time; of digits also ``frechet_distance`` and ``accuracy``.
+    """Return ``loss`` on the first readable records, with the same timesteps and noise every time.
 
-    Args:
-        model: the average, in eval mode.
-        data: of the run; the first of its readable records are looked at.
-        settings: of the run.
+    Of digits also ``frechet_distance`` and ``accuracy``.
     """
     found = {"loss": _fixed_loss(model, data, settings)}
     if isinstance(data, Digits):
@@ -87,11 +75,9 @@ def _readable(data: Data) -> Iterator[Record]:
 
 
 def _samples(model: DiT, settings: TrainSettings, labels: Tensor, clip: bool) -> Tensor:
-    guided = model.config.has_null_class
-    return sample(model, _steps(model, settings), labels, cfg_scale=GUIDANCE if guided else 1.0, seed=settings.seed, clip=clip)
-
-
-def _steps(model: DiT, settings: TrainSettings) -> list[Step]:
     if settings.loss == "flow":
-        return steps(FlowMatching(settings.path, STEPS), "euler")
-    return steps(GaussianDiffusion(f"ddim{STEPS}", learn_sigma=model.config.learn_sigma), "ddim")
+        schedule = steps(FlowMatching(settings.path, STEPS), "euler")
+    else:
+        schedule = steps(GaussianDiffusion(f"ddim{STEPS}", learn_sigma=model.config.learn_sigma), "ddim")
+    scale = GUIDANCE if model.config.has_null_class else 1.0
+    return sample(model, schedule, labels, cfg_scale=scale, seed=settings.seed, clip=clip)

@@ -32,11 +32,7 @@ _USUAL_HINT = "remove what a DiT does not have, or train in a loop of your own"
 
 
 def check_exportable(model: nn.Module, config: DiTConfig) -> None:
-    """Raise unless a model has the parameters, buffers and layers of a DiT, and some to train.
-
-    Args:
-        model: a ``ditfast.DiT``, a ``reference.DiT``, or one of your own with the same names.
-        config: of the DiT that is exported.
+    """Raise unless a model has the parameters, buffers and layers of the DiT that is exported, and some to train.
 
     Raises:
         RunError: some are missing, of another shape or dtype, or more than a DiT has, all are frozen, or a layer is replaced.
@@ -110,15 +106,7 @@ def schedule_of(settings: TrainSettings) -> str:
 def trained_for(
     config: DiTConfig, settings: TrainSettings, data: Data, source: CheckpointSource | None, step: int
 ) -> TrainedFor:
-    """Return what a run's weights are trained for.
-
-    Args:
-        config: of the model.
-        settings: of the run.
-        data: of the run; what it does not tell is that of the checkpoint that the run began with.
-        source: of that checkpoint; None for a new model.
-        step: how many were taken.
-    """
+    """Return what a run's weights are trained for; what its data does not tell is that of the checkpoint it began with."""
     before = TrainedFor() if source is None else source.trained_for
     size = getattr(data, "image_size", None)
     names = getattr(data, "class_names", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +29,7 @@ _BYTES_BESIDE_MOMENTS = 1024  # of an image in a shard, most of them its name
 class Extraction:
     """Shards of moments, each of a fixed block of images: killed and started again it writes the missing ones, the same bytes.
 
-    Args:
-        images: a folder's.
-        vae: on its device.
-        out: the folder, made if it does not exist.
-        batch: images encoded together, and as many mirrored.
-        shard: images in a file.
-        readers: threads that read images.
+    It encodes ``batch`` images together, and as many mirrored; ``shard`` images are in a file, ``readers`` threads read them.
     """
 
     def __init__(self, images: ImageFolder, vae: autoencoder.VAE, out: Path, batch: int, shard: int, readers: int):
@@ -55,28 +50,21 @@ class Extraction:
         self.folder = ShardFolder(out, num=len(self.blocks), batch=1)
 
     def claim(self, about: Mapping[str, Any]) -> None:
-        """Makes the folder, or finds that it is an earlier run's with the same settings.
-
-        Args:
-            about: to be written down beside the settings, but not compared.
+        """Makes the folder, or finds that it is an earlier run's with the same settings; ``about`` is not compared.
 
         Raises:
             FolderError: it cannot be written, holds something else, or the disk has too little room.
         """
         moments = torch.Size(self.index.moments_shape).numel() * DTYPE.itemsize
         in_a_shard = len(self.blocks[0])
-        self.folder.claim(self.index.settings(), about, in_a_shard * (moments + _BYTES_BESIDE_MOMENTS))
+        self.folder.claim(dataclasses.asdict(self.index), about, in_a_shard * (moments + _BYTES_BESIDE_MOMENTS))
 
     def unfinished(self, ranks: Ranks) -> list[int]:
         """The missing shards that are this rank's."""
         return [shard for block in self.folder.unfinished(ranks) for shard in block]
 
     def write(self, shards: Iterable[int], advance: Callable[[float], None] = lambda images: None) -> None:
-        """Writes shards; an unreadable image is named by a warning, and its place marked.
-
-        Args:
-            shards: their numbers.
-            advance: called with the number of images that have been encoded.
+        """Writes shards by their numbers; an unreadable image is named by a warning, and its place marked.
 
         Raises:
             FloatingPointError: latents came out infinite or NaN.

@@ -23,14 +23,7 @@ WITH_CHECKPOINTS = "checkpoints, with --keep of them on the disk and one that is
 
 @contextmanager
 def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Ranks, needed: int = 0) -> Iterator[None]:
-    """The first rank claims the folder for all, and while the block runs no other process gets in.
-
-    Args:
-        folder: of the run.
-        settings: as ``claim`` takes them.
-        resume: as ``claim`` takes it.
-        ranks: which process of how many this is; all of them call this.
-        needed: as ``claim`` takes it.
+    """The first of all ranks claims the folder, as ``claim`` does, and while the block runs no other process gets in.
 
     Raises:
         RunError: on every rank: as ``claim`` does; another process trains in the folder; or the ranks' settings differ.
@@ -54,13 +47,9 @@ def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Rank
 
 
 def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int = 0) -> None:
-    """Makes the run's folder, or finds that it is this run's.
+    """Makes the run's folder, or finds that it is this run's: the settings, which JSON takes, decide the weights.
 
-    Args:
-        folder: made if it does not exist.
-        settings: whatever decides the weights, as JSON takes it.
-        resume: whether an earlier run with the same settings may be there.
-        needed: bytes that the checkpoints to come take at most.
+    An earlier run may be there if ``resume``; the checkpoints to come take ``needed`` bytes at most.
 
     Raises:
         RunError: it cannot be written, is a file, holds something else or another run, or this run while ``resume`` is False;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,14 +18,16 @@ from .board import Board
 class JsonLines:
     """A file of JSON objects, one a line, each with its ``step``.
 
-    Args:
-        path: of the file.
-        step: lines of later steps, and one that was cut off, are dropped: a resumed run writes them again.
+    Lines of steps after ``step``, and one that was cut off, are dropped: a resumed run writes them again.
     """
 
     def __init__(self, path: Path, step: int):
-        self.path = path
-        self._keep(step)
+        if path.exists():
+            lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+            kept = list(itertools.takewhile(lambda line: _step_of(line) <= step, lines))
+            if len(kept) < len(lines):
+                with whole_file(path) as temporary:
+                    temporary.write_text("".join(kept), "utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -38,33 +41,22 @@ class JsonLines:
     def close(self) -> None:
         self._file.close()
 
-    def _keep(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        lines = self.path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-        kept = list(itertools.takewhile(lambda line: _step_of(line) <= step, lines))
-        if len(kept) < len(lines):
-            with whole_file(self.path) as temporary:
-                temporary.write_text("".join(kept), "utf-8")
-
 
 class RunLog:
     """The logs of a run's folder; of every rank but the first, none.
 
     ``log.jsonl`` has a line a step, ``timesteps.jsonl`` the losses by timestep, ``evaluation.jsonl`` evaluations; they hold
     nothing that depends on the clock. Speed and memory go to TensorBoard, where that is installed.
-
-    Args:
-        folder: of the run.
-        step: at which the run goes on; 0 begins.
-        writes: whether this rank does.
     """
 
     FILES = ("log", "timesteps", "evaluation")
 
     def __init__(self, folder: Path, step: int, writes: bool):
         self._files = {name: JsonLines(folder / f"{name}.jsonl", step) for name in self.FILES} if writes else {}
-        self._board = _board(folder / "tensorboard", step) if writes else None
+        self._board = None
+        if writes:
+            with contextlib.suppress(ImportError):  # TensorBoard is not installed
+                self._board = Board(folder / "tensorboard", step)
 
     def write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """A line of a file, and its numbers as scalars."""
@@ -101,10 +93,3 @@ def _numbers(name: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]
         for place, number in enumerate(value) if isinstance(value, list) else [("", value)]:
             if isinstance(number, (int, float)):
                 yield f"{name}/{key}{place}", number
-
-
-def _board(folder: Path, step: int) -> Board | None:
-    try:
-        return Board(folder, step)
-    except ImportError:
-        return None

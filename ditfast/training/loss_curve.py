@@ -9,11 +9,7 @@ BUCKETS = 10
 
 
 class LossCurve:
-    """Means of the losses since the curve was last taken, a bucket for each tenth of the timesteps.
-
-    Args:
-        last_time: the largest timestep: 1 of flow matching, else the number of steps.
-    """
+    """Means of the losses since the curve was last taken, a bucket for each tenth of the timesteps up to ``last_time``."""
 
     def __init__(self, last_time: float):
         self.last_time = last_time
@@ -30,13 +26,11 @@ class LossCurve:
 
     def take(self) -> list[float | None]:
         """The mean of each bucket, None of an empty one; starts anew."""
-        means = [total / count if count else None for total, count in zip(*self._lists(), strict=True)]
+        sums, counts = self.sums.tolist(), self.counts.tolist()
+        means = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
         self.sums.zero_()
         self.counts.zero_()
         return means
-
-    def _lists(self) -> tuple[list[float], list[float]]:
-        return self.sums.tolist(), self.counts.tolist()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that change in place."""

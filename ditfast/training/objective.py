@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,38 +14,29 @@ from .settings import TrainSettings
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class TimestepSampler(Protocol):
-    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Times t and the weights of their losses, both [B], from numbers in [0, 1)."""
-
-    def observe(self, t: Tensor, loss: Tensor) -> None:
-        """The losses [B] of a step, over all ranks."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that change from step to step, in place."""
-
-
 class UniformSteps:
-    """Of 0..999."""
+    """Sampler of timesteps 0..999, all equally likely."""
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return times t and the weights of their losses, both [B], from numbers in [0, 1)."""
         return (uniform * NUM_TRAIN_STEPS).long().clamp(max=NUM_TRAIN_STEPS - 1), torch.ones_like(uniform)
 
     def observe(self, t: Tensor, loss: Tensor) -> None:
-        pass
+        """Take note of the losses [B] of a step, over all ranks."""
 
     def state(self) -> dict[str, Tensor]:
+        """Return the tensors that change from step to step, in place."""
         return {}
 
 
 class UniformTimes(UniformSteps):
-    """Of [0, 1)."""
+    """Sampler of times in [0, 1)."""
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         return uniform, torch.ones_like(uniform)
 
 
-class ImportanceSteps:
+class ImportanceSteps(UniformSteps):
     """In proportion to the root mean square of the last ten losses of each (Nichol & Dhariwal 2021, equation 18).
 
     Until every timestep has ten losses they are drawn uniformly. One draw in a thousand stays uniform, so that a step whose
@@ -83,16 +73,11 @@ class ImportanceSteps:
 
 
 class Objective:
-    """What a run minimises.
-
-    Args:
-        settings: name the loss and the sampler of timesteps.
-        config: of the model; its ``prediction`` is the target.
-    """
+    """What a run minimises; the target is the ``prediction`` of the model's config."""
 
     def __init__(self, settings: TrainSettings, config: DiTConfig):
         self.mse_only = settings.loss == "mse"
-        self.sampler: TimestepSampler
+        self.sampler: UniformSteps
         self.process: FlowMatching | GaussianDiffusion
         if settings.loss == "flow":
             self.process, self.sampler = FlowMatching(settings.path), UniformTimes()

@@ -9,14 +9,7 @@ from numpy.typing import NDArray
 
 
 def batch_indices(seed: int, count: int, batch: int, step: int) -> list[int]:
-    """The records of a step, over all ranks: every epoch has each record once, and may end inside a batch.
-
-    Args:
-        seed: of the run.
-        count: of the records.
-        batch: records of a step.
-        step: its number, from 0.
-    """
+    """Return the records of a step, over all ranks: every epoch has each of ``count`` once, and may end inside a batch."""
     places = range(step * batch, (step + 1) * batch)
     return [int(_permutation(seed, count, place // count)[place % count]) for place in places]
 

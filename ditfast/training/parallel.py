@@ -33,10 +33,6 @@ _groups: list[object] = []
 def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     """The ranks talk to each other inside the block, over nccl between GPUs, else over gloo; a single rank to nobody.
 
-    Args:
-        ranks: which process of how many this is.
-        device: this rank's own.
-
     Raises:
         RanksError: the others are not there, or no longer.
     """
@@ -55,7 +51,7 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if _is_of_a_peer(error):
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
             raise RanksError("another rank ended; the same command goes on from the newest checkpoint") from error
         raise
     finally:
@@ -66,7 +62,7 @@ def distribute(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
     """The model of all ranks, to be called in place of this one; it begins with the first rank's weights.
 
     Args:
-        model: fp32, on this rank's device: a ``ditfast.DiT``, or ``ditfast.reference.DiT``.
+        model: fp32, on this rank's device.
         kind: ``"ddp"``: each rank holds all of it; ``"fsdp"``: each rank holds a part of every weight, of its gradient and of
             what the optimizer keeps of it, and ``model`` itself turns into that.
         ranks: one alone trains the model as it is.
@@ -159,7 +155,3 @@ def _settled(model: DistributedDataParallel, config: DiTConfig) -> DistributedDa
         model(x, zero, zero).sum().backward()
     model.zero_grad()
     return model
-
-
-def _is_of_a_peer(error: RuntimeError) -> bool:
-    return isinstance(error, distributed.DistError) or "gloo" in str(error)

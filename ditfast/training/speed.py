@@ -31,15 +31,7 @@ class Speed(NamedTuple):
 
 
 class Speedometer:
-    """Of the last steps.
-
-    Args:
-        config: of the model.
-        batch: images in a step, over all ranks.
-        ranks: how many.
-        device: of this rank; all have alike ones.
-        dtype: of the products.
-    """
+    """Speed of the last steps of ``batch`` images over all ranks, whose devices are alike."""
 
     def __init__(self, config: DiTConfig, batch: int, ranks: int, device: torch.device, dtype: torch.dtype):
         self.batch, self.device = batch, device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,37 +34,22 @@ class StepReport(NamedTuple):
     stop: bool  # some rank was asked to stop
 
 
+@dataclass(eq=False)
 class Stepper:
-    """Takes steps of a model.
+    """Takes steps of a model."""
 
-    Args:
-        model: distributed already; called as ``model(x, t, y)``; its label table drops no labels itself.
-        config: of the model.
-        data: turns records into latents.
-        objective: the loss.
-        optimizer: over the trained parameters.
-        averages: follow the weights.
-        settings: the recipe.
-        rows: of the batch, that are this rank's.
-        device: where the model is.
-    """
+    model: nn.Module  # distributed already; called as model(x, t, y); its label table drops no labels itself
+    config: DiTConfig
+    data: Data  # turns records into latents
+    objective: Objective
+    optimizer: torch.optim.Optimizer  # over the trained parameters
+    averages: Averages
+    settings: TrainSettings
+    rows: slice  # of the batch, that are this rank's
+    device: torch.device
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: DiTConfig,
-        data: Data,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        averages: Averages,
-        settings: TrainSettings,
-        rows: slice,
-        device: torch.device,
-    ):
-        self.model, self.config, self.data, self.objective = model, config, data, objective
-        self.optimizer, self.averages, self.settings = optimizer, averages, settings
-        self.rows, self.device = rows, device
-        self.scale = LossScale(settings.dtype == "fp16")
+    def __post_init__(self) -> None:
+        self.scale = LossScale(self.settings.dtype == "fp16")
 
     def take(self, step: int, batch: Batch, stop_asked: Callable[[], bool] = lambda: False) -> StepReport:
         """Step number ``step``, counted from 0, on this rank's records."""

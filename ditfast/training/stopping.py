@@ -18,16 +18,11 @@ ONE_PRESS_S = 0.1  # a loader's worker that was forked from this process tells o
 
 
 class StopRequest:
-    """Signals to this process so far.
-
-    Attributes:
-        asked: there was one.
-        interrupts: presses of Ctrl-C.
-    """
+    """Signals to this process so far."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.interrupts = 0
+        self.interrupts = 0  # presses of Ctrl-C
 
     def __call__(self) -> bool:
         return self.asked

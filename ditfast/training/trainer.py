@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,13 @@ class Trainer:
             self._resume()
         log = RunLog(self.out, self.done, writes=self.ranks.rank == 0)
         dtype = DTYPES[self.settings.dtype]
+        repeatable = partial(deterministic, self.device, self.settings.compile) if self.settings.deterministic else nullcontext
         speedometer = Speedometer(self.config, self.settings.batch, self.ranks.world, self.device, dtype)
         try:
             self.unsaved.begin(self.unsaved.newest)
             with asked_to_stop(self._announce_interrupt) as stop_asked:
                 for batch in self._stream():
-                    with self._determinism():
+                    with repeatable():
                         report = self.stepper.take(self.done, batch, stop_asked)
                     self._after_step(report, log)
                     speed = speedometer.step()
@@ -179,9 +181,6 @@ class Trainer:
 
     def _announce_interrupt(self, last: bool) -> str | None:
         return None if self.ranks.rank else f"ditfast train: {self.unsaved.describe_interrupt(last)}"
-
-    def _determinism(self) -> AbstractContextManager[None]:
-        return deterministic(self.device, self.settings.compile) if self.settings.deterministic else nullcontext()
 
     def _stream(self) -> Iterator[Any]:
         left = self.settings.steps - self.done

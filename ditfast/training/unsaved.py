@@ -14,20 +14,13 @@ PROBE_BYTES = 8 * 2**20
 
 
 class Unsaved:
-    """Steps since the newest checkpoint, and how long another one takes.
-
-    Args:
-        folder: of the run.
-        state_bytes: of a checkpoint.
-    """
+    """Steps since the newest checkpoint, and how long another one of ``state_bytes`` takes."""
 
     def __init__(self, folder: Path, state_bytes: int):
         self.folder, self.state_bytes = folder, state_bytes
-        self.newest: Path | None = None
         self.saving_seconds: float | None = None  # of the last checkpoint that was written
-        self.steps = 0
         self._step_seconds = 0.0
-        self._since = self._step_end = time.monotonic()
+        self.begin(None)
 
     def begin(self, newest: Path | None) -> None:
         """Count from here, where ``newest`` holds everything."""

@@ -30,8 +30,7 @@ class Example(NamedTuple):
     def run(self) -> tuple[Tensor, ...]:
         """The outputs, or for training outputs and gradients."""
         with torch.set_grad_enabled(bool(self.upstream)):
-            found = self.call(*self.inputs)
-            outputs = found if isinstance(found, tuple) else (found,)
+            outputs = _as_tuple(self.call(*self.inputs))
             if not self.upstream:
                 return outputs
             leaves = [tensor for tensor in self.inputs if tensor.requires_grad]
@@ -49,9 +48,7 @@ def example(shape: OpShape, device: torch.device, seed: int) -> Example:
     for tensor in inputs[first:]:
         tensor.requires_grad_()
     with torch.no_grad():
-        found = call(*inputs)
-    outputs = found if isinstance(found, tuple) else (found,)
-    return Example(call, inputs, tuple(maker.like(output) for output in outputs))
+        return Example(call, inputs, tuple(maker.like(output) for output in _as_tuple(call(*inputs))))
 
 
 Call = tuple[Callable[..., Tensor | tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -157,6 +154,10 @@ class _Maker:
     def denoise_update(self, pixels: int) -> Call:
         inputs = [self.values(self.rows, 1, 1, pixels) for _ in range(3)]
         return ops.denoise_update, (*inputs, torch.rand(6, generator=self.generator, device=self.device))
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _patch(features: int) -> int:

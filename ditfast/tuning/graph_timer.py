@@ -38,11 +38,7 @@ class Timer(Protocol):
 
 
 class GraphTimer:
-    """Timer of a CUDA device. All calls are captured into one graph, which is replayed a few times a round.
-
-    Args:
-        device: the one to measure on, which is the current one.
-    """
+    """Timer of a CUDA device, the current one. All calls are captured into one graph, which is replayed a few times a round."""
 
     def __init__(self, device: torch.device):
         self.device = with_index(device)

@@ -79,7 +79,7 @@ def measure_configs(found: Measured, timer: Timer, in_time: Callable[[], bool]) 
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
-                    found.notes.append(f"{key[0]} in config {_sizes(config)} excluded: {_line(error)}")
+                    found.notes.append(f"{key[0]} in config {'x'.join(map(str, config))} excluded: {_line(error)}")
                     continue
                 if ms < found.ms["triton"]:
                     found.ms["triton"] = ms
@@ -151,10 +151,6 @@ def _using(configs: Mapping[ConfigKey, Config]) -> contextlib.AbstractContextMan
         return contextlib.nullcontext()
     tiles = triton_kernels().tiles
     return tiles.trying({tiles.Key(*key): config for key, config in configs.items()})
-
-
-def _sizes(config: Config) -> str:
-    return "x".join(map(str, config))
 
 
 def _line(error: Exception) -> str:

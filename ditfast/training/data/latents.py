@@ -32,30 +32,17 @@ class ShardFolder(RunFolder):
 
 @dataclass(frozen=True)
 class Index:
-    """What decides the bytes of a folder's shards.
+    """What decides the bytes of a folder's shards."""
 
-    Attributes:
-        images: how many.
-        files: a digest of their names and sizes.
-        image_size: pixels along a side.
-        num_classes: of the images.
-        latents: (C, H, W).
-        vae: ``weights``, their digest, and ``autoencoder.scaling``.
-        shard: images in a shard.
-        batch: images encoded together.
-        device: its kind.
-        versions: of packages.
-    """
-
-    images: int
-    files: str
+    images: int  # how many
+    files: str  # a digest of their names and sizes
     image_size: int
     num_classes: int
-    latents: tuple[int, int, int]
-    vae: Mapping[str, Any]
-    shard: int
-    batch: int
-    device: str
+    latents: tuple[int, int, int]  # (C, H, W)
+    vae: Mapping[str, Any]  # weights, their digest, and autoencoder.scaling
+    shard: int  # images in a shard
+    batch: int  # images encoded together
+    device: str  # its kind
     versions: Mapping[str, str]
 
     @property
@@ -67,9 +54,6 @@ class Index:
     def blocks(self) -> list[range]:
         """The images of each shard."""
         return [range(start, min(start + self.shard, self.images)) for start in range(0, self.images, self.shard)]
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     @classmethod
     def read(cls, path: Path) -> Index:
@@ -116,9 +100,10 @@ class Latents:
         channels, height, width = index.latents
         self.input_shape = channels, height, width
         self.num_classes = index.num_classes
-        self.image_size, self.latent_scale = index.image_size, self._scaling()
+        self.image_size = index.image_size
+        self.latent_scale = {name: index.vae[name] for name in ("scaling_factor", "shift_factor")}
         self.class_names = _class_names(path / INDEX)
-        settings = hashlib.sha256(json.dumps(index.settings(), sort_keys=True).encode()).hexdigest()[:16]
+        settings = hashlib.sha256(json.dumps(dataclasses.asdict(index), sort_keys=True).encode()).hexdigest()[:16]
         self.fingerprint = f"latents of {len(self)} images, {settings}"
 
     def __reduce__(self) -> tuple[type[Latents], tuple[Path]]:
@@ -134,10 +119,7 @@ class Latents:
 
     def clean(self, values: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
         moments = values[torch.arange(len(values), device=values.device), flips.long()]  # [b, 2C, H, W]
-        return autoencoder.draw_latents(moments, noise, **self._scaling())  # [b, C, H, W]
-
-    def _scaling(self) -> dict[str, float]:
-        return {name: self.index.vae[name] for name in ("scaling_factor", "shift_factor")}
+        return autoencoder.draw_latents(moments, noise, **self.latent_scale)  # [b, C, H, W]
 
 
 def _class_names(path: Path) -> list[str] | None:

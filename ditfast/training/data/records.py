@@ -16,29 +16,18 @@ class DataError(ValueError):
 
 
 class Record(NamedTuple):
-    """One of the data's.
+    """One of the data's."""
 
-    Attributes:
-        values: on the CPU, of the same shape and dtype in every record.
-        label: 0..num_classes-1.
-    """
-
-    values: Tensor
-    label: int
+    values: Tensor  # on the CPU, of the same shape and dtype in every record
+    label: int  # 0..num_classes-1
 
 
 class Data(Protocol):
-    """Records 0..len-1; can be pickled, so that other processes read them.
+    """Records 0..len-1; can be pickled, so that other processes read them."""
 
-    Attributes:
-        input_shape: (C, H, W) of the latents, or pixels, that a model is trained on.
-        num_classes: that labels may have.
-        fingerprint: the same where the same records become the same latents, found without reading the records.
-    """
-
-    input_shape: tuple[int, int, int]
-    num_classes: int
-    fingerprint: str
+    input_shape: tuple[int, int, int]  # (C, H, W) of the latents, or pixels, that a model is trained on
+    num_classes: int  # that labels may have
+    fingerprint: str  # the same where the same records become the same latents, found without reading the records
 
     def __len__(self) -> int: ...
 

@@ -29,13 +29,7 @@ _NAMES = "names"  # the only metadata: of several, safetensors writes them in an
 
 
 def shard_bytes(moments: Tensor, labels: Sequence[int], names: Sequence[str]) -> bytes:
-    """The content of a shard.
-
-    Args:
-        moments: [n, 2, 2C, H, W] of ``DTYPE``.
-        labels: of each.
-        names: of each.
-    """
+    """Return the content of a shard of moments [n, 2, 2C, H, W] of ``DTYPE``."""
     tensors = {
         "moments": moments.contiguous(),
         "labels": torch.tensor(labels, dtype=torch.int64),
@@ -45,14 +39,7 @@ def shard_bytes(moments: Tensor, labels: Sequence[int], names: Sequence[str]) ->
 
 
 class Shard:
-    """A file of moments, mapped into memory.
-
-    Args:
-        path: of the file.
-        moments_shape: (2, 2C, H, W) of an image.
-
-    Attributes:
-        labels: [n] int64.
+    """A file of moments, (2, 2C, H, W) of an image, mapped into memory.
 
     Raises:
         DataError: it is not there, cut off, or something else.

@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,19 +23,12 @@ _WORKER_ENDED = "DataLoader worker"  # how torch begins to say so
 
 
 class Batch(NamedTuple):
-    """A rank's share of a step.
+    """A rank's share of a step."""
 
-    Attributes:
-        step: its number, from 0.
-        indices: of the records, b of them.
-        values: [b, ...] on the CPU, for ``Data.clean``; pinned where there is a CUDA device.
-        labels: [b] int64.
-    """
-
-    step: int
-    indices: list[int]
-    values: Tensor
-    labels: Tensor
+    step: int  # from 0
+    indices: list[int]  # of the records, b of them
+    values: Tensor  # [b, ...] on the CPU, for Data.clean; pinned where there is a CUDA device
+    labels: Tensor  # [b] int64
 
 
 def _without_signals(start: Callable[[], Iterator[_Share]]) -> Iterator[_Share]:
@@ -52,48 +46,33 @@ def _without_signals(start: Callable[[], Iterator[_Share]]) -> Iterator[_Share]:
     return shares
 
 
+@dataclass(eq=False, repr=False)
 class Stream:
     """Batches of one step after the other, without end: the same ones whatever the number of workers.
 
     The place of an unreadable record is taken by the next readable one.
-
-    Args:
-        data: with a batch of records or more.
-        seed: of the order.
-        batch: records of a step, over all ranks.
-        rank: which of ``world`` gets these batches.
-        world: number of ranks; divides ``batch``.
-        start_step: the first.
-        workers: processes that read ahead; with 0 this one reads when it is asked.
-        max_bad_records: different ones that this rank may meet.
-
-    Attributes:
-        bad: what is wrong with each unreadable record met so far, by its index.
 
     Raises:
         DataError: fewer records than a batch; while iterating: too many unreadable records, or a worker was killed.
         ValueError: ``batch`` cannot be shared evenly.
     """
 
-    def __init__(
-        self,
-        data: Data,
-        seed: int,
-        batch: int,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        start_step: int = 0,
-        workers: int = 0,
-        max_bad_records: int = 0,
-    ):
-        if len(data) < batch:
-            raise DataError(f"data: {len(data)} records, expected at least a batch, {batch}")
-        self.bad: dict[int, str] = {}
-        self.max_bad_records = max_bad_records
-        self.start_step = start_step
-        self.workers = workers
-        self._shares = _Shares(data, seed, batch, rows(batch, rank, world), max_bad_records)
+    data: Data
+    seed: int  # of the order
+    batch: int  # records of a step, over all ranks
+    _: KW_ONLY
+    rank: int = 0  # which of ``world`` gets these batches
+    world: int = 1  # number of ranks; divides ``batch``
+    start_step: int = 0
+    workers: int = 0  # processes that read ahead; with 0 this one reads when it is asked
+    max_bad_records: int = 0  # different ones that this rank may meet
+    bad: dict[int, str] = field(default_factory=dict, init=False)  # what is wrong with each met so far, by its index
+
+    def __post_init__(self) -> None:
+        if len(self.data) < self.batch:
+            raise DataError(f"data: {len(self.data)} records, expected at least a batch, {self.batch}")
+        share = rows(self.batch, self.rank, self.world)
+        self._shares = _Shares(self.data, self.seed, self.batch, share, self.max_bad_records)
 
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
