@@ -61,8 +61,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = " ".join(["ditfast", *(name for name in arguments[:1] if not name.startswith("-"))])
-    return interrupt.run(name, lambda: _main(arguments))
+    return interrupt.run(interrupt.command_name(arguments), lambda: _main(arguments))
 
 
 def _main(arguments: list[str]) -> int:

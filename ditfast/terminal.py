@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -24,6 +25,7 @@ PIPED_COLUMNS = 10_000  # nothing is wrapped
 FIRST_LINE_S, LINE_EVERY_S = 10.0, 30.0  # of progress, where there is no terminal
 SPEED_WINDOW_S = 300.0  # a large model's step takes many
 MOST_SUBJECTS = 3  # that a line names
+CTRL_C_COLUMNS = len("^C^C")  # which terminals write behind a bar: one more line would be left of it
 GAP = 2  # characters between columns
 
 
@@ -61,6 +63,9 @@ def say(text: str, console: Console | None = None, style: str | None = None) -> 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help as wide as the terminal: paragraphs are filled, and examples that are too long get their comments below them."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
@@ -264,10 +269,11 @@ class _Bar(Progress):
     """Bars of rich with their texts on a line of their own, where they are not cut off."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        for task in self.tasks:
-            yield self.make_tasks_table([task])
+        for task in self.tasks:  # none as yet where rich asks before there is a console
+            width = max(1, self.console.width - CTRL_C_COLUMNS)
+            yield Constrain(self.make_tasks_table([task]), width)
             if task.fields["text"]:
-                yield Text(task.fields["text"])
+                yield Constrain(Text(task.fields["text"]), width)
 
 
 class _Done(ProgressColumn):

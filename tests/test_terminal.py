@@ -51,6 +51,11 @@ def doctor(folder: Path, _: pytest.MonkeyPatch) -> int:
     return main(["doctor"])
 
 
+def without_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("shutil.which", lambda name: None)  # the longer of two ways to call it
+    return main([])
+
+
 def sample(folder: Path, _: pytest.MonkeyPatch) -> int:
     return main(["sample", "--out", str(folder / "a.png"), "--per-class", "1", "--steps", "ddim2", "--device", "cpu"])
 
@@ -144,6 +149,7 @@ def inspect(folder: Path, _: pytest.MonkeyPatch) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], int], list[str]]] = {
+    "ditfast": (without_arguments, ["python -m ditfast sample", "acceleration_report(model)", "pip install 'ditfast[bench]'"]),
     "doctor": (doctor, [LONG_OP, "linears=29 N=195840 K=1152", "parity with the float64 reference", "scikit-learn"]),
     "sample": (sample, ["a.png: 10 images", "guidance 2"]),
     "train": (train, ["model.safetensors: 2 steps of 8"]),
@@ -221,6 +227,7 @@ def test_a_terminal_says_how_wide_it_is(tmp_path: Path) -> None:
     lines = [part.rstrip() for line in plain.split("\n") for part in line.split("\r")]
     assert max(map(len, lines)) <= 80
     assert any(len(line) > 70 for line in lines)
+    assert max(len(line) for line in lines if "━" in line) <= 80 - len("^C^C")  # which terminals write behind them
     for expected in ("2/3", "a phase with a name", "an_op_with_a_long_name" * 3, "T=256 T=256", "a title"):
         assert expected in plain
 
@@ -275,6 +282,17 @@ def test_examples_that_are_too_long_can_still_be_pasted(monkeypatch: pytest.Monk
         "  run --a 1 --b 2 --c 3 --d 4 \\",
         "      --e 5",
         "      # does it",
+    ]
+
+
+def test_help_of_an_option_keeps_names_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "62")
+    parser = argparse.ArgumentParser(prog="run", formatter_class=HelpFormatter, add_help=False)
+    parser.add_argument("--kind", help="of\n  one, two, openvino-int8, ditfast-int8+table; default: all of them")
+    shown = parser.format_help().split("options:\n")[1].splitlines()
+    assert [line.strip() for line in shown] == [
+        "--kind KIND  of one, two, openvino-int8,",
+        "ditfast-int8+table; default: all of them",
     ]
 
 
