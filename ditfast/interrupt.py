@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
+SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 STATUS = 130  # as shells report a process that SIGINT ended
 GRACE = 2.0  # seconds after the first Ctrl-C in which others do not disturb its cleaning up; later ones end the process at once
 PACKAGE = os.path.dirname(os.path.realpath(__file__))
@@ -80,6 +81,10 @@ def leave_as(name: str) -> NoReturn:
 def end_at_once() -> NoReturn:
     """End this process and its children without cleaning up."""
     end_children()
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr, or nobody reads any more
+        if sys.__stderr__.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            sys.__stderr__.write(SHOW_CURSOR)
+            sys.__stderr__.flush()
     os._exit(STATUS)
 
 

@@ -61,6 +61,15 @@ def say(text: str, console: Console | None = None, style: str | None = None) -> 
         console.print(Text("\n".join(wrapped), style or ""), soft_wrap=True)
 
 
+def print_line(text: str) -> None:
+    """Print a line on stderr at once, above a progress bar if there is one, from any thread; a terminal wraps it."""
+    if _consoles_of_bars:
+        _consoles_of_bars[-1].print(Text(text), soft_wrap=True)
+    else:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help as wide as the terminal: paragraphs are filled, and examples that are too long get their comments below them."""
 
@@ -248,15 +257,34 @@ def track_progress(
     live = not quiet and _shows_bars(console)
     clock = (_Speed(), TimeRemainingColumn()) if unit else (TimeElapsedColumn(),)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), _Done(), *clock)
-    with _Bar(
-        *columns,
-        console=console,
-        transient=True,
-        disable=not live,
-        speed_estimate_period=SPEED_WINDOW_S,
-        redirect_stdout=console.is_jupyter or sys.stdout.isatty(),
-    ) as bar:
+    with (
+        _Bar(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not live,
+            speed_estimate_period=SPEED_WINDOW_S,
+            redirect_stdout=console.is_jupyter or sys.stdout.isatty(),
+        ) as bar,
+        _above(console, live),
+    ):
         yield Tracker(bar, doing, total, unit, ranks, lines=not live and not quiet)
+
+
+_consoles_of_bars: list[Console] = []
+
+
+@contextmanager
+def _above(console: Console, live: bool) -> Iterator[None]:
+    """Give ``print_line`` the console of a bar, which knows where the bar is."""
+    if not live:
+        yield
+        return
+    _consoles_of_bars.append(console)
+    try:
+        yield
+    finally:
+        _consoles_of_bars.remove(console)
 
 
 def _shows_bars(console: Console) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -82,6 +83,17 @@ def test_a_late_second_ctrl_c_ends_the_command_in_its_name(
     assert interrupt.run("ditfast this", command) == 130
     assert ends == [130]
     assert capsys.readouterr().err == "ditfast this: interrupted\n"
+
+
+@pytest.mark.parametrize(("term", "shown"), [("xterm", "\x1b[?25h"), ("dumb", "")])
+def test_an_end_at_once_shows_the_cursor_that_a_bar_hid(term: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "__stderr__", stream)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    monkeypatch.setenv("TERM", term)
+    interrupt.end_at_once()
+    assert stream.getvalue() == shown
 
 
 def test_the_innermost_words_say_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

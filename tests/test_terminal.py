@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,46 @@ def test_lines_of_progress_come_now_and_then(capsys: pytest.CaptureFixture[str],
         for _ in range(100):
             progress.advance()
     assert capsys.readouterr() == ("", "")
+
+
+def on_screen(shown: str) -> list[str]:
+    """Return the lines that a wide terminal has after what was written to it."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall("\x1b\\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", shown):
+        if part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif part == "\r":
+            column = 0
+        elif part.endswith("A") and part[0] == "\x1b":
+            row -= int(part[2:-1])
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] != "\x1b":
+            lines[row] = lines[row][:column] + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines]
+
+
+def test_a_line_of_another_thread_stands_whole_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Screen())
+    line = "ditfast train: Ctrl-C: " + "words " * 10 + "end"
+    with track_progress("training", 9, "steps") as progress:
+        for step in range(1, 4):
+            progress.update(f"loss {step}", step)
+            progress._bar.refresh()
+            if step == 2:
+                thread = threading.Thread(target=terminal.print_line, args=(line,))
+                thread.start()
+                thread.join()
+        lines = on_screen(progress._bar.console.file.getvalue())  # type: ignore[attr-defined]
+    assert lines[0] == line
+    assert lines[1].startswith("training ")
+    assert lines[2:] == ["loss 3"]
+    terminal.print_line(line)
+    assert sys.stderr.getvalue().endswith(f"{line}\n")  # type: ignore[attr-defined]
 
 
 def test_a_pipe_under_force_color_has_no_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
