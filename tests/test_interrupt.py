@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -191,6 +192,17 @@ def test_a_command_says_what_it_kept(
     assert last.startswith(f"ditfast {command}: {line}")
     assert not [other for other in others if "Traceback" in other]
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_inspect_takes_its_bar_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(sys, "argv", ["inspect.py", "--arch", "sm_80", "--kernel", "gated_residual"])
+    monkeypatch.setattr("ditfast.terminal.track_progress", stopped)
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("ditfast.kernels.inspect", run_name="__main__")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "python -m ditfast.kernels.inspect: interrupted\n"
 
 
 # ------------------------------------------------------------------------------------------------ on a terminal
