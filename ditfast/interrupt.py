@@ -81,10 +81,11 @@ def leave_as(name: str) -> NoReturn:
 def end_at_once() -> NoReturn:
     """End this process and its children without cleaning up."""
     end_children()
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr, or nobody reads any more
-        if sys.__stderr__.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-            sys.__stderr__.write(SHOW_CURSOR)
-            sys.__stderr__.flush()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+        stream = sys.__stderr__
+        if stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            stream.write(SHOW_CURSOR)
+            stream.flush()
     os._exit(STATUS)
 
 

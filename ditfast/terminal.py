@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import IO
 
 from rich.console import Console, RenderableType
 from rich.constrain import Constrain
@@ -29,6 +30,20 @@ CTRL_C_COLUMNS = len("^C^C")  # which terminals write behind a bar: one more lin
 GAP = 2  # characters between columns
 
 
+_consoles_of_bars: list[Console] = []
+
+
+class _Console(Console):
+    """A console whose lines stand above another console's bar, as those that ``print`` writes do."""
+
+    def _stream(self) -> IO[str]:
+        if _consoles_of_bars and self not in _consoles_of_bars and self._file is None:
+            return sys.stderr if self.stderr else sys.stdout  # which rich has put in their place
+        return Console.file.fget(self)  # type: ignore[attr-defined]
+
+    file = property(_stream, Console.file.fset)  # type: ignore[attr-defined]
+
+
 def make_console(*, stderr: bool = False, piped: int = PIPED_COLUMNS) -> Console:
     """Return a console for stdout or stderr, without colors under ``NO_COLOR``.
 
@@ -36,7 +51,7 @@ def make_console(*, stderr: bool = False, piped: int = PIPED_COLUMNS) -> Console
         stderr: takes that stream.
         piped: width where there is no terminal, unless ``COLUMNS`` says otherwise.
     """
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not (is_terminal(console) or console.is_jupyter or os.environ.get("COLUMNS", "").isdecimal()):
         console.width = piped
     return console
@@ -269,9 +284,6 @@ def track_progress(
         _above(console, live),
     ):
         yield Tracker(bar, doing, total, unit, ranks, lines=not live and not quiet)
-
-
-_consoles_of_bars: list[Console] = []
 
 
 @contextmanager

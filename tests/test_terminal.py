@@ -361,6 +361,26 @@ def test_a_line_of_another_thread_stands_whole_above_the_bar(monkeypatch: pytest
     assert sys.stderr.getvalue().endswith(f"{line}\n")  # type: ignore[attr-defined]
 
 
+def test_what_is_printed_while_a_bar_is_shown_stands_whole_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    console = make_console()
+    with track_progress("host", 9) as progress:
+        progress.update("a phase", 1)
+        progress._bar.refresh()
+        table = new_table("op", right=("us",))
+        table.add_row("linear", "1.5")
+        print_table(table, console, "a title")
+        progress._bar.refresh()
+        lines = on_screen(screen.getvalue())
+    assert lines[:3] == ["a title", "op       us", "linear  1.5"]
+    assert lines[3].startswith("host ")
+    assert lines[4:] == ["a phase"]
+
+
 def test_a_pipe_under_force_color_has_no_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with track_progress("sampling", 10) as progress:
