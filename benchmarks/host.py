@@ -62,6 +62,7 @@ from ditfast.devices import add_device_argument
 from ditfast.terminal import HelpFormatter, make_console, new_table, print_table, say, track_progress
 from ditfast.threads import one_thread
 
+PROGRAM = "benchmarks/host.py"
 TINY = "tiny"
 TINY_CONFIG = DiTConfig(depth=12, hidden_size=64, num_heads=2, input_size=4, num_classes=10)
 ROUNDS, QUICK_ROUNDS = 100, 20
@@ -133,9 +134,9 @@ def _ratio(value: float | None) -> str:
 
 # ------------------------------------------------------------------------------------------------ command
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, prog="benchmarks/host.py")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, prog=PROGRAM)
     names = (TINY, *MODEL_NAMES)
-    parser.add_argument("--models", nargs="+", choices=names, default=[TINY], metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--models", nargs="+", choices=names, default=[TINY], metavar="NAME", help=f"default: {TINY}")
     parser.add_argument("--depth", type=positive, metavar="N", help="blocks, instead of the model's own")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images; default %(default)s")
     names = (EAGER, *BASELINES)
@@ -163,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise Unusable("TRITON_INTERPRET: got 1, expected it unset: the interpreter launches no compiled kernel")
         with one_thread(), contextlib.nullcontext() if on_cuda else launches_without_kernels():
-            return _run(args, shlex.join(["python", "benchmarks/host.py", *(sys.argv[1:] if argv is None else argv)]))
+            return _run(args, shlex.join(["python", PROGRAM, *(sys.argv[1:] if argv is None else argv)]))
     except Unusable as error:
-        print(f"host: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
 
 
@@ -224,4 +225,4 @@ def _rounds(text: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(interrupt.run("benchmarks/host.py", main))
+    raise SystemExit(interrupt.run(PROGRAM, main))

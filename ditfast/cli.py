@@ -36,9 +36,10 @@ Draw digits with the model that ships with ditfast, in seconds:
 Train that model again (pip install scikit-learn):
   ditfast train --data digits --steps 5000 --out run
 Speed up a model that you have, of diffusers, SiT or the official code:
-  python -c "import ditfast, diffusers; model = diffusers.DiTTransformer2DModel(num_layers=2).eval(); \
-ditfast.accelerate(model); print(ditfast.acceleration_report(model))"
-Compare with eager PyTorch and torch.compile here (pip install 'ditfast[bench]'):
+  python -c "import ditfast, diffusers; \\
+      model = diffusers.DiTTransformer2DModel(num_layers=2).eval(); \\
+      ditfast.accelerate(model); print(ditfast.acceleration_report(model))"
+Compare with eager and compiled PyTorch here (pip install 'ditfast[bench]'):
   ditfast bench --models DiT-S/2
 See what is installed, and which engine each op takes on this machine:
   ditfast doctor
@@ -60,8 +61,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = " ".join(["ditfast", *(name for name in arguments[:1] if not name.startswith("-"))])
-    return interrupt.run(name, lambda: _main(arguments))
+    return interrupt.run(interrupt.command_name(arguments), lambda: _main(arguments))
 
 
 def _main(arguments: list[str]) -> int:

@@ -15,10 +15,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
+SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 STATUS = 130  # as shells report a process that SIGINT ended
 GRACE = 2.0  # seconds after the first Ctrl-C in which others do not disturb its cleaning up; later ones end the process at once
 PACKAGE = os.path.dirname(os.path.realpath(__file__))
@@ -68,7 +69,7 @@ def shielding_children() -> Iterator[None]:
 
 def leave(number: int = signal.SIGINT, frame: Any = None) -> None:
     """End this process and its children at once, as a signal handler, where nothing is to be cleaned up."""
-    leave_as("ditfast")
+    leave_as(_NAME or "ditfast")
 
 
 def leave_as(name: str) -> NoReturn:
@@ -80,6 +81,11 @@ def leave_as(name: str) -> NoReturn:
 def end_at_once() -> NoReturn:
     """End this process and its children without cleaning up."""
     end_children()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+        stream = sys.__stderr__
+        if stream is not None and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            stream.write(SHOW_CURSOR)
+            stream.flush()
     os._exit(STATUS)
 
 
@@ -155,17 +161,33 @@ def _with_descendants(pids: Iterable[int]) -> set[int]:
     return family
 
 
-def _is_command() -> bool:
-    """True in a process that was started as ``ditfast``, ``python -m ditfast`` or ``python benchmarks/bench.py``."""
+def command_name(arguments: Sequence[str]) -> str:
+    """Return ``ditfast``, with the command that its arguments begin with."""
+    return " ".join(["ditfast", *(name for name in arguments[:1] if not name.startswith("-"))])
+
+
+def _command() -> str | None:
+    """Return the name, as in its other messages, of the command that this process was started as; None if it is none."""
     if not sys.argv or "--multiprocessing-fork" in sys.orig_argv:  # a command's child, which has its argv
-        return False
+        return None
     if sys.argv[0] == "-m":  # while Python looks for the module
-        return re.search(r" -m ?ditfast(\.| |$)", " ".join(sys.orig_argv)) is not None
-    folder, name = os.path.split(os.path.realpath(sys.argv[0]))
-    benchmarks = [os.path.realpath(os.path.join(PACKAGE, place, "benchmarks")) for place in ("", "..")]
-    return name.removesuffix(".exe") == "ditfast" or folder in benchmarks
+        module = re.search(r" -m ?(ditfast(?:\.[\w.]+)?)(?: |$)", " ".join(sys.orig_argv))
+        if module is None:
+            return None
+        folder, _, file = module[1].rpartition(".")
+        program = f"benchmarks/{file}.py" if folder == "ditfast.benchmarks" else f"python -m {module[1]}"
+    else:
+        folder, file = os.path.split(os.path.realpath(sys.argv[0]))
+        benchmarks = [os.path.realpath(os.path.join(PACKAGE, place, "benchmarks")) for place in ("", "..")]
+        if folder not in benchmarks and file.removesuffix(".exe") != "ditfast":
+            return None
+        program = f"benchmarks/{file}" if folder in benchmarks else "python -m ditfast"
+    if program == "python -m ditfast":
+        return command_name(sys.argv[1:])
+    return "ditfast bench" if program == "benchmarks/bench.py" else program
 
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _is_command():
+_NAME = _command()
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _NAME:
     signal.signal(signal.SIGINT, leave)  # until ``run``, and behind it
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Python's end restores the default: death by a signal

@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import IO
 
 from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -24,7 +26,22 @@ PIPED_COLUMNS = 10_000  # nothing is wrapped
 FIRST_LINE_S, LINE_EVERY_S = 10.0, 30.0  # of progress, where there is no terminal
 SPEED_WINDOW_S = 300.0  # a large model's step takes many
 MOST_SUBJECTS = 3  # that a line names
+CTRL_C_COLUMNS = len("^C^C")  # which terminals write behind a bar: one more line would be left of it
 GAP = 2  # characters between columns
+
+
+_consoles_of_bars: list[Console] = []
+
+
+class _Console(Console):
+    """A console whose lines stand above another console's bar, as those that ``print`` writes do."""
+
+    def _stream(self) -> IO[str]:
+        if _consoles_of_bars and self not in _consoles_of_bars and self._file is None:
+            return sys.stderr if self.stderr else sys.stdout  # which rich has put in their place
+        return Console.file.fget(self)  # type: ignore[attr-defined]
+
+    file = property(_stream, Console.file.fset)  # type: ignore[attr-defined]
 
 
 def make_console(*, stderr: bool = False, piped: int = PIPED_COLUMNS) -> Console:
@@ -34,7 +51,7 @@ def make_console(*, stderr: bool = False, piped: int = PIPED_COLUMNS) -> Console
         stderr: takes that stream.
         piped: width where there is no terminal, unless ``COLUMNS`` says otherwise.
     """
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not (is_terminal(console) or console.is_jupyter or os.environ.get("COLUMNS", "").isdecimal()):
         console.width = piped
     return console
@@ -59,8 +76,20 @@ def say(text: str, console: Console | None = None, style: str | None = None) -> 
         console.print(Text("\n".join(wrapped), style or ""), soft_wrap=True)
 
 
+def print_line(text: str) -> None:
+    """Print a line on stderr at once, above a progress bar if there is one, from any thread; a terminal wraps it."""
+    if _consoles_of_bars:
+        _consoles_of_bars[-1].print(Text(text), soft_wrap=True)
+    else:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help as wide as the terminal: paragraphs are filled, and examples that are too long get their comments below them."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
@@ -243,15 +272,31 @@ def track_progress(
     live = not quiet and _shows_bars(console)
     clock = (_Speed(), TimeRemainingColumn()) if unit else (TimeElapsedColumn(),)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), _Done(), *clock)
-    with _Bar(
-        *columns,
-        console=console,
-        transient=True,
-        disable=not live,
-        speed_estimate_period=SPEED_WINDOW_S,
-        redirect_stdout=console.is_jupyter or sys.stdout.isatty(),
-    ) as bar:
+    with (
+        _Bar(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not live,
+            speed_estimate_period=SPEED_WINDOW_S,
+            redirect_stdout=console.is_jupyter or sys.stdout.isatty(),
+        ) as bar,
+        _above(console, live),
+    ):
         yield Tracker(bar, doing, total, unit, ranks, lines=not live and not quiet)
+
+
+@contextmanager
+def _above(console: Console, live: bool) -> Iterator[None]:
+    """Give ``print_line`` the console of a bar, which knows where the bar is."""
+    if not live:
+        yield
+        return
+    _consoles_of_bars.append(console)
+    try:
+        yield
+    finally:
+        _consoles_of_bars.remove(console)
 
 
 def _shows_bars(console: Console) -> bool:
@@ -264,10 +309,11 @@ class _Bar(Progress):
     """Bars of rich with their texts on a line of their own, where they are not cut off."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        for task in self.tasks:
-            yield self.make_tasks_table([task])
+        for task in self.tasks:  # none as yet where rich asks before there is a console
+            width = max(1, self.console.width - CTRL_C_COLUMNS)
+            yield Constrain(self.make_tasks_table([task]), width)
             if task.fields["text"]:
-                yield Text(task.fields["text"])
+                yield Constrain(Text(task.fields["text"]), width)
 
 
 class _Done(ProgressColumn):

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rich.table import Table
 
+from ditfast import interrupt
 from ditfast.terminal import HelpFormatter, make_console, new_table, print_table, say, track_progress
 
 from .ahead import TARGETS, Build, compiling_for
@@ -29,6 +30,7 @@ from .hardware import ARCHITECTURES, SCHEDULERS, largest_shared_bytes, occupancy
 from .inspect_cases import BARS, EXCEPTIONS, Bars, Case, cases, useful_multiply_adds
 from .machine_code import Code, MachineCode, machine_code
 
+PROGRAM = "python -m ditfast.kernels.inspect"
 EXAMPLES = """examples:
   python -m ditfast.kernels.inspect                                  all kernels for all targets: some minutes
   python -m ditfast.kernels.inspect --arch sm_90                     one target
@@ -279,7 +281,7 @@ def table(rows: Iterable[Row]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m ditfast.kernels.inspect",
+        prog=PROGRAM,
         description="Compiles every kernel ahead of time and holds its machine code to bars. Needs no GPU.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
@@ -326,4 +328,4 @@ def report(rows: Sequence[Row], archs: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupt.run(PROGRAM, main))

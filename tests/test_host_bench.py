@@ -194,18 +194,22 @@ def test_without_a_clone_or_a_compiler_one_line_says_what_to_do(
     with monkeypatch.context() as patch:
         patch.setattr(host_cases, "__file__", str(tmp_path / "benchmarks" / "host_cases.py"))
         assert host.main(["--device", "cpu"]) == 2
-    expected = "host: device: got cpu, expected cuda, or a clone of ditfast, whose tests/ptxsim does without a GPU\n"
+    expected = (
+        "benchmarks/host.py: device: got cpu, expected cuda, or a clone of ditfast, whose tests/ptxsim does without a GPU\n"
+    )
     assert capsys.readouterr().err == expected
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")
         patch.setenv("PTXSIM_CACHE", str(tmp_path))
         assert host.main(["--device", "cpu"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("host: device: got cpu, expected cuda, or g++ (or CXX) to build the simulator with: ")
+    assert message.startswith(
+        "benchmarks/host.py: device: got cpu, expected cuda, or g++ (or CXX) to build the simulator with: "
+    )
     assert message.count("\n") == 1
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert host.main(["--device", "cpu"]) == 2
-    assert capsys.readouterr().err.startswith("host: TRITON_INTERPRET: got 1, expected it unset")
+    assert capsys.readouterr().err.startswith("benchmarks/host.py: TRITON_INTERPRET: got 1, expected it unset")
 
 
 # ------------------------------------------------------------------ parts and intervals

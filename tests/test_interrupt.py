@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -84,6 +86,17 @@ def test_a_late_second_ctrl_c_ends_the_command_in_its_name(
     assert capsys.readouterr().err == "ditfast this: interrupted\n"
 
 
+@pytest.mark.parametrize(("term", "shown"), [("xterm", "\x1b[?25h"), ("dumb", "")])
+def test_an_end_at_once_shows_the_cursor_that_a_bar_hid(term: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "__stderr__", stream)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    monkeypatch.setenv("TERM", term)
+    interrupt.end_at_once()
+    assert stream.getvalue() == shown
+
+
 def test_the_innermost_words_say_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     def command(error: KeyboardInterrupt, inner: Callable[[], str]) -> int:
         with interrupt.keeping(lambda: "outer"), interrupt.keeping(inner):
@@ -103,25 +116,31 @@ def test_of_several_ranks_the_first_says_it(monkeypatch: pytest.MonkeyPatch, cap
 
 
 @pytest.mark.parametrize(
-    ("program", "started_as", "expected"),
+    ("argv", "started_as", "expected"),
     [
-        ("/venv/bin/ditfast", "python /venv/bin/ditfast sample", True),
-        ("-m", "python -u -m ditfast train", True),
-        ("-m", "python -m ditfast.benchmarks.training", True),
-        (str(ROOT / "benchmarks/bench.py"), "python benchmarks/bench.py", True),
-        (str(ROOT / "benchmarks/bench.py"), "python -c spawn_main() --multiprocessing-fork", False),
-        ("-m", "python -m pytest ditfast", False),
-        ("-m", "python -m ditfaster", False),
-        (str(ROOT / "examples/train_on_digits.py"), "python examples/train_on_digits.py", False),
-        ("", "python", False),
+        ("/venv/bin/ditfast sample", "python /venv/bin/ditfast sample", "ditfast sample"),
+        ("/venv/bin/ditfast", "python /venv/bin/ditfast", "ditfast"),
+        ("/venv/bin/ditfast --help", "python /venv/bin/ditfast --help", "ditfast"),
+        ("-m train --steps 1", "python -u -m ditfast train --steps 1", "ditfast train"),
+        ("-m train", "python -mditfast train", "ditfast train"),
+        ("-m --rounds 5", "python -m ditfast.benchmarks.training --rounds 5", "benchmarks/training.py"),
+        ("-m --rounds 5", "python -m ditfast.benchmarks.bench --rounds 5", "ditfast bench"),
+        ("-m", "python -m ditfast.kernels.inspect", "python -m ditfast.kernels.inspect"),
+        (f"{ROOT}/benchmarks/bench.py --full", "python benchmarks/bench.py --full", "ditfast bench"),
+        (f"{ROOT}/ditfast/benchmarks/host.py", "python ditfast/benchmarks/host.py", "benchmarks/host.py"),
+        (f"{ROOT}/benchmarks/bench.py", "python -c spawn_main() --multiprocessing-fork", None),
+        ("-m", "python -m pytest ditfast", None),
+        ("-m", "python -m ditfaster", None),
+        (f"{ROOT}/examples/train_on_digits.py", "python examples/train_on_digits.py", None),
+        ("", "python", None),
     ],
 )
 def test_other_programs_keep_their_ctrl_c(
-    program: str, started_as: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+    argv: str, started_as: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "argv", argv.split(" "))
     monkeypatch.setattr(sys, "orig_argv", started_as.split())
-    assert interrupt._is_command() is expected
+    assert interrupt._command() == expected
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -175,6 +194,17 @@ def test_a_command_says_what_it_kept(
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_inspect_takes_its_bar_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(sys, "argv", ["inspect.py", "--arch", "sm_80", "--kernel", "gated_residual"])
+    monkeypatch.setattr("ditfast.terminal.track_progress", stopped)
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("ditfast.kernels.inspect", run_name="__main__")
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "python -m ditfast.kernels.inspect: interrupted\n"
+
+
 # ------------------------------------------------------------------------------------------------ on a terminal
 CHILDREN = """
 import multiprocessing, subprocess, sys, time
@@ -218,7 +248,7 @@ def test_while_it_is_imported_a_command_ends_with_one_line(times: int, tmp_path:
     command = [sys.executable, "-X", "importtime", "-m", "ditfast", "doctor"]
     ended = press_ctrl_c(command, "torch._C", times=times, cwd=tmp_path)
     assert ended.status == 130
-    assert [line for line in ended.lines if not line.startswith("import time:")] == ["ditfast: interrupted"]
+    assert [line for line in ended.lines if not line.startswith("import time:")] == ["ditfast doctor: interrupted"]
 
 
 @ON_A_TERMINAL

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class Screen(io.StringIO):
 # ------------------------------------------------------------------------------------------------ what is printed
 def doctor(folder: Path, _: pytest.MonkeyPatch) -> int:
     return main(["doctor"])
+
+
+def without_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("shutil.which", lambda name: None)  # the longer of two ways to call it
+    return main([])
 
 
 def sample(folder: Path, _: pytest.MonkeyPatch) -> int:
@@ -144,6 +150,7 @@ def inspect(folder: Path, _: pytest.MonkeyPatch) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], int], list[str]]] = {
+    "ditfast": (without_arguments, ["python -m ditfast sample", "acceleration_report(model)", "pip install 'ditfast[bench]'"]),
     "doctor": (doctor, [LONG_OP, "linears=29 N=195840 K=1152", "parity with the float64 reference", "scikit-learn"]),
     "sample": (sample, ["a.png: 10 images", "guidance 2"]),
     "train": (train, ["model.safetensors: 2 steps of 8"]),
@@ -221,6 +228,7 @@ def test_a_terminal_says_how_wide_it_is(tmp_path: Path) -> None:
     lines = [part.rstrip() for line in plain.split("\n") for part in line.split("\r")]
     assert max(map(len, lines)) <= 80
     assert any(len(line) > 70 for line in lines)
+    assert max(len(line) for line in lines if "━" in line) <= 80 - len("^C^C")  # which terminals write behind them
     for expected in ("2/3", "a phase with a name", "an_op_with_a_long_name" * 3, "T=256 T=256", "a title"):
         assert expected in plain
 
@@ -278,6 +286,17 @@ def test_examples_that_are_too_long_can_still_be_pasted(monkeypatch: pytest.Monk
     ]
 
 
+def test_help_of_an_option_keeps_names_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "62")
+    parser = argparse.ArgumentParser(prog="run", formatter_class=HelpFormatter, add_help=False)
+    parser.add_argument("--kind", help="of\n  one, two, openvino-int8, ditfast-int8+table; default: all of them")
+    shown = parser.format_help().split("options:\n")[1].splitlines()
+    assert [line.strip() for line in shown] == [
+        "--kind KIND  of one, two, openvino-int8,",
+        "ditfast-int8+table; default: all of them",
+    ]
+
+
 def test_a_word_is_never_broken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     say(f"wrote {'/folder' * 5} [red] :b:")
@@ -300,6 +319,66 @@ def test_lines_of_progress_come_now_and_then(capsys: pytest.CaptureFixture[str],
         for _ in range(100):
             progress.advance()
     assert capsys.readouterr() == ("", "")
+
+
+def on_screen(shown: str) -> list[str]:
+    """Return the lines that a wide terminal has after what was written to it."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall("\x1b\\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", shown):
+        if part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif part == "\r":
+            column = 0
+        elif part.endswith("A") and part[0] == "\x1b":
+            row -= int(part[2:-1])
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] != "\x1b":
+            lines[row] = lines[row][:column] + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines]
+
+
+def test_a_line_of_another_thread_stands_whole_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Screen())
+    line = "ditfast train: Ctrl-C: " + "words " * 10 + "end"
+    with track_progress("training", 9, "steps") as progress:
+        for step in range(1, 4):
+            progress.update(f"loss {step}", step)
+            progress._bar.refresh()
+            if step == 2:
+                thread = threading.Thread(target=terminal.print_line, args=(line,))
+                thread.start()
+                thread.join()
+        lines = on_screen(progress._bar.console.file.getvalue())  # type: ignore[attr-defined]
+    assert lines[0] == line
+    assert lines[1].startswith("training ")
+    assert lines[2:] == ["loss 3"]
+    terminal.print_line(line)
+    assert sys.stderr.getvalue().endswith(f"{line}\n")  # type: ignore[attr-defined]
+
+
+def test_what_is_printed_while_a_bar_is_shown_stands_whole_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    console = make_console()
+    with track_progress("host", 9) as progress:
+        progress.update("a phase", 1)
+        progress._bar.refresh()
+        table = new_table("op", right=("us",))
+        table.add_row("linear", "1.5")
+        print_table(table, console, "a title")
+        progress._bar.refresh()
+        lines = on_screen(screen.getvalue())
+    assert lines[:3] == ["a title", "op       us", "linear  1.5"]
+    assert lines[3].startswith("host ")
+    assert lines[4:] == ["a phase"]
 
 
 def test_a_pipe_under_force_color_has_no_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

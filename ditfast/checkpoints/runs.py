@@ -53,19 +53,22 @@ def checked_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         is_intact = manifest.pop("sha256") == sha256_of(manifest)
+        files = {name: (file["size"], file["sha256"]) for name, file in manifest["files"].items()}
+        if not isinstance(manifest["about"], dict):
+            raise TypeError("about")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
     if not is_intact:
         raise ValueError(f"{MANIFEST} does not match its checksum")
-    for name, expected in manifest["files"].items():
+    for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
             raise ValueError(f"{name} is missing")
-        if file.stat().st_size != expected["size"]:
-            raise ValueError(f"{name} has {file.stat().st_size} bytes, expected {expected['size']}")
-        if sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, expected {size}")
+        if sha256(file) != digest:
             raise ValueError(f"{name} does not match its checksum")
     return manifest
 

@@ -24,7 +24,7 @@ from ..terminal import say
 from ..training import CheckpointFault, DataError, RunError, RunOptions, Trainer, TrainingStopped, TrainSettings, open_data
 from ..training.data import Data
 from ..training.determinism import fix_workspace
-from ..training.errors import TrainingInterrupted
+from ..training.errors import Caller, TrainingInterrupted
 from ..training.parallel import KINDS, joined
 from ..training.settings import DTYPES, LOSSES, SCHEDULES, TIMESTEPS
 from .arguments import (
@@ -54,6 +54,7 @@ EXAMPLES = """examples:
   ditfast extract-latents imagenet/train latents --vae stabilityai/sd-vae-ft-ema --image-size 256
   torchrun --nproc-per-node 8 -m ditfast train --model DiT-L/2 --data latents --dtype bf16 --steps 400000 --out l --resume auto
 """
+CALLER = Caller("ditfast train", "--resume auto")
 DIGITS = "digits"
 DEFAULT_LOSS = "hybrid"
 DIGITS_RECIPE = {"batch": 128, "rate": 1e-3, "schedule": "cosine", "warm_up": 200, "ema": [0.999], "flip": False}
@@ -167,7 +168,16 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     ):
         model = (_new(config, args.seed) if initial is None else initial).to(args.device)
         trainer = Trainer(
-            model, data, settings, args.out, options, ranks=ranks, parallel=args.parallel, decode=decode, on_step=on_step
+            model,
+            data,
+            settings,
+            args.out,
+            options,
+            ranks=ranks,
+            parallel=args.parallel,
+            decode=decode,
+            on_step=on_step,
+            caller=CALLER,
         )
         weights = trainer.run(resume=args.resume == "auto")
     if ranks.rank == 0:
@@ -177,7 +187,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
 
 def _kept(out: Path) -> str:
     checkpoints = find_steps(out / CHECKPOINTS)
-    return f"--resume auto goes on from {checkpoints[-1][1]}" if checkpoints else "no checkpoint was written"
+    return f"{CALLER.resume} goes on from {checkpoints[-1][1]}" if checkpoints else "no checkpoint was written"
 
 
 def _settings(args: argparse.Namespace) -> tuple[TrainSettings, RunOptions]:

@@ -1,4 +1,18 @@
-"""What ends a run early."""
+"""What ends a run early, and how messages about it name things."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Caller(NamedTuple):
+    """Names in messages: the program that trains, and what goes on with a run."""
+
+    program: str = "Trainer"
+    resume: str = "run(resume=True)"
+
+
+PYTHON = Caller()
 
 
 class RunError(ValueError):

@@ -13,7 +13,7 @@ from typing import IO, Any
 from ..files import check_room, visible_entries, whole_file
 from ..sampling.ranks import Ranks
 from ..sampling.settings import differences, versions
-from .errors import RunError
+from .errors import PYTHON, Caller, RunError
 from .parallel import told
 
 RECORD = "run.json"
@@ -22,7 +22,9 @@ WITH_CHECKPOINTS = "checkpoints, with --keep of them on the disk and one that is
 
 
 @contextmanager
-def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Ranks, needed: int = 0) -> Iterator[None]:
+def claimed(
+    folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Ranks, needed: int = 0, caller: Caller = PYTHON
+) -> Iterator[None]:
     """The first of all ranks claims the folder, as ``claim`` does, and while the block runs no other process gets in.
 
     Raises:
@@ -32,7 +34,7 @@ def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Rank
         refusal = None
         if ranks.rank == 0:
             try:
-                claim(folder, settings, resume, needed)
+                claim(folder, settings, resume, needed, caller)
                 stack.enter_context(_alone_in(folder))
             except RunError as error:
                 refusal = str(error)
@@ -46,10 +48,11 @@ def claimed(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Rank
         yield
 
 
-def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int = 0) -> None:
+def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int = 0, caller: Caller = PYTHON) -> None:
     """Makes the run's folder, or finds that it is this run's: the settings, which JSON takes, decide the weights.
 
-    An earlier run may be there if ``resume``; the checkpoints to come take ``needed`` bytes at most.
+    An earlier run may be there if ``resume``; the checkpoints to come take ``needed`` bytes at most. Errors tell ``caller`` what
+    goes on with a run.
 
     Raises:
         RunError: it cannot be written, is a file, holds something else or another run, or this run while ``resume`` is False;
@@ -57,6 +60,7 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int =
     """
     record = folder / RECORD
     written = json.dumps({"settings": settings, "versions": versions()}, indent=2) + "\n"
+    new_settings = json.loads(written)["settings"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not record.exists():
@@ -66,10 +70,12 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int =
             check_room(folder, needed, WITH_CHECKPOINTS)
             with whole_file(record, keep=True) as temporary:
                 temporary.write_text(written, "utf-8")
+            _check_same(record, new_settings)  # of two runs that begin at once, one is first
         elif not resume:
-            raise RunError(f"{folder}: holds a run already; --resume auto goes on with it")
-        _check_same(record, json.loads(written)["settings"])
-        check_room(folder, needed, WITH_CHECKPOINTS)
+            raise RunError(f"{folder}: holds a run already; {caller.resume} goes on with it")
+        else:
+            _check_same(record, new_settings)
+            check_room(folder, needed, WITH_CHECKPOINTS)
     except (FileExistsError, NotADirectoryError) as error:
         raise RunError(f"{folder}: a file is in the way") from error
     except OSError as error:

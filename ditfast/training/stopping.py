@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..interrupt import Announced, end_at_once
+from ..terminal import print_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE_PRESS_S = 0.1  # a loader's worker that was forked from this process tells of the same press
@@ -68,7 +69,8 @@ def asked_to_stop(announce: Callable[[bool], str | None] = lambda last: None) ->
                 end_at_once()
             line = announce(request.interrupts == 2)
             if line is not None:
-                _write(line)
+                with suppress(OSError, ValueError):  # nobody reads any more
+                    print_line(line)
             if request.interrupts == 2:
                 _interrupt_main()  # whose handler may have run before this was counted
                 reader.recv(1)
@@ -96,11 +98,3 @@ def _interrupt_main() -> None:
         signal.raise_signal(signal.SIGINT)
     else:  # this thread's signal would not end a call of the system that the main thread waits in
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-
-def _write(line: str) -> None:
-    """Write a line to stderr, below a progress bar, whose own stderr would break it at the terminal's width."""
-    stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-    with suppress(OSError, ValueError):  # nobody reads any more
-        stream.write(f"{line}\n" if stream is sys.stderr else f"\n{line}\n")
-        stream.flush()

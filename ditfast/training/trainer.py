@@ -30,7 +30,7 @@ from .averages import Averages
 from .checkpoints import CheckpointFault, Checkpoints, start_at_zero
 from .data import Data, Stream, as_data
 from .determinism import check_workspace, deterministic
-from .errors import RunError, TrainingInterrupted, TrainingStopped
+from .errors import PYTHON, Caller, RunError, TrainingInterrupted, TrainingStopped
 from .evaluation import evaluate, preview
 from .export import check_exportable, exported_state, predicting, source_of, trained_for
 from .folder import claimed
@@ -67,6 +67,7 @@ class Trainer:
         parallel: ``"ddp"`` or ``"fsdp"``, of several ranks.
         decode: latents [N, C, H, W] to images [N, 1 or 3, H', W'] in [-1, 1], for samples; None where they are images.
         on_step: called after each step with its report, the number of steps done, and the speed (progress).
+        caller: names in messages; a command gives its own.
 
     Raises:
         DataError: a dataset's records are no such pairs.
@@ -88,8 +89,10 @@ class Trainer:
         parallel: str = "ddp",
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         on_step: Callable[[StepReport, int, Speed], None] = lambda report, done, speed: None,
+        caller: Caller = PYTHON,
     ):
         _check_kinds(model, settings, out, options, ranks, parallel, decode, on_step)
+        self.caller = caller
         self.settings, self.out = settings, Path(out)
         self.options = options or RunOptions()
         self.ranks = ranks or Ranks()
@@ -127,7 +130,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.options.keep, self.ranks)
         of_trained = 2 + len(settings.ema)  # AdamW's moments, and averages
         state = [*model.parameters(), *of_trained * [*trained.values()]]
-        self.unsaved = Unsaved(self.out, sum(tensor.nbytes for tensor in state))
+        self.unsaved = Unsaved(self.out, sum(tensor.nbytes for tensor in state), caller)
         self.skipped = 0
         self.skipped_in_a_row = 0
 
@@ -148,11 +151,13 @@ class Trainer:
         """
         resume = as_bool("resume", resume)
         try:
-            with claimed(self.out, self._record(), resume, self.ranks, self._bytes_to_come()):
+            with claimed(self.out, self._record(), resume, self.ranks, self._bytes_to_come(), self.caller):
                 return self._run(resume)
         except OSError as error:
             what = f"{error.filename or self.out}: {error.strerror or error}"
-            raise TrainingStopped(f"step {self.done}: {what}; --resume auto goes on from the newest checkpoint") from error
+            raise TrainingStopped(
+                f"step {self.done}: {what}; {self.caller.resume} goes on from the newest checkpoint"
+            ) from error
 
     def _run(self, resume: bool) -> Path:
         if resume:
@@ -174,13 +179,14 @@ class Trainer:
                     if report.stop:
                         path = self._save(log)
                         kind = TrainingInterrupted if stop_asked.interrupts else TrainingStopped
-                        raise kind(f"stopped at step {self.done}, which {path} holds; --resume auto goes on from there")
+                        rest = f"{self.caller.resume} goes on from there"
+                        raise kind(f"stopped at step {self.done}, which {path} holds; {rest}")
         finally:
             log.close()
         return self._export()
 
     def _announce_interrupt(self, last: bool) -> str | None:
-        return None if self.ranks.rank else f"ditfast train: {self.unsaved.describe_interrupt(last)}"
+        return None if self.ranks.rank else f"{self.caller.program}: {self.unsaved.describe_interrupt(last)}"
 
     def _stream(self) -> Iterator[Any]:
         left = self.settings.steps - self.done

@@ -8,7 +8,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks_of_checkpoints as work
@@ -18,6 +20,7 @@ from ranks_of_checkpoints import ALONE, Run, assert_same
 from several_ranks import on_ranks
 from torch import distributed
 
+from ditfast.checkpoints.runs import sha256_of
 from ditfast.training.checkpoints import CheckpointFault, Checkpoints, start_at_zero
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,11 +147,26 @@ def rewrite(file: Path) -> None:
     file.write_text(file.read_text().replace('"loss": 0.6', '"loss": 0.7'))
 
 
+def forge(file: Path, **changes: Any) -> None:
+    """Change a manifest, or leave out what is None, and give it the checksum that it has then."""
+    manifest = {**json.loads(file.read_text()), **changes}
+    manifest = {key: value for key, value in manifest.items() if key != "sha256" and value is not None}
+    file.write_text(json.dumps({**manifest, "sha256": sha256_of(manifest)}))
+
+
 DAMAGE = {
     "no manifest": (Path.unlink, "manifest.json", "manifest.json is missing"),
     "half a manifest": (cut, "manifest.json", "manifest.json is damaged"),
     "another manifest": (rewrite, "manifest.json", "manifest.json does not match its checksum"),
     "a manifest of something else": (lambda file: file.write_text("[1]"), "manifest.json", "manifest.json is damaged"),
+    "a manifest of no files": (partial(forge, files=None), "manifest.json", "manifest.json is damaged"),
+    "a manifest of a number of files": (partial(forge, files=2), "manifest.json", "manifest.json is damaged"),
+    "a manifest of files without sizes": (
+        partial(forge, files={"__0_0.distcp": {}}),
+        "manifest.json",
+        "manifest.json is damaged",
+    ),
+    "a manifest that tells nothing": (partial(forge, about=None), "manifest.json", "manifest.json is damaged"),
     "no tensors": (Path.unlink, "__0_0.distcp", "__0_0.distcp is missing"),
     "tensors cut off": (cut, "__0_0.distcp", r"__0_0.distcp has \d+ bytes, expected \d+"),
     "a bit flipped": (flip, "__0_0.distcp", "__0_0.distcp does not match its checksum"),

@@ -116,10 +116,18 @@ def test_a_folder_is_one_run_s(tmp_path: Path) -> None:
     run = tmp_path / "run"
     claim(run, {"seed": 0, "model": {"depth": 2}}, resume=False)
     claim(run, {"seed": 0, "model": {"depth": 2}}, resume=True)
-    with pytest.raises(RunError, match="holds a run already; --resume auto"):
+    with pytest.raises(RunError, match=r"holds a run already; run\(resume=True\) goes on with it"):
         claim(run, {"seed": 0, "model": {"depth": 2}}, resume=False)
     with pytest.raises(RunError, match=r"other settings: model\.depth: was 2, is 3"):
         claim(run, {"seed": 0, "model": {"depth": 3}}, resume=True)
+
+
+def test_a_disk_is_asked_for_room_once_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("ditfast.training.folder.check_room", lambda folder, needed, what: asked.append(needed))
+    claim(tmp_path / "run", {"seed": 0}, resume=False, needed=1)
+    claim(tmp_path / "run", {"seed": 0}, resume=True, needed=2)
+    assert asked == [1, 2]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"settings": 3}'], ids=["empty", "list", "number"])
@@ -207,7 +215,7 @@ def test_what_ctrl_c_costs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         now[0] += 100
         steps.count_step()
     assert steps.describe_interrupt(False).endswith(f"in about 4.2 min; once more loses 2 steps (3.3 min) since {path}")
-    end = f"lost: 2 steps (3.3 min) since {path}; --resume auto goes on from it"
+    end = f"lost: 2 steps (3.3 min) since {path}; run(resume=True) goes on from it"
     assert steps.describe_interrupt(True) == f"interrupted at once; {end}"
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,19 @@ def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped, match="stopped at step 3"):
         train(tmp_path / "stopped", on_step=stop)
     assert_same(train(tmp_path / "stopped", resume=True), whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends itself a signal")
+def test_ctrl_c_in_a_python_program_speaks_of_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def press(report: object, done: int, speed: object) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingStopped, match=r"stopped at step [23], .*; run\(resume=True\) goes on from there$"):
+        train(tmp_path / "run", on_step=press)
+    said = capfd.readouterr().err
+    assert said.startswith("Trainer: Ctrl-C: writes a checkpoint behind this step and ends")
+    assert said.count("\n") == 1
 
 
 def test_another_recipe_does_not_go_on_in_the_folder(tmp_path: Path) -> None:
