@@ -53,7 +53,7 @@ from ditfast.benchmarks.gpu import open_gpu
 from ditfast.benchmarks.plots import save_plots
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import COLUMNS, print_beside_speed, print_notes, print_speed, text_of
-from ditfast.benchmarks.results import Results, new_folder, new_results, results_path
+from ditfast.benchmarks.results import Results, at_least, new_folder, new_results, results_path
 from ditfast.benchmarks.rivals import (
     COMPILED,
     GRAPH,
@@ -135,7 +135,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rivals", nargs="+", choices=RIVALS, metavar="NAME", help=f"of {', '.join(RIVALS)}; default: what fits the device"
     )
-    parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
+    parser.add_argument(
+        "--rounds", type=at_least(FEWEST_ROUNDS), default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s"
+    )
     add_device_argument(parser)
     parser.add_argument(
         "--out", type=new_folder(JSON), metavar="DIR", help=f"default {DEFAULT_OUT}, with a number if it is taken"
@@ -342,12 +344,6 @@ def _wanted(text: str) -> Wanted:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
     return Wanted(model, positive(batch) if colon else None)
-
-
-def _rounds(text: str) -> int:
-    if not text.isdecimal() or int(text) < FEWEST_ROUNDS:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {FEWEST_ROUNDS}")
-    return int(text)
 
 
 if __name__ == "__main__":

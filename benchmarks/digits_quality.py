@@ -30,7 +30,7 @@ from torch import Tensor
 from ditfast import DiT, load_digits, reference
 from ditfast.benchmarks.plain_loop import plain_loop
 from ditfast.benchmarks.precision import fix_precision
-from ditfast.benchmarks.results import new_folder, new_results
+from ditfast.benchmarks.results import at_least, new_folder, new_results
 from ditfast.commands.arguments import positive
 from ditfast.diffusion import GaussianDiffusion, Step, steps
 from ditfast.evaluation.digits_classifier import digits_quality
@@ -174,7 +174,7 @@ def _table(rows: Sequence[Row]) -> Table:
 @shortage_exits("benchmarks/digits_quality.py")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/digits_quality.py", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--seeds", type=_seeds, default=5, help="two or more; default %(default)s")
+    parser.add_argument("--seeds", type=at_least(2), default=5, help="two or more; default %(default)s")
     parser.add_argument("--images", type=positive, default=500, help="of each seed; default %(default)s")
     parser.add_argument("--steps", type=_steps, default="ddim10", help="respacing, such as ddim50; default %(default)s")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="beside fp32; default: all")
@@ -213,12 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.write(args.out / "digits_quality.json")
         say(f"wrote {args.out / 'digits_quality.json'}", console)
     return 0 if all(row.within_noise for row in rows) else 1
-
-
-def _seeds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 2")
-    return int(text)
 
 
 def _steps(text: str) -> list[Step]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ditfast.commands.arguments import LARGEST_INT, integer
 from ditfast.files import free_path, whole_file
 from ditfast.notebook import html_lines, html_table
 
@@ -121,6 +122,11 @@ def new_folder(name: str) -> Callable[[str], Path]:
         return path
 
     return parse
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type of argument for argparse: an integer that is no smaller."""
+    return lambda text: integer(text, least, LARGEST_INT, f"an integer of at least {least}")
 
 
 def rows_as(kind: type, results: Results, path: Path) -> Sequence[Any]:

@@ -19,7 +19,6 @@ from ditfast import interrupt  # acts while the rest is imported
 import argparse
 import dataclasses
 import functools
-import os
 import statistics
 import sys
 import tempfile
@@ -34,10 +33,11 @@ from torch import Tensor
 import ditfast
 from ditfast import DiTConfig, flops, reference, timer
 from ditfast.benchmarks.plain_loop import Loop, plain_loop
+from ditfast.benchmarks.plots import saved_figure
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import COLUMNS
 from ditfast.benchmarks.results import new_folder, new_results
-from ditfast.benchmarks.timing import DeviceLost, describe_failure
+from ditfast.benchmarks.timing import DeviceLost, describe_failure, turns
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.devices import add_device_argument
 from ditfast.diffusion import GaussianDiffusion, steps
@@ -187,8 +187,7 @@ def measure(setting: Setting, names: Sequence[str], rounds: int, tick: Callable[
         for name in running:
             times[name].append([])
         for i in range(len(setting.steps)):
-            first = i % len(running)
-            for name in running[first:] + running[:first]:
+            for name in turns(running, i):
                 times[name][-1].append(step(name, loops[name]))
             tick()
     exact = latents[REFERENCE]
@@ -234,19 +233,15 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
     colours = ["tab:blue" if row.rival.startswith("ditfast") else "tab:gray" for row in rows]
-    bars = axes.barh([row.rival for row in rows], [row.over_reference for row in rows], color=colours)
-    axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.margins(x=0.1)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set(title=title, xlabel="times as fast as the reference's plain loop, a whole run")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with saved_figure(path, figsize=(8, 0.4 * len(rows) + 1.2)) as axes:
+        bars = axes.barh([row.rival for row in rows], [row.over_reference for row in rows], color=colours)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.margins(x=0.1)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.invert_yaxis()
+        axes.grid(False)
+        axes.set(title=title, xlabel="times as fast as the reference's plain loop, a whole run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from ditfast.flops import DeviceSpec
 from ditfast.free_memory import is_out_of_memory
 from ditfast.timer import Call
 
-from .gauges import Gauges, Inputs, first_line
+from .gauges import Gauges, first_line
 from .rivals import COMPILED, GRAPH, LOOSE_BAR, Case, Run, kind_of, loose
 from .rows import Row, fill, new_row
 
@@ -85,6 +85,12 @@ def bench_case(
             bench.read(row)
             finish(row)
     return bench.rows, bench.all_remarks()
+
+
+def turns(names: list[str], number: int) -> list[str]:
+    """Return the order of a round: who begins it moves on with each."""
+    first = number % max(1, len(names))
+    return names[first:] + names[:first]
 
 
 def describe_failure(title: str, rival: str, error: Exception) -> str:
@@ -178,7 +184,7 @@ class _CaseBench:
     def time(self, rounds: int) -> None:
         """Fill the times of all rows whose parity holds; who begins a round moves on with each."""
         rotation = itertools.cycle([self.inputs] if self.gauges is None else self.gauges.rotated(self.inputs))
-        self.calls = {name: _call(first.run, rotation) for name, first in self.started.items()}
+        self.calls = {name: lambda run=first.run: run(*next(rotation)) for name, first in self.started.items()}  # type: ignore[misc]
         repeats: dict[str, int] = {}
         for name, call in list(self.calls.items()):
             try:
@@ -189,10 +195,8 @@ class _CaseBench:
         times: dict[str, list[float]] = {name: [] for name in self.calls}
         for i in range(rounds):
             self.show(f"round {i + 1} of {rounds}")
-            order = list(self.calls)
-            first = i % max(1, len(order))
             meanwhile = functools.partial(self._read_clock, {0: self.clocks[0], rounds - 1: self.clocks[1]}.get(i))
-            for name in order[first:] + order[:first]:
+            for name in turns(list(self.calls), i):
                 try:
                     times[name].append(self._seconds(self.calls[name], repeats[name], meanwhile))
                 except Exception as error:
@@ -272,10 +276,6 @@ def _roofline(row: Row, case: Case, peaks: DeviceSpec | None) -> tuple[float | N
         return None, None
     bound = flops.floor_ms(case.config, case.batch, case.dtype, peaks)
     return bound, bound / row.ms_median
-
-
-def _call(run: Run, rotation: itertools.cycle[Inputs]) -> Call:
-    return lambda: run(*next(rotation))
 
 
 def _error(out: Tensor, exact: Tensor) -> float:
