@@ -17,6 +17,7 @@ from ditfast import interrupt  # acts while the rest is imported
 # isort: split
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
@@ -82,8 +83,17 @@ def variants(schedule: Sequence[Step]) -> dict[str, Draw]:
         return lambda labels, images, seed: sample(model, schedule, labels, images=images, seed=seed, **given)
 
     def plain(model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Draw:
-        return lambda labels, images, seed: _drawn_plainly(model, schedule, labels, images, seed)
+        @torch.inference_mode()
+        def draw(labels: Tensor, images: range, seed: int) -> Tensor:
+            both = torch.cat([labels, torch.full_like(labels, CLASSES)])
+            noise = functools.partial(image_noise, (1, 8, 8), images, seed)
+            *_, x = plain_loop(model, schedule, both, CFG_SCALE, 1, noise, clip=True)
+            return x
 
+        return draw
+
+    model_int8 = load_digits()
+    model_int8.int8 = True
     return {
         BASE: ours(),
         "reference": plain(oracle),
@@ -93,23 +103,8 @@ def variants(schedule: Sequence[Step]) -> dict[str, Draw]:
         "batch_invariant": ours(batch_invariant=True),
         "offload_conditioning": ours(offload_conditioning=True),
         "bf16": ours(load_digits().bfloat16()),
-        INT8: ours(_in_int8(load_digits())),
+        INT8: ours(model_int8),
     }
-
-
-def _in_int8(model: DiT) -> DiT:
-    model.int8 = True
-    return model
-
-
-@torch.inference_mode()
-def _drawn_plainly(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor], schedule: Sequence[Step], labels: Tensor, images: range, seed: int
-) -> Tensor:
-    both = torch.cat([labels, torch.full_like(labels, CLASSES)])
-    loop = plain_loop(model, schedule, both, CFG_SCALE, 1, lambda step: image_noise((1, 8, 8), images, seed, step), clip=True)
-    *_, x = loop
-    return x
 
 
 def measure(drawn: dict[str, Draw], seeds: int, images: int, tick: Callable[[str, int], None]) -> list[Row]:

@@ -21,8 +21,7 @@ import dataclasses
 import functools
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ from ditfast.benchmarks.plots import saved_figure
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import COLUMNS
 from ditfast.benchmarks.results import new_folder, new_results
-from ditfast.benchmarks.timing import DeviceLost, describe_failure, turns
+from ditfast.benchmarks.rivals import random_case
+from ditfast.benchmarks.timing import DeviceLost, describe_failure, interleaved
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.devices import add_device_argument
 from ditfast.diffusion import GaussianDiffusion, steps
@@ -129,12 +129,8 @@ class Setting:
         return run.solved(self.steps, Batch(self.labels, range(self.batch), scale))
 
     @functools.cached_property
-    def _in_diffusers(self) -> Any:
-        from diffusers import DiTTransformer2DModel
-
-        with tempfile.TemporaryDirectory() as parent:
-            ditfast.save_checkpoint(self.model, Path(parent) / "model", layout="diffusers")
-            return DiTTransformer2DModel.from_pretrained(Path(parent) / "model", low_cpu_mem_usage=False).eval().to(self.device)
+    def _in_diffusers(self) -> Callable[..., Tensor]:
+        return random_case("", self.config, self.batch, self.device, "fp32").rival("diffusers", {})
 
     def _pipeline(self) -> Loop:
         """diffusers' model and scheduler as its DiTPipeline drives them, without the image decoder."""
@@ -146,7 +142,7 @@ class Setting:
         x = self._noise(0)
         for t in scheduler.timesteps:
             times = t[None].expand(2 * self.batch).to(self.device)
-            output = model(torch.cat([x, x]), timestep=times, class_labels=self.both).sample[:, : x.shape[1]]
+            output = model(torch.cat([x, x]), times, self.both)[:, : x.shape[1]]
             conditional, unconditional = output.chunk(2)
             guided = unconditional + self.cfg_scale * (conditional - unconditional)
             x = scheduler.step(guided, t, x).prev_sample
@@ -163,44 +159,41 @@ def measure(setting: Setting, names: Sequence[str], rounds: int, tick: Callable[
     Raises:
         Exception: the reference failed, or every later call of the GPU would.
     """
-    rivals, running, notes = setting.rivals(), list(names), []
-    times: dict[str, list[list[float]]] = {name: [] for name in names}
+    rivals, notes = setting.rivals(), []
     latents: dict[str, Tensor] = {}
 
-    def step(name: str, loop: Loop) -> float:
-        def advance() -> None:
-            latents[name] = next(loop)
+    def run(names: Iterable[str], steps: int, tick: Callable[[], None]) -> dict[str, list[float]]:
+        loops = {name: rivals[name]() for name in names}
 
-        try:
-            return timer.host_seconds(advance, setting.device)[1]
-        except Exception as error:  # a rival that cannot run must not take the others with it
-            if name == REFERENCE:
-                raise
-            notes.append(describe_failure("sampling", name, error))
-            running.remove(name)
-            return 0.0
+        def advance(name: str) -> None:
+            latents[name] = next(loops[name])
 
-    for name in names:  # compiling, and first touches of memory
-        step(name, rivals[name]())
+        def seconds(name: str, i: int) -> float:
+            return timer.host_seconds(functools.partial(advance, name), setting.device)[1]
+
+        return interleaved(loops, steps, seconds, fail, tick)
+
+    def fail(name: str, error: Exception) -> None:
+        if name == REFERENCE:
+            raise error
+        notes.append(describe_failure("sampling", name, error))
+
+    runs = [run(names, 1, lambda: None)]  # compiles, and touches memory for the first time
     for _ in range(rounds):
-        loops = {name: rivals[name]() for name in running}
-        for name in running:
-            times[name].append([])
-        for i in range(len(setting.steps)):
-            for name in turns(running, i):
-                times[name][-1].append(step(name, loops[name]))
-            tick()
+        runs.append(run(runs[-1], len(setting.steps), tick))
+    del runs[0]
     exact = latents[REFERENCE]
     rows = []
-    for name in running:
+    for name in runs[-1]:
         error = ((latents[name] - exact).norm() / exact.norm()).item()
-        ratios = [_whole(theirs) / _whole(own) for theirs, own in zip(times[REFERENCE], times[name], strict=True)]
+        own = [times[name] for times in runs]
+        ratios = [_whole(times[REFERENCE]) / _whole(times[name]) for times in runs]
         rows.append(
             Row(
                 rival=name,
-                ms_per_step=1e3 * statistics.median(t for run in times[name] for t in run[1:]),
-                ms_first_step=1e3 * statistics.median(run[0] for run in times[name]),
-                images_per_s=setting.batch / statistics.median(map(_whole, times[name])),
+                ms_per_step=1e3 * statistics.median(t for times in own for t in times[1:]),
+                ms_first_step=1e3 * statistics.median(times[0] for times in own),
+                images_per_s=setting.batch / statistics.median(map(_whole, own)),
                 over_reference=statistics.median(ratios),
                 error=None if name in UNCOMPARED else error,
             )
@@ -263,16 +256,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     fix_precision()
     config = DiTConfig(depth=args.depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch)
     needed = 4 * flops.parameters(config) + sampling_bytes(config, 2 * args.batch, torch.float32, "cuda")
-    if sizes := why_too_large(needed, args.device):
-        parser.exit(
-            1, f"{parser.prog}: the reference's run does not fit into memory ({sizes}): take a smaller --batch or --width\n"
-        )
+    sizes = why_too_large(needed, args.device)
     try:
-        return _run(parser, args, config)
+        if not sizes:
+            return _run(parser, args, config)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        parser.exit(1, f"{parser.prog}: the reference's run does not fit into memory: take a smaller --batch or --width\n")
+    why = f" ({sizes})" if sizes else ""
+    parser.exit(1, f"{parser.prog}: the reference's run does not fit into memory{why}: take a smaller --batch or --width\n")
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, config: DiTConfig) -> int:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import COLUMNS, number, print_notes
 from ditfast.benchmarks.results import at_least, new_folder, new_results
 from ditfast.benchmarks.rows import fill_speed
-from ditfast.benchmarks.timing import DeviceLost, describe_failure, turns
+from ditfast.benchmarks.timing import DeviceLost, describe_failure, interleaved
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.config import MODEL_NAMES
 from ditfast.devices import add_device_argument, find_device
@@ -147,7 +146,9 @@ def measure(
     Raises:
         DeviceLost: no later call of CUDA can succeed.
     """
-    rows, trainings, remarks = [], {}, []
+    rows: list[Row] = []
+    trainings: dict[str, Training] = {}
+    remarks: list[str] = []
     for rival in rivals:
         if sizes := why_too_large(_least_peak(rival, config, batch), device):
             remarks.append(f"{model}: {rival} skipped, as it takes {sizes}: take a smaller --batch")
@@ -162,7 +163,18 @@ def measure(
             continue
         trainings[str(rival)] = training
         rows.append(Row(model, str(rival), batch, device.type, time.perf_counter() - start, loss, memory / 1e9))
-    times, failures = _interleaved(model, trainings, rounds, device)
+
+    def seconds(rival: str, i: int) -> float:
+        progress.update(rival)
+        return timer.host_seconds(trainings[rival].step, device)[1]
+
+    def fail(rival: str, error: Exception) -> None:
+        remarks.append(describe_failure(model, rival, error))
+        del trainings[rival]
+
+    with track_progress("training", rounds + 1, "rounds") as progress:
+        times = interleaved(trainings, rounds + 1, seconds, fail, progress.advance)
+    times = {rival: own[1:] for rival, own in times.items()}  # the first round warms up
     rows = [row for row in rows if row.rival in times]
     operations = (1 + BACKWARD) * flops.flops(config) * batch
     for row in rows:
@@ -171,35 +183,13 @@ def measure(
         baseline, allowed = rows[0].first_loss, LARGEST_DIFFERENCE[dtype]
         if not abs(row.first_loss - baseline) <= allowed * abs(baseline):
             remarks.append(f"{model}: {row.rival} begins with the loss {row.first_loss:.6f}, {rows[0].rival} {baseline:.6f}")
-    return rows, remarks + failures
+    return rows, remarks
 
 
 def _least_peak(rival: Rival, config: DiTConfig, batch: int) -> int:
     """Return bytes that a rival's step surely takes; what is kept by compilers and others' checkpointing is not counted."""
     kept = 0 if rival.checkpointed or rival.kind not in ("eager", "ditfast") else batch
     return flops.training_bytes(config, kept, DTYPES[rival.dtype], "keep").least_peak(accumulates=False)
-
-
-def _interleaved(
-    model: str, trainings: dict[str, Training], rounds: int, device: torch.device
-) -> tuple[dict[str, list[float]], list[str]]:
-    """Return seconds of a step, a value each round, and remarks on failures; who begins a round moves on with each."""
-    times: dict[str, list[float]] = {name: [] for name in trainings}
-    remarks = []
-    with track_progress("training", rounds, "rounds") as progress:
-        for i in range(-1, rounds):  # the first one warms up
-            for name in turns(list(times), i):
-                progress.update(name)
-                try:
-                    _, seconds = timer.host_seconds(trainings[name].step, device)
-                except Exception as error:
-                    remarks.append(describe_failure(model, name, error))
-                    del times[name], trainings[name]
-                    continue
-                if i >= 0:
-                    times[name].append(seconds)
-            progress.advance(i >= 0)
-    return times, remarks
 
 
 def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.device) -> int:
@@ -262,37 +252,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     models, batch = args.models or ["DiT-XL/2" if on_cuda else "DiT-B/4"], args.batch or (32 if on_cuda else 8)
     rivals = args.rivals or [Rival.parse(text) for text in (CUDA_RIVALS if on_cuda else CPU_RIVALS)]
     console = make_console(piped=COLUMNS)
-    rows: list[Row] = []
-    notes: list[str] = []
+    results = new_results("training", args.device)
+    paths = [] if args.out is None else [args.out / JSON]
     for model in models:
         config = DiTConfig.from_name(model)
         if args.depth is not None:
             config = dataclasses.replace(config, depth=args.depth)
         try:
-            with keeping(partial(_kept, args.out, rows)):
-                found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
+            with keeping(
+                lambda: f"rows in {paths[0]}: {len(results.rows)}" if paths and results.rows else "no row was written"
+            ):
+                rows, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
         except DeviceLost as error:
-            notes.append(str(error))
+            results.notes.append(str(error))
             break
-        rows += found
-        notes += remarks
-        if found:
-            _print(console, found)
-        _write(args, rows, notes)
-    print_notes(console, notes)
-    _write(args, rows, notes)
-    return 1 if notes else 0
-
-
-def _write(args: argparse.Namespace, rows: list[Row], notes: list[str]) -> None:
-    if args.out is not None:
-        results = new_results("training", args.device)
-        results.rows, results.notes = rows, notes
-        results.write(args.out / JSON)
-
-
-def _kept(out: Path | None, rows: list[Row]) -> str:
-    return f"rows in {out / JSON}: {len(rows)}" if out is not None and rows else "no row was written"
+        results.rows += rows
+        results.notes += remarks
+        if rows:
+            _print(console, rows)
+        results.write(*paths)
+    print_notes(console, results.notes)
+    results.write(*paths)
+    return 1 if results.notes else 0
 
 
 if __name__ == "__main__":
