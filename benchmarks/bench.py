@@ -196,8 +196,7 @@ class _Run:
     def all(self, plans: Sequence[Plan]) -> None:
         """Compile ahead, run all cases, then profile."""
         plans = [plan for plan in plans if self._fits(plan.case)]
-        jobs = [job for plan in plans for job in plan.jobs()]
-        new = [job for job in jobs if not is_compiled(job)]
+        new = [job for plan in plans for job in plan.jobs() if not is_compiled(job)]
         processes = count_processes(self.args.device, len(new))
         spec = None if self.gauges is None else self.gauges.data_sheet
         estimator = Estimator(self.args.device, spec, self.args.rounds)

@@ -94,17 +94,8 @@ def times(bench: Results) -> Iterator[str]:
     lines = []
     for one in bench.rows:
         spread = "" if one.ms_median is None else f"{number(one.ms_p20)} to {number(one.ms_p80)}"
-        cells = [
-            one.model,
-            str(one.batch),
-            one.dtype,
-            _label(one.rival),
-            _ms(one),
-            spread,
-            _error(one),
-            number(one.first_call_s),
-        ]
-        lines.append([*cells, *(_ratio(one, rival) if one.rival in OWN else "" for rival in others)])
+        case, own = (one.model, str(one.batch), one.dtype), (_ms(one), spread, _error(one), number(one.first_call_s))
+        lines.append([*case, _label(one.rival), *own, *(_ratio(one, rival) if one.rival in OWN else "" for rival in others)])
     yield _table((*columns, *(f"over {_label(rival)}" for rival in others)), lines)
     if bench.notes:
         yield "\n".join(f"- {note}" for note in bench.notes)

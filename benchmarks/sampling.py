@@ -81,13 +81,12 @@ class Setting:
 
     def rivals(self) -> dict[str, Callable[[], Loop]]:
         compiled = torch.compile(self.oracle, dynamic=False)
-        table = self._tabulated
         return {
             REFERENCE: lambda: self._plain(self.oracle),
             "compile": lambda: self._plain(compiled),
             "diffusers": self._pipeline,
             "model": lambda: self._plain(self.model),
-            "model+table": lambda: self._plain(table()),
+            "model+table": lambda: self._plain(self._tabulated()),
             "model+shared": lambda: self._plain(self._shared),
             "model+update": lambda: self._plain(self.model, fused_update=True),
             "ditfast": lambda: self._ditfast(self.model),
@@ -111,14 +110,8 @@ class Setting:
 
     def _tabulated(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         places = {step.t: i for i, step in enumerate(self.steps)}
-        tables: list[ModulationTable] = []
-
-        def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            if not tables:  # inside the first step, which pays for it
-                tables.append(ModulationTable(self.model, [step.t for step in self.steps], self.both))
-            return self.model.forward_modulated(x, tables[0].vectors(places[float(t[0])]))
-
-        return model
+        table = functools.cache(lambda: ModulationTable(self.model, list(places), self.both))  # the first step pays for it
+        return lambda x, t, y: self.model.forward_modulated(x, table().vectors(places[float(t[0])]))
 
     def _shared(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.model.forward_modulated(x[: self.batch], self.model.modulation_vectors(t, y))
