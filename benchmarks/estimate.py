@@ -55,7 +55,7 @@ class Constants:
 
 
 CPU = Constants()  # CPU time of torch 2.13 on an AMD EPYC (Zen 3)
-CUDA = Constants(**{one.name: one.metadata["cuda"] for one in dataclasses.fields(Constants)})  # guesses
+CUDA = Constants(**{one.name: one.metadata["cuda"] for one in dataclasses.fields(Constants)})  # unmeasured
 
 
 class Estimator:
