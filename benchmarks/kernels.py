@@ -134,10 +134,7 @@ class OpBench:
 def bench_op(
     case: OpBench, implementation: str, gauges: Gauges, benchmark: Any, label: tuple[str, str, str, int]
 ) -> Found | None:
-    """Check parity, then time with pytest-benchmark's fixture; None if it was told to time nothing.
-
-    The label is op, direction, model and batch.
-    """
+    """Check parity, then time with pytest-benchmark's fixture, None if it times nothing; label: op, direction, model, batch."""
     call = case.call(implementation)
     case.check(implementation, call)
     replay, calls = case.captured(implementation, call)
