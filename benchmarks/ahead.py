@@ -36,13 +36,6 @@ class Job(NamedTuple):
     blocks: int  # of the model
 
 
-class Outcome(NamedTuple):
-    """A job that ended."""
-
-    job: Job
-    error: str | None
-
-
 def needs_compiling(rival: str, device: torch.device) -> bool:
     """True for torch.compile, and on a GPU for Triton's kernels."""
     return rival in COMPILED or (device.type == "cuda" and rival in OURS)
@@ -61,13 +54,8 @@ def count_processes(device: torch.device, jobs: int) -> int:
     return max(1, min(cores, fitting, jobs))
 
 
-def compile_ahead(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
-    """Compile; yield each job when it ends. One that fails costs itself: its rival compiles at its first call.
-
-    Args:
-        jobs: any order.
-        processes: that work at the same time.
-    """
+def compile_ahead(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, str | None]]:
+    """Compile; yield each job when it ends, with its error. One that fails costs itself: its rival compiles when called."""
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -79,11 +67,11 @@ def compile_ahead(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
             try:
                 future.result()
             except BrokenProcessPool:
-                yield Outcome(job, "a process that compiled ended by itself")
+                yield job, "a process that compiled ended by itself"
             except Exception as error:  # whatever a compiler comes up with
-                yield Outcome(job, f"{type(error).__name__}: {first_line(error)}")
+                yield job, f"{type(error).__name__}: {first_line(error)}"
             else:
-                yield Outcome(job, None)
+                yield job, None
 
 
 @contextlib.contextmanager

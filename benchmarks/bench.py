@@ -47,13 +47,13 @@ from rich.console import Console
 
 from ditfast import CheckpointError, DiTConfig, flops
 from ditfast.benchmarks.ahead import Job, compile_ahead, count_processes, is_compiled, needs_compiling
-from ditfast.benchmarks.estimate import Estimator, Work, constants_help
+from ditfast.benchmarks.estimate import Estimator, constants_help
 from ditfast.benchmarks.gauges import Gauges
 from ditfast.benchmarks.gpu import open_gpu
 from ditfast.benchmarks.plots import save_plots
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import COLUMNS, print_beside_speed, print_notes, print_speed, text_of
-from ditfast.benchmarks.results import Results, new_folder, new_results, results_path
+from ditfast.benchmarks.results import Results, at_least, new_folder, new_results, results_path
 from ditfast.benchmarks.rivals import (
     COMPILED,
     GRAPH,
@@ -93,13 +93,6 @@ JSON, TABLES = "bench.json", "bench.txt"
 PROGRAM = "ditfast bench"  # however it was started
 
 
-class Wanted(NamedTuple):
-    """A model to time."""
-
-    model: str
-    batch: int | None = None  # None: every --batch
-
-
 class Plan(NamedTuple):
     """A case to run, and its rivals."""
 
@@ -111,9 +104,6 @@ class Plan(NamedTuple):
         for rival in self.rivals:
             if not rival.endswith(GRAPH) and needs_compiling(rival, self.case.device):
                 yield Job(self.case.title, self.make, rival, self.case.config.depth)
-
-    def work(self) -> Work:
-        return Work(self.case.config, self.case.batch, self.case.dtype_name, self.rivals)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -135,7 +125,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rivals", nargs="+", choices=RIVALS, metavar="NAME", help=f"of {', '.join(RIVALS)}; default: what fits the device"
     )
-    parser.add_argument("--rounds", type=_rounds, default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s")
+    parser.add_argument(
+        "--rounds", type=at_least(FEWEST_ROUNDS), default=7, help=f"at least {FEWEST_ROUNDS}; default %(default)s"
+    )
     add_device_argument(parser)
     parser.add_argument(
         "--out", type=new_folder(JSON), metavar="DIR", help=f"default {DEFAULT_OUT}, with a number if it is taken"
@@ -145,7 +137,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.checkpoint is not None and args.models:
         parser.error("argument --checkpoint: not allowed with --models")
     kind = args.device.type
-    args.models = args.models or [Wanted(model) for model in (FULL_MODELS if args.full else QUICK_MODELS[kind])]
+    args.models = args.models or [(model, None) for model in (FULL_MODELS if args.full else QUICK_MODELS[kind])]
     args.batch = args.batch or BATCHES[kind]
     args.notes = []
     if args.dtype is None:
@@ -176,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gauges = None if gpu is None else Gauges(gpu, spec_of(args.device))
     if gauges is not None:
         results.machine |= gauges.describe()
-    facts = {**results.machine, **results.versions, "commit": results.commit, "date": results.date}
-    say(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), console)
+    say(results.describe(), console)
     print_notes(console, results.notes)
     run = _Run(args, results, gauges, console)
     with keeping(lambda: f"rows in {args.out / JSON}: {len(results.rows)}"):
@@ -205,12 +196,11 @@ class _Run:
     def all(self, plans: Sequence[Plan]) -> None:
         """Compile ahead, run all cases, then profile."""
         plans = [plan for plan in plans if self._fits(plan.case)]
-        jobs = [job for plan in plans for job in plan.jobs()]
-        new = [job for job in jobs if not is_compiled(job)]
+        new = [job for plan in plans for job in plan.jobs() if not is_compiled(job)]
         processes = count_processes(self.args.device, len(new))
         spec = None if self.gauges is None else self.gauges.data_sheet
         estimator = Estimator(self.args.device, spec, self.args.rounds)
-        seconds = estimator.start() + sum(estimator.case(plan.work()) for plan in plans)
+        seconds = estimator.start() + sum(estimator.case(plan.case, plan.rivals) for plan in plans)
         seconds += estimator.compiling([(job.blocks, job.rival == "max-autotune") for job in new], processes)
         self.results.machine["estimated_s"] = round(seconds, 1)
         say(estimator.describe(seconds), self.console)
@@ -330,7 +320,8 @@ def _possible(case: Case, rivals: list[str], args: argparse.Namespace) -> list[s
     return names
 
 
-def _wanted(text: str) -> Wanted:
+def _wanted(text: str) -> tuple[str, int | None]:
+    """Return a model and its own batch; None: every --batch."""
     model, colon, batch = text.partition(":")
     name, at, pixels = model.partition("@")
     if name not in MODEL_NAMES or (at and not pixels.isdecimal()):
@@ -341,13 +332,7 @@ def _wanted(text: str) -> Wanted:
         config_of(model)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
-    return Wanted(model, positive(batch) if colon else None)
-
-
-def _rounds(text: str) -> int:
-    if not text.isdecimal() or int(text) < FEWEST_ROUNDS:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {FEWEST_ROUNDS}")
-    return int(text)
+    return model, positive(batch) if colon else None
 
 
 if __name__ == "__main__":

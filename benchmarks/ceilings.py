@@ -12,7 +12,7 @@ from ditfast.flops import DeviceSpec
 from .gpu import Gpu
 
 LARGEST_COPY = 2**30  # bytes: far more than any cache holds
-LARGEST_SIDE = 8192
+LARGEST_SIDE = 8192  # of square matrices
 SMALLEST_SIDE = 64
 ROUNDS = 10
 MATRICES = 3
@@ -21,14 +21,7 @@ MATRICES = 3
 def measure_ceilings(
     gpu: Gpu, like: DeviceSpec, *, largest_copy: int = LARGEST_COPY, largest_side: int = LARGEST_SIDE
 ) -> DeviceSpec:
-    """Return the best of some rounds each, in as much of the memory as is free.
-
-    Args:
-        gpu: to measure.
-        like: a data sheet, in whose peaks' place the measured ones go.
-        largest_copy: bytes to copy.
-        largest_side: of the square matrices to multiply.
-    """
+    """Return a data sheet with measured peaks, the best of some rounds each, in as much of the memory as is free."""
     return like._replace(
         name="measured",
         fp32=_product_speed(gpu, torch.float32, largest_side),

@@ -12,12 +12,10 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ditfast import interrupt
 from ditfast.benchmarks import results
-from ditfast.benchmarks.markdown import head, row
-from ditfast.benchmarks.report import OWN, number
+from ditfast.benchmarks.report import OWN, cases, number
 from ditfast.benchmarks.results import Results
 from ditfast.benchmarks.rivals import COMPILED, IN_DIFFUSERS, IN_OPENVINO, OURS
 from ditfast.benchmarks.rows import Row
@@ -64,27 +62,19 @@ ms: median of a forward of the batch. Error: relative, against the float64 refer
 allowed. First call: compiles, converts or packs. Over: median of the rounds' ratios. Table: modulation computed beforehand."""
 
 
-class Bench(NamedTuple):
-    """Results of bench.py, with its rows as such."""
+def read(path: Path) -> Results:
+    """Read the results of bench.py.
 
-    results: Results
-    rows: list[Row]
-
-    def cases(self) -> dict[tuple[str, str, int], dict[str, Row]]:
-        """By model, dtype and batch, the rivals' rows."""
-        found: dict[tuple[str, str, int], dict[str, Row]] = {}
-        for one in self.rows:
-            found.setdefault((one.model, one.dtype, one.batch), {})[one.rival] = one
-        return found
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no rows of this version.
+    """
+    bench = results.read(path)
+    bench.rows = list(results.rows_as(Row, bench, path))
+    return bench
 
 
-def read(path: Path) -> Bench:
-    """Raises OSError where the file cannot be read, ValueError where it holds no rows of this version."""
-    found = results.read(path)
-    return Bench(found, list(results.rows_as(Row, found, path)))
-
-
-def summary(bench: Bench) -> Iterator[str]:
+def summary(bench: Results) -> Iterator[str]:
     """For the README: a line for each case and dtype."""
     yield _provenance(bench)
     yield SUMMARY
@@ -92,10 +82,10 @@ def summary(bench: Bench) -> Iterator[str]:
     over = [f"over {_label(rival)}" for rival in OVER]
     errors, first_calls = f"error: {', '.join(ERRORS)}", f"first call, s: {', '.join(FIRST_CALLS)}"
     columns = ("model, batch", "dtype", *ms, *over, errors, first_calls)
-    yield _table(columns, [line for case, rows in bench.cases().items() for line in _lines(case, rows)])
+    yield _table(columns, [line for rows in cases(bench.rows) for line in _lines(rows)])
 
 
-def times(bench: Bench) -> Iterator[str]:
+def times(bench: Results) -> Iterator[str]:
     """For the guide: a line for each rival on each case, then what the run had to say."""
     yield _provenance(bench)
     yield TIMES
@@ -104,26 +94,17 @@ def times(bench: Bench) -> Iterator[str]:
     lines = []
     for one in bench.rows:
         spread = "" if one.ms_median is None else f"{number(one.ms_p20)} to {number(one.ms_p80)}"
-        cells = [
-            one.model,
-            str(one.batch),
-            one.dtype,
-            _label(one.rival),
-            _ms(one),
-            spread,
-            _error(one),
-            number(one.first_call_s),
-        ]
-        lines.append([*cells, *(_ratio(one, rival) if one.rival in OWN else "" for rival in others)])
+        case, own = (one.model, str(one.batch), one.dtype), (_ms(one), spread, _error(one), number(one.first_call_s))
+        lines.append([*case, _label(one.rival), *own, *(_ratio(one, rival) if one.rival in OWN else "" for rival in others)])
     yield _table((*columns, *(f"over {_label(rival)}" for rival in others)), lines)
-    if bench.results.notes:
-        yield "\n".join(f"- {note}" for note in bench.results.notes)
+    if bench.notes:
+        yield "\n".join(f"- {note}" for note in bench.notes)
 
 
 PARTS = {"cpu-summary": summary, "cpu-times": times}
 
 
-def filled(text: str, bench: Bench) -> str:
+def filled(text: str, bench: Results) -> str:
     """A guide with its tables made of ``bench``.
 
     Raises:
@@ -141,39 +122,40 @@ def filled(text: str, bench: Bench) -> str:
     return text
 
 
-def _provenance(bench: Bench) -> str:
-    found = bench.results
+def _provenance(bench: Results) -> str:
     rivals = {one.rival for one in bench.rows}
     packages = []
     for package, made in MADE_BY.items():
         here = [_label(rival) for rival in made if rival in rivals]
         if here:
-            packages.append(f"{package} {found.versions.get(package) or 'of unknown version'} ({', '.join(here)})")
-    facts = [text.format(found.machine[name]) for name, text in FACTS.items() if found.machine.get(name)]
-    facts += [found.date, *([f"git {found.commit}"] if found.commit else [])]
-    lines = [f"{', '.join([found.machine['device'], *facts])}.", f"{'; '.join(packages)}."]
-    if found.command:
-        lines.append(f"`{found.command}`")
+            packages.append(f"{package} {bench.versions.get(package) or 'of unknown version'} ({', '.join(here)})")
+    facts = [text.format(bench.machine[name]) for name, text in FACTS.items() if bench.machine.get(name)]
+    facts += [bench.date, *([f"git {bench.commit}"] if bench.commit else [])]
+    lines = [f"{', '.join([bench.machine['device'], *facts])}.", f"{'; '.join(packages)}."]
+    if bench.command:
+        lines.append(f"`{bench.command}`")
     return "\n".join(lines)
 
 
-def _lines(case: tuple[str, str, int], rows: dict[str, Row]) -> Iterator[list[str]]:
-    model, dtype, batch = case
+def _lines(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """Yield the lines of one case."""
+    first, by_rival = rows[0], {one.rival: one for one in rows}
     for kind, rivals in LINES.items():
-        found = {column: rows.get(rival) for column, rival in rivals.items()}
+        found = {column: by_rival.get(rival) for column, rival in rivals.items()}
         if not any(found.values()):
             continue
         ms = [_ms(found.get(column)) for column in IN_ITS_DTYPE]
         over = [_joined([_ratio(found.get(own), rival) for own in ONES_OWN]) for rival in OVER]
         errors = _joined([_error(found.get(column)) for column in ERRORS])
         first_calls = _joined([_first_call(found.get(column)) for column in FIRST_CALLS])
-        yield [f"{model}, {batch}", kind.format(dtype), *ms, *over, errors, first_calls]
+        yield [f"{first.model}, {first.batch}", kind.format(first.dtype), *ms, *over, errors, first_calls]
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Without the columns that hold nothing."""
     kept = [i for i in range(len(columns)) if any(line[i] for line in lines)]
-    return "\n".join([*head(*(columns[i] for i in kept)), *(row(*(line[i] for i in kept)) for line in lines)])
+    head, *body = (f"| {' | '.join(line[i] for i in kept)} |" for line in (columns, *lines))
+    return "\n".join([head, "|---" * len(kept) + "|", *body])
 
 
 def _joined(cells: Sequence[str]) -> str:

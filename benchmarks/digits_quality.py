@@ -17,6 +17,7 @@ from ditfast import interrupt  # acts while the rest is imported
 # isort: split
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from torch import Tensor
 from ditfast import DiT, load_digits, reference
 from ditfast.benchmarks.plain_loop import plain_loop
 from ditfast.benchmarks.precision import fix_precision
-from ditfast.benchmarks.results import new_folder, new_results
+from ditfast.benchmarks.results import at_least, new_folder, new_results
 from ditfast.commands.arguments import positive
 from ditfast.diffusion import GaussianDiffusion, Step, steps
 from ditfast.evaluation.digits_classifier import digits_quality
@@ -82,8 +83,17 @@ def variants(schedule: Sequence[Step]) -> dict[str, Draw]:
         return lambda labels, images, seed: sample(model, schedule, labels, images=images, seed=seed, **given)
 
     def plain(model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Draw:
-        return lambda labels, images, seed: _drawn_plainly(model, schedule, labels, images, seed)
+        @torch.inference_mode()
+        def draw(labels: Tensor, images: range, seed: int) -> Tensor:
+            both = torch.cat([labels, torch.full_like(labels, CLASSES)])
+            noise = functools.partial(image_noise, (1, 8, 8), images, seed)
+            *_, x = plain_loop(model, schedule, both, CFG_SCALE, 1, noise, clip=True)
+            return x
 
+        return draw
+
+    model_int8 = load_digits()
+    model_int8.int8 = True
     return {
         BASE: ours(),
         "reference": plain(oracle),
@@ -93,23 +103,8 @@ def variants(schedule: Sequence[Step]) -> dict[str, Draw]:
         "batch_invariant": ours(batch_invariant=True),
         "offload_conditioning": ours(offload_conditioning=True),
         "bf16": ours(load_digits().bfloat16()),
-        INT8: ours(_in_int8(load_digits())),
+        INT8: ours(model_int8),
     }
-
-
-def _in_int8(model: DiT) -> DiT:
-    model.int8 = True
-    return model
-
-
-@torch.inference_mode()
-def _drawn_plainly(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor], schedule: Sequence[Step], labels: Tensor, images: range, seed: int
-) -> Tensor:
-    both = torch.cat([labels, torch.full_like(labels, CLASSES)])
-    loop = plain_loop(model, schedule, both, CFG_SCALE, 1, lambda step: image_noise((1, 8, 8), images, seed, step), clip=True)
-    *_, x = loop
-    return x
 
 
 def measure(drawn: dict[str, Draw], seeds: int, images: int, tick: Callable[[str, int], None]) -> list[Row]:
@@ -174,7 +169,7 @@ def _table(rows: Sequence[Row]) -> Table:
 @shortage_exits("benchmarks/digits_quality.py")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/digits_quality.py", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--seeds", type=_seeds, default=5, help="two or more; default %(default)s")
+    parser.add_argument("--seeds", type=at_least(2), default=5, help="two or more; default %(default)s")
     parser.add_argument("--images", type=positive, default=500, help="of each seed; default %(default)s")
     parser.add_argument("--steps", type=_steps, default="ddim10", help="respacing, such as ddim50; default %(default)s")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="beside fp32; default: all")
@@ -213,12 +208,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.write(args.out / "digits_quality.json")
         say(f"wrote {args.out / 'digits_quality.json'}", console)
     return 0 if all(row.within_noise for row in rows) else 1
-
-
-def _seeds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 2")
-    return int(text)
 
 
 def _steps(text: str) -> list[Step]:

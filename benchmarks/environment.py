@@ -45,11 +45,6 @@ def versions() -> Facts:
     }
 
 
-def describe(device: torch.device) -> Facts:
-    """Return all of it: machine, versions, commit."""
-    return {**machine(device), **versions(), "commit": commit()}
-
-
 def commit() -> str | None:
     """Return ``git describe`` of the clone that runs, None outside of one."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]

@@ -7,17 +7,16 @@ import statistics
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ditfast import DiTConfig, flops, reference, timer
-from ditfast.dtypes import DTYPES
 from ditfast.flops import DEVICES, DeviceSpec
 
 from .ahead import needs_compiling
 from .gauges import ENERGY_WINDOW_S
-from .rivals import COMPILED, GRAPH, IN_DIFFUSERS, kind_of
+from .rivals import COMPILED, GRAPH, IN_DIFFUSERS, Case, kind_of
 from .timing import HOST_CALLS, SHORTEST_ROUND_S, compared_samples
 
 UNKNOWN_GPU = "H100"  # whose data sheet stands for one that is not known
@@ -29,57 +28,34 @@ BLOCKS = 2  # of the models that are timed
 TIMES_EAGER = {"compile": 0.9, "max-autotune": 0.9, "openvino": 0.7, "openvino-int8": 0.8, "diffusers": 1.05, "ditfast": 0.75}
 
 
-def _constant(value: float, help: str) -> Any:
-    return field(default=value, metadata={"help": help})
+def _constant(cpu: float, cuda: float, help: str) -> Any:
+    return field(default=cpu, metadata={"cuda": cuda, "help": help})
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Seconds, unless the help says otherwise; on a CPU scaled by the time that ``PROBE`` takes."""
+    """Seconds, unless the help says otherwise, on a CPU and on CUDA; on a CPU scaled by the time that ``PROBE`` takes."""
 
-    start_s: float = _constant(12.0, "imports of torch.compile, diffusers and scikit-learn, files at the end")
-    worker_s: float = _constant(9.0, "start of a process that compiles")
-    compile_s: float = _constant(30.0, "compiling a model, apart from its blocks; max-autotune: MAX_AUTOTUNE times as long")
-    compile_block_s: float = _constant(2.0, "compiling, per block")
-    trace_s: float = _constant(1.0, "first call of what is compiled already, apart from its blocks")
-    trace_block_s: float = _constant(0.25, "the same, per block")
-    max_autotune: float = _constant(4.0, "max-autotune's compile time over the default mode's (a guess)")
-    weights_per_s: float = _constant(6e7, "parameters drawn per second; once a case")
-    make_s: float = _constant(0.2, "making a rival, apart from its weights")
-    share: float = _constant(1.0, "of the roofline's speed; on a CPU blocks are timed instead")
-    double: float = _constant(2.2, "a float64 forward's time over eager's")
-    capture_s: float = _constant(0.0, "capturing a CUDA graph")
-    launch_us: float = _constant(0.0, "host time of a launch from Python")
-    launches_per_block: float = _constant(0.0, "kernels per block, launched from Python")
+    start_s: float = _constant(12.0, 15.0, "imports of torch.compile, diffusers and scikit-learn, files at the end")
+    worker_s: float = _constant(9.0, 15.0, "start of a process that compiles")
+    compile_s: float = _constant(
+        30.0, 20.0, "compiling a model, apart from its blocks; max-autotune: MAX_AUTOTUNE times as long"
+    )
+    compile_block_s: float = _constant(2.0, 2.0, "compiling, per block")
+    trace_s: float = _constant(1.0, 4.0, "first call of what is compiled already, apart from its blocks")
+    trace_block_s: float = _constant(0.25, 0.4, "the same, per block")
+    max_autotune: float = _constant(4.0, 10.0, "max-autotune's compile time over the default mode's (a guess)")
+    weights_per_s: float = _constant(6e7, 1e9, "parameters drawn per second; once a case")
+    make_s: float = _constant(0.2, 0.5, "making a rival, apart from its weights")
+    share: float = _constant(1.0, 0.4, "of the roofline's speed; on a CPU blocks are timed instead")
+    double: float = _constant(2.2, 20.0, "a float64 forward's time over eager's")
+    capture_s: float = _constant(0.0, 0.5, "capturing a CUDA graph")
+    launch_us: float = _constant(0.0, 8.0, "host time of a launch from Python")
+    launches_per_block: float = _constant(0.0, 25.0, "kernels per block, launched from Python")
 
 
 CPU = Constants()  # CPU time of torch 2.13 on an AMD EPYC (Zen 3)
-CUDA = dataclasses.replace(  # unmeasured: nothing has run on a GPU
-    CPU,
-    start_s=15.0,
-    worker_s=15.0,
-    compile_s=20.0,
-    compile_block_s=2.0,
-    trace_s=4.0,
-    trace_block_s=0.4,
-    max_autotune=10.0,
-    weights_per_s=1e9,
-    make_s=0.5,
-    share=0.4,
-    double=20.0,
-    capture_s=0.5,
-    launch_us=8.0,
-    launches_per_block=25.0,
-)
-
-
-class Work(NamedTuple):
-    """A case and the rivals that run it."""
-
-    config: DiTConfig
-    batch: int
-    dtype_name: str
-    rivals: Sequence[str]
+CUDA = Constants(**{one.name: one.metadata["cuda"] for one in dataclasses.fields(Constants)})  # unmeasured
 
 
 class Estimator:
@@ -117,45 +93,44 @@ class Estimator:
             busy[busy.index(min(busy))] += job
         return self.slowness * (c.worker_s + max(busy)) if seconds else 0.0
 
-    def case(self, work: Work) -> float:
+    def case(self, case: Case, rivals: Sequence[str]) -> float:
         """Return the time of parity, rounds and, on a GPU, what is read beside."""
         c = self.constants
-        host = flops.parameters(work.config) / c.weights_per_s  # seconds that depend on the host's speed, not on forwards
-        device = 0.0
-        kinds = {kind_of(rival) in IN_DIFFUSERS for rival in work.rivals}
-        samples = len(compared_samples(work.config, work.batch))
-        device += len(kinds) * (1 + c.double) * self.forward(work._replace(batch=samples), "eager", graph=True)
+        host = flops.parameters(case.config) / c.weights_per_s  # seconds that depend on the host's speed, not on forwards
+        kinds = {kind_of(rival) in IN_DIFFUSERS for rival in rivals}
+        compared = dataclasses.replace(case, batch=len(compared_samples(case.config, case.batch)))
+        device = len(kinds) * (1 + c.double) * self.forward(compared, "eager", graph=True)
         host += len(kinds) * 2 * c.make_s
-        for rival in work.rivals:
+        for rival in rivals:
             graph = rival.endswith(GRAPH)
-            forward = self.forward(work, kind_of(rival), graph=graph)
+            forward = self.forward(case, kind_of(rival), graph=graph)
             device += AHEAD * forward + self.rounds * max(forward, SHORTEST_ROUND_S)
             host += c.capture_s if graph else c.make_s
             if not graph and needs_compiling(rival, self.device):
-                host += c.trace_s + c.trace_block_s * work.config.depth if rival in COMPILED else c.trace_s
+                host += c.trace_s + c.trace_block_s * case.config.depth if rival in COMPILED else c.trace_s
             if self.on_gpu:
                 device += ENERGY_WINDOW_S + HOST_CALLS * forward
         return self.slowness * host + device
 
-    def forward(self, work: Work, kind: str, *, graph: bool) -> float:
+    def forward(self, case: Case, kind: str, *, graph: bool) -> float:
         """Return the seconds of a rival's forward."""
         c = self.constants
         if not self.on_gpu:
             times_eager = TIMES_EAGER.get(kind.partition("+")[0].removesuffix("-swapped").removesuffix("-int8"), 1.0)
-            return times_eager * self._timed(work)
-        device = 1e-3 * flops.floor_ms(work.config, work.batch, DTYPES[work.dtype_name], self.spec) / c.share
-        return device if graph else max(device, 1e-6 * c.launch_us * c.launches_per_block * work.config.depth)
+            return times_eager * self._timed(case)
+        device = 1e-3 * flops.floor_ms(case.config, case.batch, case.dtype, self.spec) / c.share
+        return device if graph else max(device, 1e-6 * c.launch_us * c.launches_per_block * case.config.depth)
 
     @torch.inference_mode()
-    def _timed(self, work: Work) -> float:
+    def _timed(self, case: Case) -> float:
         """Return the seconds of the reference's forward, from one with fewer blocks, timed once."""
-        key = (work.config, work.batch, work.dtype_name)
+        key = (case.config, case.batch, case.dtype_name)
         if key not in self.timed:
-            depth = min(BLOCKS, work.config.depth)
-            model = reference.DiT(dataclasses.replace(work.config, depth=depth)).to(DTYPES[work.dtype_name]).eval()
-            x = torch.randn(work.batch, *work.config.input_shape, dtype=DTYPES[work.dtype_name])
-            t = torch.zeros(work.batch, dtype=torch.int64)
-            self.timed[key] = _seconds(lambda: model(x, t, t)) * work.config.depth / depth
+            depth = min(BLOCKS, case.config.depth)
+            model = reference.DiT(dataclasses.replace(case.config, depth=depth)).to(case.dtype).eval()
+            x = torch.randn(case.batch, *case.config.input_shape, dtype=case.dtype)
+            t = torch.zeros(case.batch, dtype=torch.int64)
+            self.timed[key] = _seconds(lambda: model(x, t, t)) * case.config.depth / depth
         return self.timed[key]
 
 

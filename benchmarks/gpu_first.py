@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditfast import DiT, DiTConfig, ops, reference, timer
-from ditfast.benchmarks import gauges, rivals, timing
-from ditfast.benchmarks.environment import describe
+from ditfast.benchmarks import environment, gauges, rivals, timing
 from ditfast.terminal import HelpFormatter, say
 
 DRY = bool(os.environ.get("DRY"))
@@ -97,7 +96,8 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------ micro
 def micro() -> int:
-    record_fact({"measured": "machine"}, lambda: describe(DEVICE))
+    versions = {**environment.versions(), "commit": environment.commit()}
+    record_fact({"measured": "machine"}, lambda: {**environment.machine(DEVICE), **versions})
     with torch.inference_mode():
         for model, batch in itertools.product((reference.DiT, DiT), (1,) if DRY else (1, 8, 32)):
             name = model.__module__.removesuffix(".model")

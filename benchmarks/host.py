@@ -53,7 +53,7 @@ from ditfast.benchmarks.host_cases import (
 from ditfast.benchmarks.host_rounds import FEWEST_ROUNDS, CaseBench, Row
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import COLUMNS, number, print_notes
-from ditfast.benchmarks.results import new_results
+from ditfast.benchmarks.results import at_least, folder, new_results
 from ditfast.benchmarks.rivals import GRAPH, available_rivals, random_case
 from ditfast.benchmarks.timing import DeviceLost
 from ditfast.commands.arguments import positive
@@ -141,17 +141,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images; default %(default)s")
     names = (EAGER, *BASELINES)
     parser.add_argument("--baselines", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}; default: all")
-    parser.add_argument("--rounds", type=_rounds, metavar="N", help=f"at least {FEWEST_ROUNDS}; default {ROUNDS}")
+    parser.add_argument(
+        "--rounds", type=at_least(FEWEST_ROUNDS), metavar="N", help=f"at least {FEWEST_ROUNDS}; default {ROUNDS}"
+    )
     parser.add_argument("--quick", action="store_true", help=f"no other baseline than eager, {QUICK_ROUNDS} rounds")
     parser.add_argument("--budget", type=positive, metavar="SECONDS", help="of each model; what does not fit is left out")
     add_device_argument(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="writes host.json and host.png there")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="writes host.json and host.png there")
     args = parser.parse_args(argv)
-    if args.out is not None:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"argument --out: got {str(args.out)!r}, expected a folder that can be written: {error}")
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     args.baselines = [name for name in args.baselines or (() if args.quick else BASELINES) if name != EAGER]
     return args
@@ -216,12 +213,6 @@ def _plot(path: Path, rows: Sequence[Row]) -> list[str]:
         title = f"ditfast, {rows[0].model}, {rows[0].depth} blocks, batch {rows[0].batch}, {rows[0].device}"
         host_parts.save_plot(path, title, parts, eager)
     return []
-
-
-def _rounds(text: str) -> int:
-    if not text.isdecimal() or int(text) < FEWEST_ROUNDS:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {FEWEST_ROUNDS}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import ditfast
 from ditfast import ops
 from ditfast.dispatch.plan import forget_plans
 
-from .kernel_cases import OPS, Sizes, arguments
+from .kernel_cases import OPS, Sizes, arguments, as_tuple
 from .rivals import Case, Run
 
 FORWARD, STEP, OP, OP_GRAD, OP_BACKWARD = "forward", "step", "op", "op, gradients wanted", "op with its backward"
@@ -170,11 +170,7 @@ def _op(kind: str, name: str, sizes: Sizes, device: torch.device, dtype: torch.d
     trained = [tensor for tensor in tensors.values() if tensor.requires_grad]
 
     def differentiate() -> None:
-        sums = [output.sum() for output in _tuple(call())]
+        sums = [output.sum() for output in as_tuple(call())]
         torch.autograd.grad(sum(sums[1:], sums[0]), trained)
 
     return Timed(kind, name, differentiate)
-
-
-def _tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import functools
 import math
-import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 
 from ditfast import ops
 from ditfast.dispatch import op, plan
+
+from .plots import saved_figure
 
 MODEL, CHECKS, PLAN, ALLOCATION, AUTOGRAD, LAUNCH = "model", "checks and key", "plan", "allocation", "autograd", "launch"
 PARTS = (MODEL, CHECKS, PLAN, ALLOCATION, AUTOGRAD, LAUNCH)
@@ -153,29 +154,16 @@ def parts_us(
 
 
 def save_plot(path: Path, title: str, parts: Mapping[str, Mapping[str, float]], eager: Mapping[str, float]) -> None:
-    """Draw a bar for each kind of call, cut into its parts, with a line where eager PyTorch's would end.
-
-    Args:
-        path: of the picture.
-        title: above it.
-        parts: microseconds of each part, by the kind of call.
-        eager: microseconds of eager PyTorch, by the kind of call.
-    """
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"figure.dpi": 150, "axes.grid": True, "grid.alpha": 0.3, "savefig.bbox": "tight"})
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.8 * len(parts)), layout="constrained")
-    left = dict.fromkeys(parts, 0.0)
-    for part in PARTS:
-        widths = [own[part] for own in parts.values()]
-        axes.barh(list(parts), widths, 0.6, left=list(left.values()), label=part)
-        left = {kind: before + width for (kind, before), width in zip(left.items(), widths, strict=True)}
-    for place, kind in enumerate(parts):
-        if kind in eager:
-            axes.plot([eager[kind]] * 2, [place - 0.4, place + 0.4], color="black", label=None if place else "eager, whole")
-    axes.invert_yaxis()
-    axes.set(xlabel="host microseconds a call", title=title)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.savefig(path)
-    pyplot.close(figure)
+    """Draw a bar of microseconds for each kind of call, cut into its parts, with a line where eager PyTorch's would end."""
+    with saved_figure(path, figsize=(8, 1 + 0.8 * len(parts))) as axes:
+        left = dict.fromkeys(parts, 0.0)
+        for part in PARTS:
+            widths = [own[part] for own in parts.values()]
+            axes.barh(list(parts), widths, 0.6, left=list(left.values()), label=part)
+            left = {kind: before + width for (kind, before), width in zip(left.items(), widths, strict=True)}
+        for place, kind in enumerate(parts):
+            if kind in eager:
+                axes.plot([eager[kind]] * 2, [place - 0.4, place + 0.4], color="black", label=None if place else "eager, whole")
+        axes.invert_yaxis()
+        axes.set(xlabel="host microseconds a call", title=title)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

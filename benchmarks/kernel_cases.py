@@ -197,6 +197,11 @@ OPS: dict[str, Op] = {
 }
 
 
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """Return an op's results."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
 class Work(NamedTuple):
     """What a call has to do, however it is done."""
 

@@ -28,7 +28,7 @@ import ditfast
 from ditfast import DiTConfig
 from ditfast.benchmarks.gauges import Gauges
 from ditfast.benchmarks.gpu import Gpu
-from ditfast.benchmarks.kernel_cases import OPS, Sizes, Work, arguments, work
+from ditfast.benchmarks.kernel_cases import OPS, Sizes, Work, arguments, as_tuple, work
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import number
 from ditfast.benchmarks.results import new_results
@@ -81,14 +81,14 @@ class OpBench:
         self.sets = [_leaves(copy, tensors) for copy in gauges.rotated(tuple(tensors.values()))]
         generator = torch.Generator().manual_seed(1)
         with ditfast.backend("torch"), torch.no_grad():
-            outputs = _tuple(OPS[op].call(self.sizes, **tensors))
+            outputs = as_tuple(OPS[op].call(self.sizes, **tensors))
         self.upstream = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
         self.work: Work = work(op, tensors, outputs, self.sizes, backward=self.backward)
 
     def run(self, implementation: str, call: Callable[..., Any], tensors: list[Tensor]) -> Outputs:
         """Return outputs, and gradients behind them."""
         with ditfast.backend(IMPLEMENTATIONS[implementation]), torch.set_grad_enabled(self.backward):
-            outputs = _tuple(call(self.sizes, **dict(zip(self.names, tensors, strict=True))))
+            outputs = as_tuple(call(self.sizes, **dict(zip(self.names, tensors, strict=True))))
             if not self.backward:
                 return outputs
             trained = [tensor for tensor in tensors if tensor.requires_grad]
@@ -134,15 +134,7 @@ class OpBench:
 def bench_op(
     case: OpBench, implementation: str, gauges: Gauges, benchmark: Any, label: tuple[str, str, str, int]
 ) -> Found | None:
-    """Parity, then time by pytest-benchmark; None if it was told to time nothing.
-
-    Args:
-        case: to run.
-        implementation: one of ``IMPLEMENTATIONS``.
-        gauges: of the GPU.
-        benchmark: pytest-benchmark's fixture.
-        label: op, direction, model and batch.
-    """
+    """Check parity, then time with pytest-benchmark's fixture, None if it times nothing; label: op, direction, model, batch."""
     call = case.call(implementation)
     case.check(implementation, call)
     replay, calls = case.captured(implementation, call)
@@ -203,10 +195,6 @@ def print_summary(found: list[Found], reporter: Any) -> None:
 
 def _leaves(copy: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> list[Tensor]:
     return [t.detach().requires_grad_(like.requires_grad) for t, like in zip(copy, tensors.values(), strict=True)]
-
-
-def _tuple(outputs: Tensor | Outputs) -> Outputs:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def _error(out: Tensor, exact: Tensor) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,27 @@ def save_plots(folder: Path, rows: list[Row]) -> list[Path]:
     timed = [row for row in rows if row.ms_median is not None and row.model.partition("@")[0] in MODEL_NAMES]
     if not timed:
         return []
+    panels = list(dict.fromkeys((row.dtype, row.batch) for row in timed))
+    paths = [folder / "throughput.png", folder / "ratios.png"]
+    for path, draw in zip(paths, (_draw_throughput, _draw_ratios), strict=True):
+        with saved_figure(path, nrows=len(panels), figsize=(9, 4.5 * len(panels)), squeeze=False) as axes:
+            for place, (dtype, batch) in zip(axes.flat, panels, strict=True):
+                draw(place, [row for row in timed if (row.dtype, row.batch) == (dtype, batch)])
+                place.set_title(f"{dtype}, batch {batch}, {timed[0].device}")
+    return paths
+
+
+@contextlib.contextmanager
+def saved_figure(path: Path, **options: Any) -> Iterator[Any]:
+    """Yield axes, made with these options of ``pyplot.subplots``; their figure is saved when the block ends."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"figure.dpi": 150, "axes.grid": True, "grid.alpha": 0.3, "savefig.bbox": "tight"})
-    panels = list(dict.fromkeys((row.dtype, row.batch) for row in timed))
-    paths = [folder / "throughput.png", folder / "ratios.png"]
-    for path, draw in zip(paths, (_draw_throughput, _draw_ratios), strict=True):
-        figure, axes = pyplot.subplots(len(panels), figsize=(9, 4.5 * len(panels)), squeeze=False, layout="constrained")
-        for place, (dtype, batch) in zip(axes.flat, panels, strict=True):
-            draw(place, [row for row in timed if (row.dtype, row.batch) == (dtype, batch)])
-            place.set_title(f"{dtype}, batch {batch}, {timed[0].device}")
-        figure.savefig(path)
-        pyplot.close(figure)
-    return paths
+    figure, axes = pyplot.subplots(layout="constrained", **options)
+    yield axes
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def _draw_throughput(axes: Any, rows: list[Row]) -> None:
@@ -42,7 +51,8 @@ def _draw_throughput(axes: Any, rows: list[Row]) -> None:
     styles = dict(zip(dict.fromkeys(row.rival for row in rows), itertools.cycle(STYLES), strict=False))
     for rival, style in styles.items():
         for patch, colour in colours.items():
-            line = sorted((r.gmacs, r.images_per_s) for r in rows if r.rival == rival and _patch(r) == patch)
+            own = [row for row in rows if row.rival == rival and row.model.partition("@")[0].endswith(f"/{patch}")]
+            line = sorted((row.gmacs, row.images_per_s) for row in own)
             if line:
                 axes.plot(*zip(*line, strict=True), style, color=colour, markersize=5, label=f"{rival}, patch {patch}")
     axes.set(xscale="log", yscale="log", xlabel="GMACs an image (the paper's Gflops)", ylabel="images / s")
@@ -65,7 +75,3 @@ def _draw_ratios(axes: Any, rows: list[Row]) -> None:
     axes.set(ylabel="times faster (median of each round's ratio)")
     if pairs:
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def _patch(row: Row) -> str:
-    return row.model.partition("@")[0].rpartition("/")[2]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ditfast.commands.arguments import LARGEST_INT, integer
 from ditfast.files import free_path, whole_file
 from ditfast.notebook import html_lines, html_table
 
@@ -42,11 +43,14 @@ class Results:
         """Return what JSON holds."""
         return dataclasses.asdict(self)
 
+    def describe(self) -> str:
+        """Return machine, versions, commit and date on one line."""
+        facts = {**self.machine, **self.versions, "commit": self.commit, "date": self.date}
+        return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+
     def _repr_html_(self) -> str:
         """Return the rows as a table for a notebook, with the machine above and the notes below."""
-        facts = {**self.machine, **self.versions, "commit": self.commit, "date": self.date}
-        heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-        return html_lines(f"{self.bench}: {heading}") + html_table(self.to_dict()["rows"]) + html_lines(*self.notes)
+        return html_lines(f"{self.bench}: {self.describe()}") + html_table(self.to_dict()["rows"]) + html_lines(*self.notes)
 
     def write(self, *paths: Path) -> None:
         """Write the same JSON to each path; it appears whole or not at all.
@@ -61,13 +65,7 @@ class Results:
 
 
 def new_results(bench: str, device: torch.device, command: str | None = None) -> Results:
-    """Return results without rows, of today on this machine.
-
-    Args:
-        bench: name of the bench.
-        device: that runs it.
-        command: that started it.
-    """
+    """Return a bench's results without rows, of today on this machine."""
     date = datetime.now(timezone.utc).date().isoformat()
     return Results(bench, date, environment.commit(), command, environment.machine(device), environment.versions())
 
@@ -89,31 +87,28 @@ def read(path: str | os.PathLike[str]) -> Results:
 
 
 def results_path(device: str, date: str) -> Path:
-    """Return a free path for results to keep: ``benchmarks/results/DEVICE-DATE.json``, in the current folder outside a clone.
-
-    Args:
-        device: its name, of which the file has a slug such as nvidia-h200.
-        date: of the run.
-    """
+    """Return a free path for results to keep: benchmarks/results/DEVICE-DATE.json, in the current folder outside a clone."""
     source = Path(__file__).resolve().parent
-    folder = source / "results" if (source.parent / ".git").exists() else Path.cwd()
+    parent = source / "results" if (source.parent / ".git").exists() else Path.cwd()
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "device"
-    return free_path(folder / f"{slug}-{date}.json")
+    return free_path(parent / f"{slug}-{date}.json")
+
+
+def folder(text: str) -> Path:
+    """Make the folder that an argument names."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder that can be written: {error}") from error
+    return path
 
 
 def new_folder(name: str) -> Callable[[str], Path]:
-    """Return a type of argument for argparse: a folder, which is made, without results of an earlier run.
-
-    Args:
-        name: of the file of results.
-    """
+    """Return a type of argument for argparse: a folder, which is made, without a file ``name`` of an earlier run."""
 
     def parse(text: str) -> Path:
-        path = Path(text)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder that can be written: {error}") from error
+        path = folder(text)
         if (path / name).exists():
             raise argparse.ArgumentTypeError(
                 f"got {text!r}, which has {name} of an earlier run: give another folder, or remove it"
@@ -121,6 +116,11 @@ def new_folder(name: str) -> Callable[[str], Path]:
         return path
 
     return parse
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type of argument for argparse: an integer that is no smaller."""
+    return lambda text: integer(text, least, LARGEST_INT, f"an integer of at least {least}")
 
 
 def rows_as(kind: type, results: Results, path: Path) -> Sequence[Any]:

@@ -167,25 +167,21 @@ def digits_case(dtype_name: str, device: torch.device) -> Case:
 
 def available_rivals(wanted: Sequence[str], *, on_gpu: bool) -> tuple[list[str], list[str]]:
     """Return the rivals that can run here, on a GPU each also under a CUDA graph; and a note for each that cannot."""
-    names, notes = list(dict.fromkeys(wanted)), []
+    skipped: dict[str, str] = {}  # a note for each rival
     compiler = os.environ.get("CXX", "g++")
     if not on_gpu and not shutil.which(compiler):
-        lost, names = [name for name in names if name in COMPILED], [name for name in names if name not in COMPILED]
-        notes += [
-            f"{name}: skipped, torch.compile needs a C++ compiler on CPU and {compiler!r} is not installed" for name in lost
-        ]
-    if any(name in IN_DIFFUSERS for name in names) and importlib.util.find_spec("diffusers") is None:
-        names = [name for name in names if name not in IN_DIFFUSERS]
-        notes.append("diffusers: skipped, it is not installed (pip install diffusers)")
+        why = f"torch.compile needs a C++ compiler on CPU and {compiler!r} is not installed"
+        skipped |= {name: f"{name}: skipped, {why}" for name in COMPILED}
+    if importlib.util.find_spec("diffusers") is None:
+        skipped |= dict.fromkeys(IN_DIFFUSERS, "diffusers: skipped, it is not installed (pip install diffusers)")
     for rival, packages in IN_OPENVINO.items():
-        missing = [package for package in packages if importlib.util.find_spec(package) is None]
-        if rival in names and (on_gpu or missing):
-            names = [name for name in names if name != rival]
-            why = "it runs on CPU only" if on_gpu else f"it needs {' and '.join(missing)} (pip install 'ditfast[openvino]')"
-            notes.append(f"{rival}: skipped, {why}")
+        if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+            skipped[rival] = f"{rival}: skipped, it needs {' and '.join(missing)} (pip install 'ditfast[openvino]')"
     if on_gpu:
-        notes += [f"{name}: skipped, it runs on CPU only" for name in names if name in OURS_IN_INT8]
-        names = [name for name in names if name not in OURS_IN_INT8]
+        skipped |= {name: f"{name}: skipped, it runs on CPU only" for name in (*IN_OPENVINO, *OURS_IN_INT8)}
+    names = [name for name in dict.fromkeys(wanted) if name not in skipped]
+    notes = list(dict.fromkeys(skipped[name] for name in wanted if name in skipped))
+    if on_gpu:
         names += [f"{name}{GRAPH}" for name in names]
     return names, notes
 

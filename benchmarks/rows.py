@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
+from typing import Any
 
 from ditfast import flops
 
@@ -68,14 +69,19 @@ def new_row(case: Case, rival: str, error: float, allowed: float) -> Row:
 
 def fill(row: Row, times: dict[str, list[float]]) -> None:
     """Fill a row's speed from the seconds a forward of every rival in every round."""
+    row.tflops_per_s = row.gflops * row.batch / fill_speed(row, times) / 1e3
+
+
+def fill_speed(row: Any, times: dict[str, list[float]]) -> float:
+    """Fill times, images a second and speedups of a bench's row, and return the median seconds."""
     own = times[row.rival]
     fifths = statistics.quantiles(own, n=5, method="inclusive")
     median = statistics.median(own)
     row.ms_median, row.ms_p20, row.ms_p80 = 1e3 * median, 1e3 * fifths[0], 1e3 * fifths[3]
     row.images_per_s = row.batch / median
-    row.tflops_per_s = row.gflops * row.batch / median / 1e3
     row.speedup_over = {
         rival: statistics.median(theirs / mine for theirs, mine in zip(others, own, strict=True))
         for rival, others in times.items()
         if rival != row.rival
     }
+    return median

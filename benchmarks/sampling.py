@@ -19,11 +19,9 @@ from ditfast import interrupt  # acts while the rest is imported
 import argparse
 import dataclasses
 import functools
-import os
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +32,12 @@ from torch import Tensor
 import ditfast
 from ditfast import DiTConfig, flops, reference, timer
 from ditfast.benchmarks.plain_loop import Loop, plain_loop
+from ditfast.benchmarks.plots import saved_figure
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import COLUMNS
 from ditfast.benchmarks.results import new_folder, new_results
-from ditfast.benchmarks.timing import DeviceLost, describe_failure
+from ditfast.benchmarks.rivals import random_case
+from ditfast.benchmarks.timing import DeviceLost, describe_failure, interleaved
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.devices import add_device_argument
 from ditfast.diffusion import GaussianDiffusion, steps
@@ -81,13 +81,12 @@ class Setting:
 
     def rivals(self) -> dict[str, Callable[[], Loop]]:
         compiled = torch.compile(self.oracle, dynamic=False)
-        table = self._tabulated
         return {
             REFERENCE: lambda: self._plain(self.oracle),
             "compile": lambda: self._plain(compiled),
             "diffusers": self._pipeline,
             "model": lambda: self._plain(self.model),
-            "model+table": lambda: self._plain(table()),
+            "model+table": lambda: self._plain(self._tabulated()),
             "model+shared": lambda: self._plain(self._shared),
             "model+update": lambda: self._plain(self.model, fused_update=True),
             "ditfast": lambda: self._ditfast(self.model),
@@ -111,14 +110,8 @@ class Setting:
 
     def _tabulated(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         places = {step.t: i for i, step in enumerate(self.steps)}
-        tables: list[ModulationTable] = []
-
-        def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            if not tables:  # inside the first step, which pays for it
-                tables.append(ModulationTable(self.model, [step.t for step in self.steps], self.both))
-            return self.model.forward_modulated(x, tables[0].vectors(places[float(t[0])]))
-
-        return model
+        table = functools.cache(lambda: ModulationTable(self.model, list(places), self.both))  # the first step pays for it
+        return lambda x, t, y: self.model.forward_modulated(x, table().vectors(places[float(t[0])]))
 
     def _shared(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.model.forward_modulated(x[: self.batch], self.model.modulation_vectors(t, y))
@@ -129,12 +122,8 @@ class Setting:
         return run.solved(self.steps, Batch(self.labels, range(self.batch), scale))
 
     @functools.cached_property
-    def _in_diffusers(self) -> Any:
-        from diffusers import DiTTransformer2DModel
-
-        with tempfile.TemporaryDirectory() as parent:
-            ditfast.save_checkpoint(self.model, Path(parent) / "model", layout="diffusers")
-            return DiTTransformer2DModel.from_pretrained(Path(parent) / "model", low_cpu_mem_usage=False).eval().to(self.device)
+    def _in_diffusers(self) -> Callable[..., Tensor]:
+        return random_case("", self.config, self.batch, self.device, "fp32").rival("diffusers", {})
 
     def _pipeline(self) -> Loop:
         """diffusers' model and scheduler as its DiTPipeline drives them, without the image decoder."""
@@ -146,7 +135,7 @@ class Setting:
         x = self._noise(0)
         for t in scheduler.timesteps:
             times = t[None].expand(2 * self.batch).to(self.device)
-            output = model(torch.cat([x, x]), timestep=times, class_labels=self.both).sample[:, : x.shape[1]]
+            output = model(torch.cat([x, x]), times, self.both)[:, : x.shape[1]]
             conditional, unconditional = output.chunk(2)
             guided = unconditional + self.cfg_scale * (conditional - unconditional)
             x = scheduler.step(guided, t, x).prev_sample
@@ -163,45 +152,41 @@ def measure(setting: Setting, names: Sequence[str], rounds: int, tick: Callable[
     Raises:
         Exception: the reference failed, or every later call of the GPU would.
     """
-    rivals, running, notes = setting.rivals(), list(names), []
-    times: dict[str, list[list[float]]] = {name: [] for name in names}
+    rivals, notes = setting.rivals(), []
     latents: dict[str, Tensor] = {}
 
-    def step(name: str, loop: Loop) -> float:
-        def advance() -> None:
-            latents[name] = next(loop)
+    def run(names: Iterable[str], steps: int, tick: Callable[[], None]) -> dict[str, list[float]]:
+        loops = {name: rivals[name]() for name in names}
 
-        try:
-            return timer.host_seconds(advance, setting.device)[1]
-        except Exception as error:  # a rival that cannot run must not take the others with it
-            if name == REFERENCE:
-                raise
-            notes.append(describe_failure("sampling", name, error))
-            running.remove(name)
-            return 0.0
+        def advance(name: str) -> None:
+            latents[name] = next(loops[name])
 
-    for name in names:  # compiling, and first touches of memory
-        step(name, rivals[name]())
+        def seconds(name: str, i: int) -> float:
+            return timer.host_seconds(functools.partial(advance, name), setting.device)[1]
+
+        return interleaved(loops, steps, seconds, fail, tick)
+
+    def fail(name: str, error: Exception) -> None:
+        if name == REFERENCE:
+            raise error
+        notes.append(describe_failure("sampling", name, error))
+
+    runs = [run(names, 1, lambda: None)]  # compiles, and touches memory for the first time
     for _ in range(rounds):
-        loops = {name: rivals[name]() for name in running}
-        for name in running:
-            times[name].append([])
-        for i in range(len(setting.steps)):
-            first = i % len(running)
-            for name in running[first:] + running[:first]:
-                times[name][-1].append(step(name, loops[name]))
-            tick()
+        runs.append(run(runs[-1], len(setting.steps), tick))
+    del runs[0]
     exact = latents[REFERENCE]
     rows = []
-    for name in running:
+    for name in runs[-1]:
         error = ((latents[name] - exact).norm() / exact.norm()).item()
-        ratios = [_whole(theirs) / _whole(own) for theirs, own in zip(times[REFERENCE], times[name], strict=True)]
+        own = [times[name] for times in runs]
+        ratios = [_whole(times[REFERENCE]) / _whole(times[name]) for times in runs]
         rows.append(
             Row(
                 rival=name,
-                ms_per_step=1e3 * statistics.median(t for run in times[name] for t in run[1:]),
-                ms_first_step=1e3 * statistics.median(run[0] for run in times[name]),
-                images_per_s=setting.batch / statistics.median(map(_whole, times[name])),
+                ms_per_step=1e3 * statistics.median(t for times in own for t in times[1:]),
+                ms_first_step=1e3 * statistics.median(times[0] for times in own),
+                images_per_s=setting.batch / statistics.median(map(_whole, own)),
                 over_reference=statistics.median(ratios),
                 error=None if name in UNCOMPARED else error,
             )
@@ -234,19 +219,15 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _plot(path: Path, rows: Sequence[Row], title: str) -> None:
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
     colours = ["tab:blue" if row.rival.startswith("ditfast") else "tab:gray" for row in rows]
-    bars = axes.barh([row.rival for row in rows], [row.over_reference for row in rows], color=colours)
-    axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.margins(x=0.1)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.set(title=title, xlabel="times as fast as the reference's plain loop, a whole run")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with saved_figure(path, figsize=(8, 0.4 * len(rows) + 1.2)) as axes:
+        bars = axes.barh([row.rival for row in rows], [row.over_reference for row in rows], color=colours)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.margins(x=0.1)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.invert_yaxis()
+        axes.grid(False)
+        axes.set(title=title, xlabel="times as fast as the reference's plain loop, a whole run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -268,16 +249,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     fix_precision()
     config = DiTConfig(depth=args.depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=args.patch)
     needed = 4 * flops.parameters(config) + sampling_bytes(config, 2 * args.batch, torch.float32, "cuda")
-    if sizes := why_too_large(needed, args.device):
-        parser.exit(
-            1, f"{parser.prog}: the reference's run does not fit into memory ({sizes}): take a smaller --batch or --width\n"
-        )
+    sizes = why_too_large(needed, args.device)
     try:
-        return _run(parser, args, config)
+        if not sizes:
+            return _run(parser, args, config)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        parser.exit(1, f"{parser.prog}: the reference's run does not fit into memory: take a smaller --batch or --width\n")
+    why = f" ({sizes})" if sizes else ""
+    parser.exit(1, f"{parser.prog}: the reference's run does not fit into memory{why}: take a smaller --batch or --width\n")
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, config: DiTConfig) -> int:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ditfast.flops import DeviceSpec
 from ditfast.free_memory import is_out_of_memory
 from ditfast.timer import Call
 
-from .gauges import Gauges, Inputs, first_line
+from .gauges import Gauges, first_line
 from .rivals import COMPILED, GRAPH, LOOSE_BAR, Case, Run, kind_of, loose
 from .rows import Row, fill, new_row
 
@@ -32,13 +32,6 @@ OUT_OF_MEMORY = "out of memory: take a smaller batch, and look with nvidia-smi f
 
 class DeviceLost(Exception):
     """An error after which CUDA answers nothing in this process."""
-
-
-class Bar(NamedTuple):
-    """A threshold: outputs may be this far from the exact ones."""
-
-    exact: Tensor
-    allowed: float
 
 
 class First(NamedTuple):
@@ -87,6 +80,36 @@ def bench_case(
     return bench.rows, bench.all_remarks()
 
 
+def interleaved(
+    names: Iterable[str],
+    rounds: int,
+    seconds: Callable[[str, int], float],
+    fail: Callable[[str, Exception], None],
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Let rivals take turns; who begins a round moves on with each. Return each round's seconds of those that never failed.
+
+    Args:
+        names: of the rivals.
+        rounds: in which each runs once.
+        seconds: runs a rival in a round, and returns what it took.
+        fail: is told of a rival that raised.
+        tick: called after each round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        order = list(times)
+        first = i % max(1, len(order))
+        for name in order[first:] + order[:first]:
+            try:
+                times[name].append(seconds(name, i))
+            except Exception as error:  # one that cannot run must not take the others with it
+                fail(name, error)
+                del times[name]
+        tick()
+    return times
+
+
 def describe_failure(title: str, rival: str, error: Exception) -> str:
     """Return one line on a rival that failed.
 
@@ -109,7 +132,7 @@ class _CaseBench:
         self.gpu = None if gauges is None else gauges.gpu
         self.inputs = case.inputs()
         self.compared = torch.tensor(compared_samples(case.config, case.batch), device=case.device)
-        self.bars: dict[str | Flavour, Bar] = {}
+        self.bars: dict[str | Flavour, tuple[Tensor, float]] = {}
         self.rows: list[Row] = []
         self.remarks: list[str] = []
         self.started: dict[str, First] = {}
@@ -142,8 +165,8 @@ class _CaseBench:
             title = self.case.title
             self.remarks.append(f"{title}: {name} is off by {row.error:.1e}, {allowed:.1e} allowed; not timed")
 
-    def _bar(self, name: str) -> Bar:
-        """1.1 times eager PyTorch's error in the case's dtype, plus one unit roundoff."""
+    def _bar(self, name: str) -> tuple[Tensor, float]:
+        """Return exact outputs and the error allowed: 1.1 times eager PyTorch's in the case's dtype, plus one unit roundoff."""
         case = self.case.arithmetic_of(name)
         flavour = case.config.flavour
         if flavour not in self.bars:
@@ -151,7 +174,7 @@ class _CaseBench:
             x, t, y = (tensor[self.compared] for tensor in self.inputs)
             exact = case.reference(torch.float64)(x.double(), t, y)
             allowed = 1.1 * _error(case.reference()(x, t, y), exact) + UNIT_ROUNDOFF[case.dtype]
-            self.bars[flavour] = Bar(exact, allowed)
+            self.bars[flavour] = exact, allowed
         return self.bars[flavour]
 
     def _first_call(self, name: str) -> First:
@@ -176,9 +199,9 @@ class _CaseBench:
 
     # -------------------------------------------------------------- time
     def time(self, rounds: int) -> None:
-        """Fill the times of all rows whose parity holds; who begins a round moves on with each."""
+        """Fill the times of all rows whose parity holds."""
         rotation = itertools.cycle([self.inputs] if self.gauges is None else self.gauges.rotated(self.inputs))
-        self.calls = {name: _call(first.run, rotation) for name, first in self.started.items()}
+        self.calls = {name: lambda run=first.run: run(*next(rotation)) for name, first in self.started.items()}  # type: ignore[misc]
         repeats: dict[str, int] = {}
         for name, call in list(self.calls.items()):
             try:
@@ -186,18 +209,13 @@ class _CaseBench:
                 repeats[name] = max(1, math.ceil(SHORTEST_ROUND_S / self._seconds(call, 1)))
             except Exception as error:
                 self._fail(name, error)
-        times: dict[str, list[float]] = {name: [] for name in self.calls}
-        for i in range(rounds):
+
+        def seconds(name: str, i: int) -> float:
             self.show(f"round {i + 1} of {rounds}")
-            order = list(self.calls)
-            first = i % max(1, len(order))
             meanwhile = functools.partial(self._read_clock, {0: self.clocks[0], rounds - 1: self.clocks[1]}.get(i))
-            for name in order[first:] + order[:first]:
-                try:
-                    times[name].append(self._seconds(self.calls[name], repeats[name], meanwhile))
-                except Exception as error:
-                    self._fail(name, error)
-                    del times[name]
+            return self._seconds(self.calls[name], repeats[name], meanwhile)
+
+        times = interleaved(self.calls, rounds, seconds, self._fail)
         self.seconds = {name: own[-1] for name, own in times.items()}
         for row in self.rows:
             if row.rival in times:
@@ -272,10 +290,6 @@ def _roofline(row: Row, case: Case, peaks: DeviceSpec | None) -> tuple[float | N
         return None, None
     bound = flops.floor_ms(case.config, case.batch, case.dtype, peaks)
     return bound, bound / row.ms_median
-
-
-def _call(run: Run, rotation: itertools.cycle[Inputs]) -> Call:
-    return lambda: run(*next(rotation))
 
 
 def _error(out: Tensor, exact: Tensor) -> float:

@@ -15,27 +15,26 @@ from ditfast import interrupt  # acts while the rest is imported
 import argparse
 import dataclasses
 import multiprocessing
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
 
 import ditfast
 from ditfast import DiTConfig, flops, reference, timer
 from ditfast.benchmarks.precision import fix_precision
 from ditfast.benchmarks.report import COLUMNS, number, print_notes
-from ditfast.benchmarks.results import new_folder, new_results
-from ditfast.benchmarks.timing import DeviceLost, describe_failure
+from ditfast.benchmarks.results import at_least, new_folder, new_results
+from ditfast.benchmarks.rows import fill_speed
+from ditfast.benchmarks.timing import DeviceLost, describe_failure, interleaved
 from ditfast.benchmarks.weights import load, random_weights
 from ditfast.config import MODEL_NAMES
 from ditfast.devices import add_device_argument, find_device
@@ -45,7 +44,7 @@ from ditfast.interrupt import keeping, shielding_children
 from ditfast.terminal import HelpFormatter, make_console, new_table, print_table, say, track_progress
 from ditfast.training import TrainSettings
 from ditfast.training.averages import Averages
-from ditfast.training.data import Batch, Record
+from ditfast.training.data import Batch, Pairs
 from ditfast.training.objective import Objective
 from ditfast.training.speed import BACKWARD, peak_flops, peak_memory
 from ditfast.training.step import Stepper, freeze_label_dropout
@@ -76,27 +75,6 @@ class Rival(NamedTuple):
         return ":".join([self.kind, self.dtype, *["checkpoint"] * self.checkpointed])
 
 
-class Latents:
-    """Random ones, the same every time."""
-
-    fingerprint = "random"
-
-    def __init__(self, config: DiTConfig, count: int):
-        self.input_shape, self.num_classes = config.input_shape, config.num_classes
-        generator = torch.Generator().manual_seed(0)
-        self.values = torch.randn(count, *config.input_shape, generator=generator)
-        self.labels = torch.randint(config.num_classes, (count,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> Record:
-        return Record(self.values[index], int(self.labels[index]))
-
-    def clean(self, values: Tensor, flips: Tensor, noise: Tensor) -> Tensor:
-        return values
-
-
 class Training:
     """A rival's model, optimizer and average, and the steps it took."""
 
@@ -116,8 +94,11 @@ class Training:
         settings = TrainSettings(steps=10**9, batch=batch, dtype=rival.dtype)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=settings.rate, weight_decay=0.0, fused=True)
-        data = Latents(config, batch)
-        self.batch = Batch(0, list(range(batch)), data.values, data.labels)
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(batch, *config.input_shape, generator=generator)
+        labels = torch.randint(config.num_classes, (batch,), generator=generator)
+        data = Pairs(TensorDataset(latents, labels), config.num_classes)
+        self.batch = Batch(0, list(range(batch)), latents, labels)
         self.stepper = Stepper(
             model,
             config,
@@ -165,7 +146,9 @@ def measure(
     Raises:
         DeviceLost: no later call of CUDA can succeed.
     """
-    rows, trainings, remarks = [], {}, []
+    rows: list[Row] = []
+    trainings: dict[str, Training] = {}
+    remarks: list[str] = []
     for rival in rivals:
         if sizes := why_too_large(_least_peak(rival, config, batch), device):
             remarks.append(f"{model}: {rival} skipped, as it takes {sizes}: take a smaller --batch")
@@ -180,58 +163,33 @@ def measure(
             continue
         trainings[str(rival)] = training
         rows.append(Row(model, str(rival), batch, device.type, time.perf_counter() - start, loss, memory / 1e9))
-    times, failures = _interleaved(model, trainings, rounds, device)
+
+    def seconds(rival: str, i: int) -> float:
+        progress.update(rival)
+        return timer.host_seconds(trainings[rival].step, device)[1]
+
+    def fail(rival: str, error: Exception) -> None:
+        remarks.append(describe_failure(model, rival, error))
+        del trainings[rival]
+
+    with track_progress("training", rounds + 1, "rounds") as progress:
+        times = interleaved(trainings, rounds + 1, seconds, fail, progress.advance)
+    times = {rival: own[1:] for rival, own in times.items()}  # the first round warms up
     rows = [row for row in rows if row.rival in times]
+    operations = (1 + BACKWARD) * flops.flops(config) * batch
     for row in rows:
-        _fill(row, times, config, device)
-        baseline, allowed = rows[0].first_loss, LARGEST_DIFFERENCE[Rival.parse(row.rival).dtype]
+        dtype = Rival.parse(row.rival).dtype
+        row.mfu = operations / fill_speed(row, times) / peak_flops(device, DTYPES[dtype])
+        baseline, allowed = rows[0].first_loss, LARGEST_DIFFERENCE[dtype]
         if not abs(row.first_loss - baseline) <= allowed * abs(baseline):
             remarks.append(f"{model}: {row.rival} begins with the loss {row.first_loss:.6f}, {rows[0].rival} {baseline:.6f}")
-    return rows, remarks + failures
+    return rows, remarks
 
 
 def _least_peak(rival: Rival, config: DiTConfig, batch: int) -> int:
     """Return bytes that a rival's step surely takes; what is kept by compilers and others' checkpointing is not counted."""
     kept = 0 if rival.checkpointed or rival.kind not in ("eager", "ditfast") else batch
     return flops.training_bytes(config, kept, DTYPES[rival.dtype], "keep").least_peak(accumulates=False)
-
-
-def _interleaved(
-    model: str, trainings: dict[str, Training], rounds: int, device: torch.device
-) -> tuple[dict[str, list[float]], list[str]]:
-    """Return seconds of a step, a value each round, and remarks on failures; who begins a round moves on with each."""
-    times: dict[str, list[float]] = {name: [] for name in trainings}
-    remarks = []
-    with track_progress("training", rounds, "rounds") as progress:
-        for i in range(-1, rounds):  # the first one warms up
-            order = list(times)
-            first = i % max(1, len(order))
-            for name in order[first:] + order[:first]:
-                progress.update(name)
-                try:
-                    _, seconds = timer.host_seconds(trainings[name].step, device)
-                except Exception as error:
-                    remarks.append(describe_failure(model, name, error))
-                    del times[name], trainings[name]
-                    continue
-                if i >= 0:
-                    times[name].append(seconds)
-            progress.advance(i >= 0)
-    return times, remarks
-
-
-def _fill(row: Row, times: dict[str, list[float]], config: DiTConfig, device: torch.device) -> None:
-    own = times[row.rival]
-    fifths, median = statistics.quantiles(own, n=5, method="inclusive"), statistics.median(own)
-    row.ms_median, row.ms_p20, row.ms_p80 = 1e3 * median, 1e3 * fifths[0], 1e3 * fifths[3]
-    row.images_per_s = row.batch / median
-    operations = (1 + BACKWARD) * flops.flops(config) * row.batch
-    row.mfu = operations / median / peak_flops(device, DTYPES[Rival.parse(row.rival).dtype])
-    row.speedup_over = {
-        name: statistics.median(theirs / mine for theirs, mine in zip(others, own, strict=True))
-        for name, others in times.items()
-        if name != row.rival
-    }
 
 
 def _peak_memory(rival: Rival, config: DiTConfig, batch: int, device: torch.device) -> int:
@@ -276,12 +234,6 @@ def _print(console: Console, rows: Sequence[Row]) -> None:
     )
 
 
-def _rounds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 2")
-    return int(text)
-
-
 @shortage_exits("benchmarks/training.py")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/training.py", description=__doc__, formatter_class=HelpFormatter)
@@ -290,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, metavar="N", help="images; default: 32; on a CPU 8")
     parser.add_argument("--rivals", nargs="+", type=Rival.parse, metavar="KIND:DTYPE[:checkpoint]", help="default: all of them")
     parser.add_argument(
-        "--rounds", type=_rounds, default=7, metavar="N", help="steps that count, at least 2; default %(default)s"
+        "--rounds", type=at_least(2), default=7, metavar="N", help="steps that count, at least 2; default %(default)s"
     )
     add_device_argument(parser)
     parser.add_argument("--out", type=new_folder("training.json"), metavar="DIR", help="writes training.json there")
@@ -300,37 +252,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     models, batch = args.models or ["DiT-XL/2" if on_cuda else "DiT-B/4"], args.batch or (32 if on_cuda else 8)
     rivals = args.rivals or [Rival.parse(text) for text in (CUDA_RIVALS if on_cuda else CPU_RIVALS)]
     console = make_console(piped=COLUMNS)
-    rows: list[Row] = []
-    notes: list[str] = []
+    results = new_results("training", args.device)
+    paths = [] if args.out is None else [args.out / JSON]
     for model in models:
         config = DiTConfig.from_name(model)
         if args.depth is not None:
             config = dataclasses.replace(config, depth=args.depth)
         try:
-            with keeping(partial(_kept, args.out, rows)):
-                found, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
+            with keeping(
+                lambda: f"rows in {paths[0]}: {len(results.rows)}" if paths and results.rows else "no row was written"
+            ):
+                rows, remarks = measure(model, config, rivals, batch, args.rounds, args.device)
         except DeviceLost as error:
-            notes.append(str(error))
+            results.notes.append(str(error))
             break
-        rows += found
-        notes += remarks
-        if found:
-            _print(console, found)
-        _write(args, rows, notes)
-    print_notes(console, notes)
-    _write(args, rows, notes)
-    return 1 if notes else 0
-
-
-def _write(args: argparse.Namespace, rows: list[Row], notes: list[str]) -> None:
-    if args.out is not None:
-        results = new_results("training", args.device)
-        results.rows, results.notes = rows, notes
-        results.write(args.out / JSON)
-
-
-def _kept(out: Path | None, rows: list[Row]) -> str:
-    return f"rows in {out / JSON}: {len(rows)}" if out is not None and rows else "no row was written"
+        results.rows += rows
+        results.notes += remarks
+        if rows:
+            _print(console, rows)
+        results.write(*paths)
+    print_notes(console, results.notes)
+    results.write(*paths)
+    return 1 if results.notes else 0
 
 
 if __name__ == "__main__":

@@ -39,15 +39,7 @@ def load(
     *,
     copy: bool = False,
 ) -> Model:
-    """Return a model with these weights, without drawing its initial ones.
-
-    Args:
-        kind: ``ditfast.DiT`` or ``reference.DiT``.
-        config: of the model.
-        weights: in the official layout; shared with the model unless ``copy``.
-        device: of the model.
-        copy: give the model its own memory.
-    """
+    """Return a model with these weights (official layout), its own copy of them if ``copy``, without drawing initial ones."""
     with torch.device("meta"):
         model = kind(config)
     own = {name: weight.to(device, copy=True) if copy else weight.to(device) for name, weight in weights.items()}

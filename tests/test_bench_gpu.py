@@ -263,7 +263,7 @@ def gpu_defaults(tmp_path: Path, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyP
 def test_defaults_on_a_gpu_without_diffusers() -> None:
     args = bench.parse_arguments([])
     assert (args.device, args.dtype, args.batch) == (CUDA, ["bf16"], [1, 8, 32, 128])
-    assert [wanted.model for wanted in args.models] == ["DiT-XL/2", "DiT-B/2", "DiT-S/2", "DiT-L/4", "DiT-S/8"]
+    assert [model for model, _ in args.models] == ["DiT-XL/2", "DiT-B/2", "DiT-S/2", "DiT-L/4", "DiT-S/8"]
     (*plans, digits), notes = bench._plans(args)
     for plan in plans:
         plain = ["eager", *["compile"] * (plan.case.batch in (1, 32)), "ditfast"]

@@ -46,7 +46,7 @@ def has_diffusers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 def test_defaults_on_cpu(has_diffusers: bool, tmp_path: Path) -> None:
     args = bench.parse_arguments(["--device", "cpu", "--out", str(tmp_path)])
-    assert [wanted.model for wanted in args.models] == ["DiT-S/8", "DiT-S/2", "DiT-B/4"]
+    assert [model for model, _ in args.models] == ["DiT-S/8", "DiT-S/2", "DiT-B/4"]
     assert args.batch == [1]
     (*models, digits), notes = plans_of(tmp_path)
     expected = ["eager", "compile", *["diffusers"] * has_diffusers, "ditfast"]
@@ -158,12 +158,16 @@ def test_the_estimate_names_its_constants(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_an_estimate_follows_the_host_and_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = estimate.Work(DiTConfig.from_name("DiT-S/8"), 1, "fp32", ["eager", "compile"])
+    case = rivals.random_case("DiT-S/8", DiTConfig.from_name("DiT-S/8"), 1, CPU, "fp32")
     found = {}
     for slowness in (1, 3):
         monkeypatch.setattr(estimate, "_seconds", lambda run, slowness=slowness: slowness * estimate.PROBE_S)
         estimator = estimate.Estimator(CPU, None, 7)
-        found[slowness] = estimator.case(work), estimator.start(), estimator.compiling([(12, False)] * 3, 2)
+        found[slowness] = (
+            estimator.case(case, ["eager", "compile"]),
+            estimator.start(),
+            estimator.compiling([(12, False)] * 3, 2),
+        )
     assert found[3][1:] == pytest.approx([3 * seconds for seconds in found[1][1:]])
     assert 2 < found[3][0] / found[1][0] < 3  # short rounds are filled up, on a fast machine more than on a slow one
     c = estimator.constants
@@ -177,9 +181,11 @@ def test_the_default_on_a_cpu_ends_in_four_minutes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(estimate, "_seconds", lambda run: estimate.PROBE_S)
     estimator = estimate.Estimator(CPU, None, 7)
     plans, _ = plans_of(tmp_path)
-    estimator.timed = {tuple(plan.work()[:3]): 1e-3 * milliseconds[plan.case.model] for plan in plans}
+    estimator.timed = {
+        (plan.case.config, plan.case.batch, plan.case.dtype_name): 1e-3 * milliseconds[plan.case.model] for plan in plans
+    }
     jobs = [(job.blocks, False) for plan in plans for job in plan.jobs()]
-    seconds = estimator.start() + sum(estimator.case(plan.work()) for plan in plans) + estimator.compiling(jobs, 2)
+    seconds = estimator.start() + sum(estimator.case(plan.case, plan.rivals) for plan in plans) + estimator.compiling(jobs, 2)
     assert len(jobs) == len(bench.QUICK_MODELS["cpu"])
     assert 60 < seconds < 200
 
@@ -194,7 +200,7 @@ def test_the_default_on_a_gpu_ends_in_ten_minutes() -> None:
         for batch in bench.BATCHES["cuda"]:
             names = [name for name in bench.QUICK_RIVALS if name != "compile" or batch in bench.COMPILED_BATCHES]
             names += [f"{name}+graph" for name in names]
-            seconds += estimator.case(estimate.Work(config, batch, "bf16", names))
+            seconds += estimator.case(rivals.random_case(model, config, batch, device, "bf16"), names)
             jobs += [(config.depth, False) for name in ("compile", "ditfast") if name in names]
     seconds += estimator.compiling(jobs, 16)
     assert 120 < seconds < 600
