@@ -51,8 +51,8 @@ def claimed(
 def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int = 0, caller: Caller = PYTHON) -> None:
     """Makes the run's folder, or finds that it is this run's: the settings, which JSON takes, decide the weights.
 
-    An earlier run may be there if ``resume``; the checkpoints to come take ``needed`` bytes at most. Errors tell ``caller`` what
-    goes on with a run.
+    An earlier run may be there if ``resume``; the checkpoints to come take ``needed`` bytes at most. Errors tell
+    ``caller`` how to go on with a run.
 
     Raises:
         RunError: it cannot be written, is a file, holds something else or another run, or this run while ``resume`` is False;
