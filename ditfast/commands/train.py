@@ -177,8 +177,8 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
             parallel=args.parallel,
             decode=decode,
             on_step=on_step,
-            caller=CALLER,
         )
+        trainer.caller = CALLER
         weights = trainer.run(resume=args.resume == "auto")
     if ranks.rank == 0:
         say(f"{weights}: {settings.steps} steps of {settings.batch}, average {settings.ema[0]:g}, {trainer.skipped} skipped")

@@ -30,7 +30,7 @@ from .averages import Averages
 from .checkpoints import CheckpointFault, Checkpoints, start_at_zero
 from .data import Data, Stream, as_data
 from .determinism import check_workspace, deterministic
-from .errors import PYTHON, Caller, RunError, TrainingInterrupted, TrainingStopped
+from .errors import PYTHON, RunError, TrainingInterrupted, TrainingStopped
 from .evaluation import evaluate, preview
 from .export import check_exportable, exported_state, predicting, source_of, trained_for
 from .folder import claimed
@@ -67,7 +67,6 @@ class Trainer:
         parallel: ``"ddp"`` or ``"fsdp"``, of several ranks.
         decode: latents [N, C, H, W] to images [N, 1 or 3, H', W'] in [-1, 1], for samples; None where they are images.
         on_step: called after each step with its report, the number of steps done, and the speed (progress).
-        caller: names in messages; a command gives its own.
 
     Raises:
         DataError: a dataset's records are no such pairs.
@@ -89,10 +88,9 @@ class Trainer:
         parallel: str = "ddp",
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         on_step: Callable[[StepReport, int, Speed], None] = lambda report, done, speed: None,
-        caller: Caller = PYTHON,
     ):
         _check_kinds(model, settings, out, options, ranks, parallel, decode, on_step)
-        self.caller = caller
+        self.caller = PYTHON  # a command puts its own names here
         self.settings, self.out = settings, Path(out)
         self.options = options or RunOptions()
         self.ranks = ranks or Ranks()
@@ -130,7 +128,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, self.options.keep, self.ranks)
         of_trained = 2 + len(settings.ema)  # AdamW's moments, and averages
         state = [*model.parameters(), *of_trained * [*trained.values()]]
-        self.unsaved = Unsaved(self.out, sum(tensor.nbytes for tensor in state), caller)
+        self.unsaved = Unsaved(self.out, sum(tensor.nbytes for tensor in state))
         self.skipped = 0
         self.skipped_in_a_row = 0
 
@@ -186,7 +184,9 @@ class Trainer:
         return self._export()
 
     def _announce_interrupt(self, last: bool) -> str | None:
-        return None if self.ranks.rank else f"{self.caller.program}: {self.unsaved.describe_interrupt(last)}"
+        return (
+            None if self.ranks.rank else f"{self.caller.program}: {self.unsaved.describe_interrupt(last, self.caller.resume)}"
+        )
 
     def _stream(self) -> Iterator[Any]:
         left = self.settings.steps - self.done

@@ -10,16 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import PYTHON, Caller
-
 PROBE_BYTES = 8 * 2**20
 
 
 class Unsaved:
-    """Steps since the newest checkpoint, and how long another one of ``state_bytes`` takes; Ctrl-C tells ``caller`` of them."""
+    """Steps since the newest checkpoint, and how long another one of ``state_bytes`` takes."""
 
-    def __init__(self, folder: Path, state_bytes: int, caller: Caller = PYTHON):
-        self.folder, self.state_bytes, self.caller = folder, state_bytes, caller
+    def __init__(self, folder: Path, state_bytes: int):
+        self.folder, self.state_bytes = folder, state_bytes
         self.saving_seconds: float | None = None  # of the last checkpoint that was written
         self._step_seconds = 0.0
         self.begin(None)
@@ -42,12 +40,12 @@ class Unsaved:
         self.begin(path)
         self.saving_seconds = self._since - start
 
-    def describe_interrupt(self, last: bool) -> str:
-        """Return what the first Ctrl-C does, or what the last one costs."""
+    def describe_interrupt(self, last: bool, resume: str) -> str:
+        """Return what the first Ctrl-C does, or what the last one costs; ``resume`` names what goes on with a run."""
         steps = f"{self.steps} step{'s' * (self.steps != 1)} ({describe_seconds(time.monotonic() - self._since)})"
         since = "taken so far" if self.newest is None else f"since {self.newest}"
         if last:
-            rest = "no checkpoint is there" if self.newest is None else f"{self.caller.resume} goes on from it"
+            rest = "no checkpoint is there" if self.newest is None else f"{resume} goes on from it"
             return f"interrupted at once; lost: {steps} {since}; {rest}"
         seconds = self._estimate()
         about = "in a few seconds" if seconds is None else f"in about {describe_seconds(seconds)}"

@@ -206,22 +206,29 @@ def test_what_ctrl_c_costs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(unsaved, "_write_seconds", lambda folder: 2.0)
     now[0] = 4.0
     steps.count_step()
-    assert steps.describe_interrupt(False).endswith("and ends, in about 10 s; once more loses 1 step (4 s) taken so far")
-    assert steps.describe_interrupt(True) == "interrupted at once; lost: 1 step (4 s) taken so far; no checkpoint is there"
+    assert steps.describe_interrupt(False, "resume").endswith(
+        "and ends, in about 10 s; once more loses 1 step (4 s) taken so far"
+    )
+    assert (
+        steps.describe_interrupt(True, "resume")
+        == "interrupted at once; lost: 1 step (4 s) taken so far; no checkpoint is there"
+    )
     path = tmp_path / "step-00000001"
     with steps.saving(path):
         now[0] += 150
     for _ in range(2):
         now[0] += 100
         steps.count_step()
-    assert steps.describe_interrupt(False).endswith(f"in about 4.2 min; once more loses 2 steps (3.3 min) since {path}")
-    end = f"lost: 2 steps (3.3 min) since {path}; run(resume=True) goes on from it"
-    assert steps.describe_interrupt(True) == f"interrupted at once; {end}"
+    assert steps.describe_interrupt(False, "resume").endswith(
+        f"in about 4.2 min; once more loses 2 steps (3.3 min) since {path}"
+    )
+    end = f"lost: 2 steps (3.3 min) since {path}; resume goes on from it"
+    assert steps.describe_interrupt(True, "resume") == f"interrupted at once; {end}"
 
 
 def test_a_disk_that_tells_no_speed_promises_none(tmp_path: Path) -> None:
-    assert "in a few seconds" in unsaved.Unsaved(tmp_path / "missing", 1).describe_interrupt(False)
-    assert "in about 1 s" in unsaved.Unsaved(tmp_path, 1).describe_interrupt(False)
+    assert "in a few seconds" in unsaved.Unsaved(tmp_path / "missing", 1).describe_interrupt(False, "resume")
+    assert "in about 1 s" in unsaved.Unsaved(tmp_path, 1).describe_interrupt(False, "resume")
 
 
 @pytest.fixture
