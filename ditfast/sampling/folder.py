@@ -27,6 +27,22 @@ class RunStopped(RuntimeError):
     """A run that ended early; every file there is whole, and the same run goes on from there."""
 
 
+def check_content(record: Path, written: str, error: type[ValueError]) -> None:
+    """Raise unless a run's folder holds nothing but the run whose ``record`` would be written, or nothing at all."""
+    folder = record.parent
+    names = [entry.name for entry in visible_entries(folder)]
+    if not record.exists():  # looked for last: it comes into being before any other file
+        if names:
+            raise error(f"{folder}: holds {names[0]} and no {record.name}, expected an empty folder or an earlier run's")
+        return
+    try:
+        differing = differences(json.loads(record.read_text("utf-8"))["settings"], json.loads(written)["settings"])
+    except (ValueError, LookupError, TypeError, AttributeError) as fault:
+        raise error(f"{record}: does not hold a run's settings") from fault
+    if differing:
+        raise error(f"{folder}: holds a run with other settings: {differing}; give another folder")
+
+
 class RunFolder:
     """Files 0..num-1 as ``000000.png``, ``000001.png`` and so on, and a record, which says how they are made.
 
@@ -71,14 +87,14 @@ class RunFolder:
         written = json.dumps({"settings": settings, "about": about}, indent=2) + "\n"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check_content(json.loads(written)["settings"])
+            check_content(self.path / self.record, written, FolderError)
             with tempfile.TemporaryFile(dir=self.path, prefix=".") as probe:
                 probe.write(bytes(_ROOM_OF_A_FILE))
             needed = len(self.missing()) * (file_bytes + _ROOM_OF_A_FILE) + other_bytes
             check_room(self.path, needed, f"{self.content}s")
             with whole_file(self.path / self.record, keep=True) as record:
                 record.write_text(written, "utf-8")
-            self._check_content(json.loads(written)["settings"])  # of two runs that begin at once, one is first
+            check_content(self.path / self.record, written, FolderError)  # of two runs that begin at once, one is first
         except (FileExistsError, NotADirectoryError) as error:
             raise FolderError(f"{self.path}: a file is in the way") from error
         except OSError as error:
@@ -110,23 +126,6 @@ class RunFolder:
         """Removes what killed processes left half-written, once everything is there."""
         for leftover in self.path.glob(f".*{PART}"):
             leftover.unlink(missing_ok=True)
-
-    def _check_content(self, settings: Mapping[str, Any]) -> None:
-        names = [entry.name for entry in visible_entries(self.path)]
-        record = self.path / self.record  # looked for last: it comes into being before any other file
-        if not record.exists():
-            if names:
-                raise FolderError(
-                    f"{self.path}: holds {names[0]} and no {self.record}, expected an empty folder or an earlier run's"
-                )
-            return
-        try:
-            was = json.loads(record.read_text("utf-8"))["settings"]
-            differing = differences(was, settings)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise FolderError(f"{record}: does not hold a run's settings") from error
-        if differing:
-            raise FolderError(f"{self.path}: holds a run with other settings: {differing}; give another folder")
 
 
 class ImageFolder(RunFolder):

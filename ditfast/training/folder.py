@@ -10,13 +10,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import check_room, visible_entries, whole_file
+from ..files import check_room, whole_file
+from ..sampling.folder import RECORD, check_content
 from ..sampling.ranks import Ranks
 from ..sampling.settings import differences, versions
 from .errors import PYTHON, Caller, RunError
 from .parallel import told
 
-RECORD = "run.json"
 LOCK = ".lock"
 WITH_CHECKPOINTS = "checkpoints, with --keep of them on the disk and one that is being written,"
 
@@ -51,8 +51,8 @@ def claimed(
 def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int = 0, caller: Caller = PYTHON) -> None:
     """Makes the run's folder, or finds that it is this run's: the settings, which JSON takes, decide the weights.
 
-    An earlier run may be there if ``resume``; the checkpoints to come take ``needed`` bytes at most. Errors tell
-    ``caller`` how to go on with a run.
+    An earlier run may be there if ``resume``; the checkpoints to come take ``needed`` bytes at most. Errors tell ``caller`` how
+    to go on with a run.
 
     Raises:
         RunError: it cannot be written, is a file, holds something else or another run, or this run while ``resume`` is False;
@@ -60,35 +60,21 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool, needed: int =
     """
     record = folder / RECORD
     written = json.dumps({"settings": settings, "versions": versions()}, indent=2) + "\n"
-    new_settings = json.loads(written)["settings"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not record.exists():
-            names = [entry.name for entry in visible_entries(folder)]
-            if names:
-                raise RunError(f"{folder}: holds {names[0]} and no {RECORD}, expected an empty folder or an earlier run's")
-            check_room(folder, needed, WITH_CHECKPOINTS)
+        there = record.exists()
+        if there and not resume:
+            raise RunError(f"{folder}: holds a run already; {caller.resume} goes on with it")
+        check_content(record, written, RunError)
+        check_room(folder, needed, WITH_CHECKPOINTS)
+        if not there:
             with whole_file(record, keep=True) as temporary:
                 temporary.write_text(written, "utf-8")
-            _check_same(record, new_settings)  # of two runs that begin at once, one is first
-        elif not resume:
-            raise RunError(f"{folder}: holds a run already; {caller.resume} goes on with it")
-        else:
-            _check_same(record, new_settings)
-            check_room(folder, needed, WITH_CHECKPOINTS)
+            check_content(record, written, RunError)  # of two runs that begin at once, one is first
     except (FileExistsError, NotADirectoryError) as error:
         raise RunError(f"{folder}: a file is in the way") from error
     except OSError as error:
         raise _unwritable(folder, error) from error
-
-
-def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
-    try:
-        differing = differences(json.loads(record.read_text("utf-8"))["settings"], settings)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"{record}: does not hold a run's settings") from error
-    if differing:
-        raise RunError(f"{record.parent}: holds a run with other settings: {differing}; give another folder")
 
 
 def _unwritable(folder: Path, error: OSError) -> RunError:
