@@ -15,7 +15,7 @@ from ..dispatch.op import Op, TritonOp
 from ..dispatch.override import ATTENTION_BACKENDS
 from ..dispatch.selection import check_possible, choose, select_backend
 from ..dispatch.shapes import OpShape
-from .cpu_products import torch_attention
+from .cpu_products import save_attention, torch_attention
 
 
 def attention(qkv: Tensor | tuple[Tensor, Tensor, Tensor], engine: str | None = None) -> Tensor:
@@ -60,7 +60,6 @@ def _select_apart(engine: str | None, q: Tensor, k: Tensor, v: Tensor, training:
 
 
 def _select(engine: str | None, x: Tensor, shape: Sequence[int], training: bool) -> str:
-    """Select for x and the shape [B, T, H, d] of its heads."""
     B, *sizes = shape
     rows = B * sizes[0]
     if engine is None:
@@ -120,12 +119,6 @@ def _fake(qkv: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     return qkv.new_empty((B, T, H * d)), qkv.new_empty((B, H, T) if training else (0,), dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(inputs[0], out, lse)
-
-
 def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return _backward_op(dout, *ctx.saved_tensors), None
 
@@ -134,7 +127,9 @@ def _backward_fake(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tenso
     return qkv.new_empty(qkv.shape)
 
 
-_triton = TritonOp("attention(Tensor qkv, bool training) -> (Tensor, Tensor)", _fake, save=_save, backward=_backward, outputs=1)
+_triton = TritonOp(
+    "attention(Tensor qkv, bool training) -> (Tensor, Tensor)", _fake, save=save_attention, backward=_backward, outputs=1
+)
 _backward_op = TritonOp("attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse) -> Tensor", _backward_fake)
 
 

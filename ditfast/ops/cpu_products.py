@@ -96,7 +96,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype).contiguous()
 
 
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -116,7 +116,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 _linear_op = define_op(
     "linear_in_fp32(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _linear_fake,
+    linear_fake,
     save=_linear_save,
     backward=_linear_backward,
     run=_linear,
@@ -141,10 +141,10 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _attention_save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*inputs, out, lse)
+    ctx.save_for_backward(*(tensor for tensor in inputs if isinstance(tensor, Tensor)), out, lse)
 
 
 def _attention_backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, ...]:
@@ -161,7 +161,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _attention_op = define_op(
     "attention_in_fp32(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
     _attention_fake,
-    save=_attention_save,
+    save=save_attention,
     backward=_attention_backward,
     run=_attention,
 )

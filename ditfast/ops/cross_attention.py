@@ -11,7 +11,7 @@ from ..dispatch.backends import LARGEST_HEAD
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
 from .attention import check_heads
-from .cpu_products import torch_attention
+from .cpu_products import save_attention, torch_attention
 
 
 def cross_attention(q: Tensor, kv: Tensor) -> Tensor:
@@ -57,13 +57,6 @@ def _fake(q: Tensor, kv: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     return q.new_empty((B, T, H * d)), q.new_empty((B, H, T) if training else (0,), dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, kv, _ = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, kv, out, lse)
-
-
 def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward_op(dout, *ctx.saved_tensors), None)
 
@@ -73,7 +66,11 @@ def _backward_fake(dout: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor
 
 
 _triton = TritonOp(
-    "cross_attention(Tensor q, Tensor kv, bool training) -> (Tensor, Tensor)", _fake, save=_save, backward=_backward, outputs=1
+    "cross_attention(Tensor q, Tensor kv, bool training) -> (Tensor, Tensor)",
+    _fake,
+    save=save_attention,
+    backward=_backward,
+    outputs=1,
 )
 _op = Op(_select, _triton, autocast=slice(0, 2), torch=_torch)
 _backward_op = TritonOp(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..argument_checks import check_dtype, check_integer, check_tensor, check_type
+from ..argument_checks import check_device, check_dtype, check_integer, check_tensor, check_type
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
 
@@ -53,9 +55,29 @@ def _select(
     clip: bool,
     training: bool,
 ) -> str:
-    _check(x, output, noise, update, scale, guided_channels)
+    check_tensor("x", x, "[B, C, H, W]")
+    check_tensor("output", output, "[B, C, H, W] or [B, 2C, H, W]")
+    check_tensor("update", update, "[6]")
+    if x.dim() != 4 or x.dtype != torch.float32:
+        raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected [B, C, H, W] torch.float32")
+    batch, channels, height, width = x.shape
+    check_integer("guided_channels", guided_channels, 0, channels)
+    check_dtype("output", output)
+    samples = batch if scale is None else 2 * batch
+    allowed = [(samples, channels, height, width), (samples, 2 * channels, height, width)]
+    if tuple(output.shape) not in allowed:
+        raise ValueError(f"output: got shape {tuple(output.shape)}, expected {allowed[0]} or {allowed[1]}")
+    for name, tensor, shape in (("noise", noise, x.shape), ("update", update, (6,)), ("scale", scale, (batch,))):
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, shape)
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != torch.float32:
+            raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} torch.float32")
+    for name, tensor in (("output", output), ("noise", noise), ("update", update), ("scale", scale)):
+        if tensor is not None:
+            check_device(name, tensor, x)
     check_type("clip", clip, bool, "True or False")
-    return select_backend(x, "denoise_update", x.shape[0], (x.shape[1:].numel(),))
+    return select_backend(x, "denoise_update", batch, (x.shape[1:].numel(),))
 
 
 def torch_denoise_update(
@@ -84,39 +106,7 @@ def torch_denoise_update(
     return result.contiguous()
 
 
-def _check(x: Tensor, output: Tensor, noise: Tensor | None, update: Tensor, scale: Tensor | None, guided_channels: int) -> None:
-    check_tensor("x", x, "[B, C, H, W]")
-    check_tensor("output", output, "[B, C, H, W] or [B, 2C, H, W]")
-    check_tensor("update", update, "[6]")
-    if x.dim() != 4 or x.dtype != torch.float32:
-        raise ValueError(f"x: got {tuple(x.shape)} {x.dtype}, expected [B, C, H, W] torch.float32")
-    batch, channels, height, width = x.shape
-    check_integer("guided_channels", guided_channels, 0, channels)
-    check_dtype("output", output)
-    samples = batch if scale is None else 2 * batch
-    allowed = [(samples, channels, height, width), (samples, 2 * channels, height, width)]
-    if tuple(output.shape) not in allowed:
-        raise ValueError(f"output: got shape {tuple(output.shape)}, expected {allowed[0]} or {allowed[1]}")
-    for name, tensor, shape in (("noise", noise, x.shape), ("update", update, (6,)), ("scale", scale, (batch,))):
-        if tensor is None:
-            continue
-        check_tensor(name, tensor, shape)
-        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != torch.float32:
-            raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} torch.float32")
-    for name, tensor in (("output", output), ("noise", noise), ("update", update), ("scale", scale)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device}, as x")
-
-
-def _fake(
-    x: Tensor,
-    output: Tensor,
-    noise: Tensor | None,
-    update: Tensor,
-    scale: Tensor | None,
-    guided_channels: int,
-    clip: bool,
-) -> Tensor:
+def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 

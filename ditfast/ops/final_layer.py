@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -94,16 +95,7 @@ def _two_ops(
     return linear_unpatchify(layer_norm_modulate(x, shift, scale, eps), weight, bias, grid, patch_size)
 
 
-def _fake(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    grid: Sequence[int],
-    patch_size: int,
-    eps: float,
-) -> Tensor:
+def _fake(x: Tensor, shift: Any, scale: Any, weight: Tensor, bias: Any, grid: Sequence[int], patch_size: int, _: Any) -> Tensor:
     return empty_image(x, grid, patch_size, weight.shape[0])
 
 

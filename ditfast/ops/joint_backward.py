@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..dispatch.op import TritonOp
@@ -39,18 +41,8 @@ def joint_backward(
     return dx, dh, *(None if vector is None else next(found) for vector in (gate, shift, scale))
 
 
-def _fake(
-    du: Tensor | None,
-    dx_new: Tensor | None,
-    x_new: Tensor | None,
-    stats: Tensor | None,
-    h: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-) -> list[Tensor]:
-    likes = (du, h, gate, shift, scale)
-    return [like.new_empty(like.shape) for like in likes if like is not None]
+def _fake(du: Tensor | None, dx_new: Any, x_new: Any, stats: Any, *others: Tensor | None) -> list[Tensor]:
+    return [like.new_empty(like.shape) for like in (du, *others) if like is not None]
 
 
 _op = TritonOp(

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..argument_checks import check_linear, token_rows
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
-from .cpu_products import torch_linear
+from .cpu_products import linear_fake, torch_linear
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -39,10 +39,6 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch_linear(x, weight, bias).contiguous()
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(*operands(ctx, x, weight))
@@ -54,9 +50,14 @@ def operands(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:3])
-    found = iter(_backward_op(dy, *ctx.saved_tensors, needed))
-    return tuple(next(found) if need else None for need in needed)
+    return needed_gradients(ctx, 3, _backward_op, dy, *ctx.saved_tensors)
+
+
+def needed_gradients(ctx: Any, count: int, backward_op: TritonOp, *args: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the first ``count`` inputs, None in place of those that nobody needs."""
+    needed = list(ctx.needs_input_grad[:count])
+    gradients = iter(backward_op(*args, needed))
+    return tuple(next(gradients) if need else None for need in needed)
 
 
 def backward_fake(dy: Tensor, x: Tensor | None, weight: Tensor | None, needed: list[bool]) -> list[Tensor]:
@@ -68,6 +69,6 @@ def backward_fake(dy: Tensor, x: Tensor | None, weight: Tensor | None, needed: l
     return [*gradients, dy.new_empty(dy.shape[-1:])] if needed[2] else gradients
 
 
-_triton = TritonOp("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor", _fake, save=_save, backward=_backward)
+_triton = TritonOp("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor", linear_fake, save=_save, backward=_backward)
 _op = Op(_select, _triton, autocast=slice(0, 3), torch=_torch)
 _backward_op = TritonOp("linear_backward(Tensor dy, Tensor? x, Tensor? weight, bool[] needed) -> Tensor[]", backward_fake)

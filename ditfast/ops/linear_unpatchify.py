@@ -11,6 +11,7 @@ from ..argument_checks import check_grid, check_linear, token_rows
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
+from .linear import needed_gradients
 from .unpatchify import empty_image, torch_unpatchify
 
 
@@ -54,9 +55,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:3])
-    found = iter(_backward_op(dy, *ctx.saved_tensors, ctx.patch_size, needed))
-    return *(next(found) if need else None for need in needed), None, None
+    return *needed_gradients(ctx, 3, _backward_op, dy, *ctx.saved_tensors, ctx.patch_size), None, None
 
 
 def _backward_fake(dy: Tensor, u: Tensor, weight: Tensor, patch_size: int, needed: list[bool]) -> list[Tensor]:

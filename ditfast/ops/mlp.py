@@ -10,7 +10,7 @@ from ..argument_checks import check_linear, token_rows
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
-from .linear import linear
+from .linear import linear, needed_gradients
 from .linear_gelu import linear_gelu
 from .torch_gelu import torch_gelu
 
@@ -67,9 +67,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:5])
-    found = iter(_backward_op(dy, *ctx.saved_tensors, needed))
-    return *(next(found) if need else None for need in needed), None
+    return *needed_gradients(ctx, 5, _backward_op, dy, *ctx.saved_tensors), None
 
 
 def _backward_fake(

@@ -11,6 +11,7 @@ from ..argument_checks import check_branch, check_dtype, check_integer, check_pa
 from ..dispatch.op import Op, TritonOp
 from ..dispatch.selection import select_backend
 from .cpu_products import torch_linear
+from .linear import needed_gradients
 
 
 def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, patch_size: int) -> Tensor:
@@ -92,9 +93,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:4])
-    found = iter(_backward_op(dy, *ctx.saved_tensors, *ctx.dtypes, needed))
-    return *(next(found) if need else None for need in needed), None
+    return *needed_gradients(ctx, 4, _backward_op, dy, *ctx.saved_tensors, *ctx.dtypes), None
 
 
 def _backward_fake(
