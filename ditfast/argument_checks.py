@@ -197,7 +197,6 @@ def as_list(name: str, values: Any, expected: str) -> list[Any]:
 
 
 def _layout(tensor: Tensor) -> str:
-    """Return the word for how a tensor is stored, empty for a dense one."""
     if tensor.is_nested:
         return "nested"
     if tensor.layout is torch.strided:

@@ -152,7 +152,6 @@ def _own_index() -> int:
 
 
 def _why_unavailable() -> str:
-    """Return the reason and what to do, in one line."""
     if torch.version.cuda is None and torch.version.hip is None:
         install = f"pip install --force-reinstall torch --index-url {CUDA_WHEELS}"
         return f"torch {torch.__version__} is a CPU build: install one for CUDA with {install}"

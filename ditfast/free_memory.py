@@ -152,7 +152,6 @@ def _left_by_cgroups() -> Iterator[int]:
 
 
 def _left_by_ulimit() -> Iterator[int]:
-    """Yield what the limits of address space and of data leave."""
     pages = _read(PROC / "self" / "statm").split()
     if sys.platform == "win32" or not pages:
         return

@@ -164,7 +164,6 @@ def save_npz(path: str | os.PathLike[str], images: Iterable[Pixels], labels: Seq
 
 
 def _check_pixels(name: str, pixels: object, shape: str) -> None:
-    """Raise unless pixels are 8-bit, of a shape that ends in 1 or 3 channels."""
     expected = f"a NumPy array of uint8, {shape} with C = 1 or 3"
     if not isinstance(pixels, np.ndarray):
         raise wrong_type(name, pixels, expected)
@@ -173,7 +172,6 @@ def _check_pixels(name: str, pixels: object, shape: str) -> None:
 
 
 def _number(value: int, scale: int) -> Pixels:
-    """Draw a number in 3x5 glyphs, light on the grid's grey."""
     columns = []
     for digit in str(value):
         bits = np.array([[row >> (2 - column) & 1 for column in range(3)] for row in _GLYPHS[digit]], np.uint8)

@@ -185,7 +185,6 @@ def _in_slices(compute: Callable[[Tensor], Tensor], inputs: Tensor, slice_size: 
 
 
 def _place(source: str) -> tuple[str, dict[str, Any]]:
-    """What diffusers is to load, and with which options."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         inner = folder / "vae"

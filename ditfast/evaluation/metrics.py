@@ -146,6 +146,5 @@ def _radii(points: Tensor, neighbours: int) -> Tensor:
 
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of points that lie in a ball."""
     rows = points.split(max(1, CHUNK // len(centres)))
     return float(torch.cat([(torch.cdist(row, centres) <= radii).any(dim=1) for row in rows]).double().mean())

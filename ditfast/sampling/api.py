@@ -151,7 +151,6 @@ def sample(
 
 
 def _solver(denoiser: Denoiser, digits: bool, solver: str | None, num_steps: int | str | None) -> tuple[str, str]:
-    """Return the solver and its number of steps, or a respacing."""
     if num_steps is not None and not isinstance(num_steps, str):
         num_steps = str(as_int("num_steps", num_steps, 1))
     if solver is None:

@@ -218,7 +218,6 @@ class Sampler:
         return list(enumerate(times))[:: getattr(self.scheduler, "order", 1)]
 
     def _batch(self, labels: Any, cfg_scale: Any, images: Any, generator: Any, latents: Any, start_time: float | None) -> Batch:
-        """Check what is asked for, and return it as one batch."""
         config, device = self.denoiser.config, self.denoiser.device
         labels = as_labels(labels, config.label_rows, device)
         count = len(labels)
@@ -237,7 +236,6 @@ class Sampler:
         return Batch(labels, as_images(images, count), scale, latents, first, generators, start_time is not None)
 
     def _watched(self, callback: Callback | None) -> Before:
-        """Return what is called before each step."""
         if callback is None:
             return lambda i, x: x
         check_callable("callback", callback)

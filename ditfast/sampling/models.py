@@ -85,7 +85,6 @@ def _unwrap(model: Any) -> Any:
 
 
 def _own_config(model: Any) -> DiTConfig:
-    """Return the config of a model, or of the outermost module in it that has one."""
     for module in model.modules() if isinstance(model, nn.Module) else (model,):
         config: Any = getattr(module, "config", None)
         if isinstance(config, DiTConfig):

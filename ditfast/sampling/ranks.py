@@ -67,7 +67,6 @@ class Ranks(NamedTuple):
 
 
 def _number(name: str, least: int) -> int:
-    """Return a variable's number; ``least`` where it is not set."""
     value = os.environ.get(name, str(least))
     if not (value.isascii() and value.isdecimal()) or int(value) < least:
         raise ValueError(f"{name}: got {value!r}, expected a number from {least}, as torchrun sets it")

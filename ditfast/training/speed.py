@@ -75,7 +75,6 @@ def _data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @functools.cache
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square product that is large enough for the device."""
     side = SMALLEST
     while True:
         a = torch.ones(side, side, dtype=dtype, device=device)
