@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -29,6 +31,9 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from .launch import Ahead, ahead
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -93,15 +98,28 @@ def compile_all(builds: Sequence[Build], jobs: int) -> Iterator[Outcome]:
 
     knobs = triton.knobs.compilation
     before, knobs.listener = knobs.listener, listen
-    pool, wait = ThreadPoolExecutor(jobs), True
     try:
-        yield from pool.map(outcome, builds)
+        yield from on_threads(outcome, builds, jobs)
+    finally:
+        knobs.listener = before
+
+
+def on_threads(compile_one: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Iterator[Result]:
+    """Results in order. After Ctrl-C, what has begun is compiled to its end before the process ends, the rest never."""
+    pool, wait = ThreadPoolExecutor(jobs, initializer=_keep_ctrl_c_from_compilers), True
+    try:
+        yield from pool.map(compile_one, items)
     except KeyboardInterrupt:
-        wait = False  # those that have begun are compiled to their end, before the process ends
+        wait = False
         raise
     finally:
         pool.shutdown(wait, cancel_futures=True)
-        knobs.listener = before
+
+
+def _keep_ctrl_c_from_compilers() -> None:
+    """Block the signal in a thread, and in what it starts: where a signal ends ptxas, Triton shows the kernel's whole PTX."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
 class Argument:

@@ -16,7 +16,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,7 +24,7 @@ from rich.table import Table
 from ditfast import interrupt
 from ditfast.terminal import HelpFormatter, make_console, new_table, print_table, say, track_progress
 
-from .ahead import TARGETS, Build, compiling_for
+from .ahead import TARGETS, Build, compiling_for, on_threads
 from .hardware import ARCHITECTURES, SCHEDULERS, largest_shared_bytes, occupancy
 from .inspect_cases import BARS, EXCEPTIONS, Bars, Case, cases, useful_multiply_adds
 from .machine_code import Code, MachineCode, machine_code
@@ -236,8 +235,7 @@ def _tile(build: Build) -> str:
 
 def inspect_all(found: Found, jobs: int) -> Iterator[Row]:
     """Rows in order, compiled on ``jobs`` threads: most of the time goes by outside of Python."""
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda pair: inspect(*pair), found)
+    return on_threads(lambda pair: inspect(*pair), found, jobs)
 
 
 def table(rows: Iterable[Row]) -> Table:

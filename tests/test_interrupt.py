@@ -6,6 +6,7 @@ import io
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -203,6 +204,15 @@ def test_inspect_takes_its_bar_away(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         runpy.run_module("ditfast.kernels.inspect", run_name="__main__")
     assert exit_.value.code == 130
     assert capsys.readouterr().err == "python -m ditfast.kernels.inspect: interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
+def test_ctrl_c_does_not_reach_the_compilers_of_kernels() -> None:
+    ahead = pytest.importorskip("ditfast.kernels.ahead")
+    program = [sys.executable, "-c", "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"]
+    blocked = ahead.on_threads(lambda _: subprocess.check_output(program, text=True).strip(), range(2), 2)
+    assert list(blocked) == ["True", "True"]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 # ------------------------------------------------------------------------------------------------ on a terminal
