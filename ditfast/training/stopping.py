@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,7 +15,6 @@ from ..interrupt import Announced, end_at_once
 from ..terminal import print_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ONE_PRESS_S = 0.1  # a loader's worker that was forked from this process tells of the same press
 
 
 class StopRequest:
@@ -58,11 +57,9 @@ def asked_to_stop(announce: Callable[[bool], str | None] = lambda last: None) ->
             raise Announced from None
 
     def listen() -> None:
-        last = -ONE_PRESS_S
         while received := reader.recv(1):
-            if received[0] != signal.SIGINT or time.monotonic() - last < ONE_PRESS_S:
+            if received[0] != signal.SIGINT:
                 continue
-            last = time.monotonic()
             request.asked = True
             request.interrupts += 1
             if request.interrupts > 2:
@@ -79,11 +76,13 @@ def asked_to_stop(announce: Callable[[bool], str | None] = lambda last: None) ->
     writer.setblocking(False)
     before = {name: signal.signal(name, on_signal) for name in SIGNALS}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    _runs.append(request)
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     try:
         yield request
     finally:
+        _runs.remove(request)
         signal.set_wakeup_fd(wakeup)
         writer.shutdown(socket.SHUT_WR)  # ends the thread behind what it has still to say; forked workers keep it open
         thread.join()
@@ -91,6 +90,19 @@ def asked_to_stop(announce: Callable[[bool], str | None] = lambda last: None) ->
         reader.close()
         for name in SIGNALS:
             signal.signal(name, before[name])
+
+
+_runs: list[StopRequest] = []
+
+
+def _keep_a_fork_silent() -> None:
+    """In a forked process, such as a loader's worker: the same Ctrl-C reaches it, and its parent would count two."""
+    if _runs:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_a_fork_silent)
 
 
 def _interrupt_main() -> None:

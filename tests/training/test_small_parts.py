@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,8 +196,29 @@ def test_a_child_that_outlives_it_does_not_hold_it_up() -> None:
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
         child.start()
     assert child.is_alive()
-    child.terminate()
+    child.kill()  # it has this process's handler of the other signal
     child.join()
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_forked_child_s_ctrl_c_is_not_counted() -> None:
+    """A terminal sends one press to both; under load the child gets it much later."""
+    context = multiprocessing.get_context("fork")
+    with asked_to_stop(lambda last: None) as asked:
+        begun = context.Event()
+        child = context.Process(target=_begin_and_sleep, args=(begun,))
+        child.start()
+        assert begun.wait(60)
+        os.kill(child.pid or 0, signal.SIGINT)
+        child.kill()
+        child.join()
+        assert not asked()
+    assert asked.interrupts == 0
+
+
+def _begin_and_sleep(begun: Any) -> None:
+    begun.set()
+    time.sleep(60)
 
 
 def test_what_ctrl_c_costs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
