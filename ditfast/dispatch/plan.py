@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 16  # bytes; Triton specializes kernels for pointers that are multiples of it
 CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
+STREAM = object()  # stands for the current stream among a launch's arguments, until the call
 SEQUENCES = (list, tuple, torch.Size)
 EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default)
 
@@ -93,17 +94,18 @@ class Slot(NamedTuple):
 
 
 class Call(NamedTuple):
-    """An aten operator, applied to values: a view or a copy."""
+    """A function applied to values: an aten operator that makes a view or a copy."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[int, ...]
+    mutates: bool = False
 
-    def __call__(self, values: list[Any], stream: int) -> None:
+    def __call__(self, values: list[Any]) -> None:
         made = self.function(*_filled(self.args, values), **_filled(self.kwargs, values))
-        for index, tensor in zip(self.outputs, _tensors(made), strict=True):
-            values[index] = tensor
+        for index, value in zip(self.outputs, _items(made), strict=True):
+            values[index] = value
 
     def inputs(self) -> Iterator[int]:
         yield from _slots((self.args, tuple(self.kwargs.values())))
@@ -126,20 +128,14 @@ class KernelLaunch(NamedTuple):
     """A launch of a compiled kernel, as Triton's ``JITFunction.run`` ends in it."""
 
     run: Callable[..., None]
-    grid: int
-    function: int
-    metadata: Any
-    arguments: list[Any]  # of the kernel, in order; None for tensors
-    tensors: tuple[tuple[int, int, int], ...]  # place among the arguments, index among the values, offset in bytes
+    indices: tuple[int, ...]  # of its arguments among the values: grid, stream, function, metadata, hooks, the kernel's own
+    pick: Callable[[list[Any]], tuple[Any, ...]]  # which returns them
 
-    def __call__(self, values: list[Any], stream: int) -> None:
-        arguments = self.arguments.copy()
-        for place, index, offset in self.tensors:
-            arguments[place] = Pointer(values[index], offset) if offset else values[index]
-        self.run(self.grid, 1, 1, stream, self.function, self.metadata, None, None, None, *arguments)
+    def __call__(self, values: list[Any]) -> None:
+        self.run(*self.pick(values))
 
     def inputs(self) -> Iterator[int]:
-        yield from (index for _, index, _ in self.tensors)
+        yield from self.indices
 
 
 def can_record() -> bool:
@@ -195,9 +191,9 @@ class Recorder(TorchDispatchMode):
         if not isinstance(made, Tensor | list | tuple):  # a number: read from a tensor, it may differ in the next call
             self.is_complete = self.is_complete and not list(_slots(inputs))
             return
-        tensors = _tensors(made)
+        tensors = _items(made)
         places = range(len(self.values), len(self.values) + len(tensors))
-        self.steps.append(Call(func, *inputs, tuple(places)))
+        self.steps.append(Call(func, *inputs, tuple(places), func._schema.is_mutable))
         self.values.extend(tensors)
         if func.is_view and type(inputs[0][0]) is Slot:
             source = inputs[0][0].place
@@ -213,23 +209,28 @@ class Recorder(TorchDispatchMode):
         if launched is None:
             self.is_complete = False
             return
-        arguments = launched.arguments
-        tensors = tuple(
-            (place, *self._base(argument)) for place, argument in enumerate(arguments) if isinstance(argument, Tensor)
-        )
-        constants = [None if isinstance(argument, Tensor) else argument for argument in arguments]
         compiled = launched.compiled
-        self.steps.append(
-            KernelLaunch(compiled.run, launched.grid, compiled.function, compiled.packed_metadata, constants, tensors)
-        )
+        head = launched.grid, 1, 1, STREAM, compiled.function, compiled.packed_metadata, None, None, None
+        indices = tuple(self._index(argument) for argument in (*head, *launched.arguments))
+        self.steps.append(KernelLaunch(compiled.run, indices, itemgetter(*indices)))
 
-    def _base(self, tensor: Tensor) -> tuple[int, int]:
-        """Return the index of the value that a tensor is, or is a view of, and the bytes in front of the view."""
-        slot = self.as_slots(tensor)
+    def _index(self, argument: Any) -> int:
+        """Return the index, among the values, of a kernel's argument: a tensor, its pointer if that is a view's, a constant."""
+        if argument is STREAM:
+            return -1
+        if not isinstance(argument, Tensor):
+            self.values.append(argument)
+            return len(self.values) - 1
+        slot = self.as_slots(argument)
         if type(slot) is not Slot:
-            return 0, 0
+            return 0
         base = self.view_of.get(slot.place, slot.place)
-        return base, tensor.data_ptr() - self.values[base].data_ptr()
+        offset = argument.data_ptr() - self.values[base].data_ptr()
+        if not offset:
+            return base
+        self.values.append(None)
+        self.steps.append(Call(Pointer, (Slot(base), offset), {}, (len(self.values) - 1,)))
+        return len(self.values) - 1
 
     def as_slots(self, value: Any) -> Any:
         """Return the value with each tensor in it replaced by its slot; a tensor from elsewhere makes the record useless."""
@@ -267,7 +268,7 @@ class Plan:
         used = set(_slots(result))
         self.steps: list[Call | KernelLaunch] = []
         for step in reversed(recorder.steps):
-            if isinstance(step, KernelLaunch) or used.intersection(step.outputs) or step.function._schema.is_mutable:
+            if isinstance(step, KernelLaunch) or used.intersection(step.outputs) or step.mutates:
                 self.steps.insert(0, step)
                 used.update(step.inputs())
         self.empty = [(index, *what) for index, what in recorder.empty.items() if index in used]
@@ -275,17 +276,17 @@ class Plan:
         self.pick = itemgetter(*outputs) if outputs else lambda values: ()
         self.in_list = type(made) is list
         self.is_one = len(outputs) == 1
-        self.places = [None] * (len(recorder.values) - len(recorder.args))  # of the values that are made
+        made_values = recorder.values[len(recorder.args) :]
+        self.places = [None if isinstance(value, Tensor) else value for value in made_values]  # constants are there already
 
     def __call__(self, *args: Any) -> Any:
         if self.needs_jit() or (self.index is not None and torch.cuda.current_device() != self.index):
             return self.launch(*args)
-        values = [*args, *self.places]
+        values = [*args, *self.places, self.current_stream(self.index or 0)]
         for place, shape, strides, dtype, device in self.empty:  # half as expensive as torch.empty
             values[place] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        stream = self.current_stream(self.index or 0)
         for step in self.steps:
-            step(values, stream)
+            step(values)
         made = self.pick(values)
         if self.in_list:
             return [made] if self.is_one else list(made)
@@ -311,5 +312,5 @@ def _slots(value: Any) -> Iterator[int]:
             yield from _slots(item)
 
 
-def _tensors(made: Any) -> tuple[Tensor, ...]:
-    return (made,) if isinstance(made, Tensor) else tuple(made)
+def _items(made: Any) -> tuple[Any, ...]:
+    return tuple(made) if isinstance(made, list | tuple) else (made,)
