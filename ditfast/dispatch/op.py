@@ -197,14 +197,23 @@ class Op:
             calls += [lambda *args: self.triton.launch(key, args, True)] if training else self.triton.plans(key)
             return made
         else:
-            prepare, launch = self.prepare, self.triton.launch
-
-            def prepared(*args: Any) -> Any:
-                args = prepare(*args)
-                return launch((key, *map(type, args)), args, training)
-
-            calls.append(prepared)
+            calls.append(self._prepared(self.prepare, key, training))
         return calls[0](*args)
+
+    def _prepared(self, prepare: Callable[..., tuple[Any, ...]], key: tuple[Any, ...], training: bool) -> Callable[..., Any]:
+        plans_of: dict[tuple[type, ...], list[Callable[..., Any]]] = {}  # quicker to ask than the triton half, by a short key
+
+        def call(*args: Any) -> Any:
+            args = prepare(*args)
+            types = tuple(map(type, args))
+            plans = plans_of.get(types)
+            if plans and not training:
+                return plans[0](*args)
+            made = self.triton.launch((key, *types), args, training)
+            plans_of[types] = self.triton.plans((key, *types))
+            return made
+
+        return call
 
     def _trace(self, *args: Any) -> Any:
         backend = self.select(*args, needs_gradient(*(arg for arg in args if isinstance(arg, Tensor))))
