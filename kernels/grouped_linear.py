@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from operator import attrgetter
 from typing import TypeAlias
 
 import torch
@@ -22,7 +20,7 @@ FIELDS = 4  # of a row of the table: addresses of weight and bias, first column 
 ALIGNMENT = 16  # bytes of a vector load
 FULL_PRECISION = (GemmTile(16, 64, 32, num_warps=4, num_stages=3),)
 
-Layout: TypeAlias = tuple[torch.device, torch.dtype, tuple[int, ...], tuple[torch.Size, ...]]  # addresses, weights' shapes
+Layout: TypeAlias = tuple[torch.device, torch.dtype, tuple[int, ...]]  # the integers are those of the table, and K
 
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first weight of a call -> (Layout, table) of the latest one
 _captured: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first weight -> {Layout: table} of those that CUDA graphs read
@@ -96,8 +94,15 @@ def address_table(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor
     first = weights[0]
     if ahead.get() is not None:
         return torch.empty((len(weights), FIELDS), dtype=torch.int64, device=first.device)
-    addresses = tuple(map(Tensor.data_ptr, (*weights, *biases)))
-    layout = first.device, first.dtype, addresses, tuple(map(attrgetter("shape"), weights))
+    fields: list[int] = []
+    column = 0
+    for weight, bias in zip(weights, biases, strict=True):
+        address, outputs = weight.data_ptr(), weight.shape[0]
+        if address % ALIGNMENT:
+            return None
+        fields += address, bias.data_ptr(), column, outputs
+        column += outputs
+    layout = first.device, first.dtype, (*fields, first.shape[1])
     latest, table = _tables.get(first, (None, None))
     if latest != layout:
         table = None
@@ -106,10 +111,7 @@ def address_table(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor
         table = captured.get(layout, table)
         if table is not None:
             _captured[first] = {**captured, layout: table}
-    elif table is None and not any(address % ALIGNMENT for address in addresses[: len(weights)]):
-        outputs = [len(weight) for weight in weights]
-        columns = accumulate(outputs[:-1], initial=0)
-        fields = addresses[: len(weights)], addresses[len(weights) :], tuple(columns), outputs
-        table = torch.tensor(fields, dtype=torch.int64).T.contiguous().to(first.device)
+    elif table is None:
+        table = torch.tensor(fields, dtype=torch.int64).view(-1, FIELDS).to(first.device)
         _tables[first] = layout, table
     return table

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
-from operator import attrgetter, itemgetter, or_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 ALIGNMENT = 16  # bytes; Triton specializes kernels for pointers that are multiples of it
 CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
 STREAM = object()  # stands for the current stream among a launch's arguments, until the call
-TENSORS = frozenset((Tensor, Parameter))
 SEQUENCES = (list, tuple, torch.Size)
 EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default)
 
@@ -77,7 +75,7 @@ def signature(args: Sequence[Any]) -> tuple[tuple[Any, ...] | None, bool]:
             elif kind in SEQUENCES and CONSTANTS.issuperset(kinds := tuple(map(type, arg))):
                 parts += (kind, kinds, tuple(arg))
             elif kind in SEQUENCES:
-                inner, inner_training = _list_signature(arg) if TENSORS.issuperset(kinds) else signature(arg)
+                inner, inner_training = signature(arg)
                 if inner is None:
                     return None, False
                 parts += (kind, inner)
@@ -89,19 +87,6 @@ def signature(args: Sequence[Any]) -> tuple[tuple[Any, ...] | None, bool]:
     return tuple(parts), training
 
 
-def _list_signature(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...] | None, bool]:
-    """Return the signature of tensors, in a third of the time for the usual ones: with memory, contiguous and aligned."""
-    pointers = tuple(map(Tensor.data_ptr, tensors))
-    usual = 0 not in pointers and not reduce(or_, pointers) % ALIGNMENT and all(map(Tensor.is_contiguous, tensors))
-    if not usual or any(map(Tensor.is_neg, tensors)):
-        return signature(tensors)
-    with_grad = tuple(map(_requires_grad, tensors)) if torch.is_grad_enabled() else ()
-    return (tuple(map(_shape_and_dtype, tensors)), tuple(map(Tensor.get_device, tensors)), with_grad), any(with_grad)
-
-
-_shape_and_dtype, _requires_grad = attrgetter("shape", "dtype"), attrgetter("requires_grad")
-
-
 class Slot(NamedTuple):
     """The place of a tensor among a plan's values: the arguments, then what its steps make."""
 
@@ -109,18 +94,20 @@ class Slot(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A function applied to values: an aten operator that makes a view or a copy."""
+    """An aten operator, applied to values: a view or a copy."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[int, ...]
-    mutates: bool = False
 
     def __call__(self, values: list[Any]) -> None:
         made = self.function(*_filled(self.args, values), **_filled(self.kwargs, values))
-        for index, value in zip(self.outputs, _items(made), strict=True):
-            values[index] = value
+        for index, tensor in zip(self.outputs, _tensors(made), strict=True):
+            values[index] = tensor
+
+    def is_needed(self, used: set[int]) -> bool:
+        return not used.isdisjoint(self.outputs) or self.function._schema.is_mutable
 
     def inputs(self) -> Iterator[int]:
         yield from _slots((self.args, tuple(self.kwargs.values())))
@@ -139,6 +126,23 @@ class Pointer:
         return self.base.data_ptr() + self.offset
 
 
+class Offset(NamedTuple):
+    """Makes the pointer of a view."""
+
+    base: int
+    offset: int
+    output: int
+
+    def __call__(self, values: list[Any]) -> None:
+        values[self.output] = Pointer(values[self.base], self.offset)
+
+    def is_needed(self, used: set[int]) -> bool:
+        return self.output in used
+
+    def inputs(self) -> Iterator[int]:
+        yield self.base
+
+
 class KernelLaunch(NamedTuple):
     """A launch of a compiled kernel, as Triton's ``JITFunction.run`` ends in it."""
 
@@ -149,8 +153,14 @@ class KernelLaunch(NamedTuple):
     def __call__(self, values: list[Any]) -> None:
         self.run(*self.pick(values))
 
+    def is_needed(self, used: set[int]) -> bool:
+        return True
+
     def inputs(self) -> Iterator[int]:
         yield from self.indices
+
+
+Step: TypeAlias = Call | Offset | KernelLaunch
 
 
 def can_record() -> bool:
@@ -171,7 +181,7 @@ class Recorder(TorchDispatchMode):
         self.aliases: list[tuple[Tensor, int]] = []  # other tensor objects for a value, by its index
         self.view_of: dict[int, int] = {}  # from a view's index to that of the value behind it
         self.empty: dict[int, tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]] = {}
-        self.steps: list[Call | KernelLaunch] = []
+        self.steps: list[Step] = []
         self.is_complete = True
         self._launching = False
 
@@ -206,9 +216,9 @@ class Recorder(TorchDispatchMode):
         if not isinstance(made, Tensor | list | tuple):  # a number: read from a tensor, it may differ in the next call
             self.is_complete = self.is_complete and not list(_slots(inputs))
             return
-        tensors = _items(made)
+        tensors = _tensors(made)
         places = range(len(self.values), len(self.values) + len(tensors))
-        self.steps.append(Call(func, *inputs, tuple(places), func._schema.is_mutable))
+        self.steps.append(Call(func, *inputs, tuple(places)))
         self.values.extend(tensors)
         if func.is_view and type(inputs[0][0]) is Slot:
             source = inputs[0][0].place
@@ -244,7 +254,7 @@ class Recorder(TorchDispatchMode):
         if not offset:
             return base
         self.values.append(None)
-        self.steps.append(Call(Pointer, (Slot(base), offset), {}, (len(self.values) - 1,)))
+        self.steps.append(Offset(base, offset, len(self.values) - 1))
         return len(self.values) - 1
 
     def as_slots(self, value: Any) -> Any:
@@ -281,9 +291,9 @@ class Plan:
         self.index = device.index if device.type == "cuda" else None
         result = recorder.as_slots(made)
         used = set(_slots(result))
-        self.steps: list[Call | KernelLaunch] = []
+        self.steps: list[Step] = []
         for step in reversed(recorder.steps):
-            if isinstance(step, KernelLaunch) or used.intersection(step.outputs) or step.mutates:
+            if step.is_needed(used):
                 self.steps.insert(0, step)
                 used.update(step.inputs())
         self.empty = [(index, *what) for index, what in recorder.empty.items() if index in used]
@@ -327,5 +337,5 @@ def _slots(value: Any) -> Iterator[int]:
             yield from _slots(item)
 
 
-def _items(made: Any) -> tuple[Any, ...]:
-    return tuple(made) if isinstance(made, list | tuple) else (made,)
+def _tensors(made: Any) -> tuple[Tensor, ...]:
+    return (made,) if isinstance(made, Tensor) else tuple(made)
