@@ -89,6 +89,15 @@ def whole_file(path: Path, *, keep: bool = False) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def without_positions() -> Iterator[None]:
+    """Raise what ended ``torch.save``, the system's error or Ctrl-C, where it raises the position that it expected to be at."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error from None
+
+
 def _link(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..argument_checks import check_choice, check_type
 from ..config import DiTConfig
-from ..files import PART, check_room, whole_file
+from ..files import PART, check_room, whole_file, without_positions
 from ..model import DiT
 from .check import POSITIONS, checked
 from .configs import to_content, to_diffusers_config, to_json, to_metadata
@@ -166,7 +166,7 @@ def _write_torch(path: Path, state: dict[str, Tensor], config: DiTConfig, traine
     whole = {
         name: value if value.untyped_storage().nbytes() == value.nbytes else value.clone() for name, value in state.items()
     }
-    with path.open("wb") as stream:  # not by its name, which would be part of the bytes
+    with without_positions(), path.open("wb") as stream:  # not by its name, which would be part of the bytes
         torch.save(to_content(whole, config, trained_for), stream)
 
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ..checkpoints.runs import MANIFEST, STEP_PREFIX, checked_manifest, fault_of, find_steps, sha256, sha256_of
-from ..files import PART
+from ..files import PART, without_positions
 from ..sampling.ranks import Ranks
 from .parallel import told
 
@@ -38,11 +38,8 @@ class CheckpointFault(ValueError):
 
 class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Fails with what the system said, where torch.save fails with the position that it expected to be at."""
-        try:
+        with without_positions():
             return super().write_data(plan, planner)
-        except RuntimeError as error:
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 class Checkpoints:

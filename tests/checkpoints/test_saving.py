@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoint_files import known_width, same_weights, small, weights_of
+from interrupted_writes import interrupt_torch_save
 
 from ditfast import CheckpointError, DiT, DiTConfig, load_checkpoint, model, reference, save_checkpoint
 from ditfast.checkpoints import differences
@@ -117,6 +118,17 @@ def test_a_save_that_fails_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == ([path] if path.suffix else [])
     save_checkpoint(fresh, path, layout="official" if path.suffix else "diffusers")
     assert same_weights(load_checkpoint(path, config=small()).state_dict(), fresh.state_dict())
+
+
+def test_ctrl_c_in_a_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.pt"
+    model = loaded(small())
+    save_checkpoint(model, path)
+    before = path.read_bytes()
+    interrupt_torch_save(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(model, path)
+    assert [path.read_bytes()] == [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])

@@ -16,6 +16,7 @@ import pytest
 import ranks_of_checkpoints as work
 import torch
 from full_disk import files_end_at
+from interrupted_writes import interrupt_torch_save
 from ranks_of_checkpoints import ALONE, Run, assert_same
 from several_ranks import on_ranks
 from torch import distributed
@@ -67,6 +68,13 @@ def test_a_state_is_filled_in_place(tmp_path: Path) -> None:
 
 
 @needs_gloo
+def test_ctrl_c_in_a_write_is_no_fault_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_torch_save(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
