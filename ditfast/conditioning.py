@@ -69,23 +69,15 @@ class LabelEmbedder(nn.Module):
                 raise ValueError(f"y: got labels {lowest}..{highest}, expected 0..{rows - 1}")
 
 
-def modulations(x: Tensor, linears: Sequence[nn.Linear], int8: bool = False) -> list[Tensor]:
-    """Return ``[linear(x) for linear in linears]``, without calling the linears of which weights are all that matters.
-
-    Reads 902 MB of weights in fp32, 451 MB in bf16, at DiT-XL/2 (28 linears of [6912, 1152] and one of [2304, 1152]), and
-    copies none. Timed once, on one thread of a CPU that other processes used too, in turns with one product over the same
-    weights in one storage; medians, one storage and now, in ms: fp32 501 and 463 (B=1), 585 and 542 (B=8); bf16 161 and 171,
-    287 and 302. Runs there differed by as much. Python's share of a call: 0.18 and 0.21 ms. Nothing was timed on a GPU.
-
-    x is [B, K]; each linear's weight [N, K] has a storage of its own, and N may differ.
-    """
-    return project(x, [blocks.view(linear) for linear in linears], int8)
-
-
 def project(x: Tensor, projections: Sequence[blocks.Projection], int8: bool = False) -> list[Tensor]:
     """Return x [B, K] through each projection: in one call if all are weights, one after the other if one must be called.
 
     With ``int8`` the CPU engine multiplies by weights that are rounded to it, and kept until they change.
+
+    A model's modulations read 902 MB of weights in fp32, 451 MB in bf16, at DiT-XL/2 (28 linears of [6912, 1152] and one of
+    [2304, 1152]), and none are copied. Timed once, on one thread of a CPU that other processes used too, in turns with one
+    product over the same weights in one storage; medians, one storage and now, in ms: fp32 501 and 463 (B=1), 585 and 542
+    (B=8); bf16 161 and 171, 287 and 302. Runs there differed by as much. Nothing was timed on a GPU.
     """
     linears = tuple(projection for projection in projections if isinstance(projection, blocks.Linear))
     if len(linears) == len(projections):

@@ -6,8 +6,8 @@ called are read instead, and fused with each other: ``is_read`` tells.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from . import blocks, ops
 from .activation_checkpointing import checkpointed
 from .blocks import view
-from .conditioning import modulations
+from .conditioning import project
 from .config import DiTConfig
 from .plain import is_plain, is_silent
 
@@ -74,10 +74,12 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.transform(context)(x)  # [B, T, D]
+        return self.transform()(context)(x)  # [B, T, D]
 
-    def transform(self, context: Tensor, int8: bool = False) -> blocks.CrossAttention:
-        return blocks.CrossAttention(self.num_heads, view(self.q), view(self.kv), view(self.proj), context, int8)
+    def transform(self, int8: bool = False) -> Callable[[Tensor], blocks.CrossAttention]:
+        """Return what takes the context [B, 2, D]."""
+        weights = view(self.q), view(self.kv), view(self.proj)
+        return lambda context: blocks.CrossAttention(self.num_heads, *weights, context, int8)
 
 
 class Mlp(nn.Module):
@@ -110,11 +112,18 @@ def adaln_vectors(layers: Sequence[nn.Module], c: Tensor, int8: bool = False) ->
 
     That is one product where nobody wants one of the modules to be called; in int8 the CPU engine's, with rounded weights.
     """
+    projections = adaln_projections(layers)
+    if projections is not None:
+        return project(F.silu(c), projections, int8)
+    return [_side_by_side(cast(nn.Module, layer.adaLN_modulation)(c)) for layer in layers]
+
+
+def adaln_projections(layers: Sequence[nn.Module]) -> list[blocks.Projection] | None:
+    """Return the linear of each layer's ``adaLN_modulation``; None if there is none, or where a module wants to be called."""
     modules = [cast(nn.Module, layer.adaLN_modulation) for layer in layers]
-    if modules and all(map(is_silu_and_linear, modules)):
-        linears = [cast(nn.Linear, linear) for _, linear in (module._modules.values() for module in modules)]
-        return modulations(F.silu(c), linears, int8)
-    return [_side_by_side(module(c)) for module in modules]
+    if not modules or not all(map(is_silu_and_linear, modules)):
+        return None
+    return [view(cast(nn.Linear, linear)) for _, linear in (module._modules.values() for module in modules)]
 
 
 def is_silu_and_linear(module: nn.Module) -> bool:
@@ -129,6 +138,14 @@ def is_silu_and_linear(module: nn.Module) -> bool:
 def _side_by_side(vectors: Tensor | Sequence[Tensor]) -> Tensor:
     """Return vectors, each [B, D] or [B, 1, D] unless somebody's module has joined them, as [B, n * D]."""
     return (vectors if isinstance(vectors, Tensor) else torch.cat(list(vectors), dim=-1)).flatten(1)
+
+
+class Transforms(NamedTuple):
+    """A block's sublayers without their norms and gates: by weights, or modules that want to be called."""
+
+    attn: blocks.SelfAttention | blocks.Called
+    cross_attn: Callable[[Tensor], blocks.CrossAttention | blocks.Called] | None  # what takes the context [B, 2, D]
+    mlp: blocks.Mlp | blocks.Called
 
 
 class Block(nn.Module):
@@ -147,25 +164,29 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, context: Tensor) -> Tensor:
         """Return x [B, T, D] behind the block; c [B, D] is the sum of both embeddings, context [B, 2, D] the pair of them."""
         vectors = adaln_vectors([self], c)[0] if self.vectors else None
-        return blocks.run_through(x, [self.chain(vectors, context)])  # [B, T, D]
+        return blocks.run_through(x, [self.chain(vectors, context, self.transforms())])  # [B, T, D]
 
-    def chain(self, vectors: Tensor | None, context: Tensor, int8: bool = False) -> list[blocks.Sublayer]:
-        """Return the block as sublayers, modulated by vectors [B, n * D]."""
+    def transforms(self, int8: bool = False) -> Transforms:
+        attn, mlp, cross = self.attn, self.mlp, self.cross_attn
+        attend: Callable[[Tensor], blocks.CrossAttention | blocks.Called] | None = None
+        if cross is not None:
+            is_called = not is_read(cross, CrossAttention)
+            attend = (lambda context: blocks.Called(cross, (context,))) if is_called else cross.transform(int8)
+        return Transforms(
+            attn.transform(int8) if is_read(attn, Attention) else blocks.Called(attn),
+            attend,
+            mlp.transform(int8) if is_read(mlp, Mlp) else blocks.Called(mlp),
+        )
+
+    def chain(self, vectors: Tensor | None, context: Tensor, transforms: Transforms) -> list[blocks.Sublayer]:
+        """Return the block as sublayers, modulated by vectors [B, n * D]; ``transforms`` are its own, perhaps kept."""
         modulation = blocks.Modulation()
         if vectors is not None:
             fields = MODULATION_FIELDS[self.vectors]
             modulation = blocks.Modulation(**dict(zip(fields, vectors.chunk(self.vectors, dim=1), strict=True)))
-        attn, mlp, cross = self.attn, self.mlp, self.cross_attn
-        transform = None
-        if cross is not None:
-            read = is_read(cross, CrossAttention)
-            transform = cross.transform(context, int8) if read else blocks.Called(cross, (context,))
+        attn, cross, mlp = transforms
         return blocks.sublayers(
-            modulation,
-            attn.transform(int8) if is_read(attn, Attention) else blocks.Called(attn),
-            mlp.transform(int8) if is_read(mlp, Mlp) else blocks.Called(mlp),
-            transform,
-            mlp_norm_eps=self.mlp_norm_eps,
+            modulation, attn, mlp, None if cross is None else cross(context), mlp_norm_eps=self.mlp_norm_eps
         )
 
 

@@ -15,11 +15,12 @@ from .argument_checks import as_guidance_scale, check_device, check_dtype, check
 from .conditioning import LabelEmbedder, TimestepEmbedder
 from .config import DiTConfig, check_config
 from .dtypes import INT8
-from .layers import Block, FinalLayer, PatchEmbed, adaln_vectors, call_block, embed, is_read, run_checkpointed
+from .layers import Block, FinalLayer, PatchEmbed, adaln_vectors, call_block, embed, run_checkpointed
 from .ops.classifier_free_guidance import torch_classifier_free_guidance
 from .ops.cpu_chain import check_int8
 from .plain import PLAIN_TYPES
 from .pretrained import PretrainedMixin
+from .reading import KeptReading, Reading
 
 EXAMPLE_TIMESTEPS = (50, 500, 950)
 
@@ -37,6 +38,7 @@ class DiT(PretrainedMixin):
         check_config(config)
         super().__init__()
         self.config = config
+        self._reading = KeptReading()
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config)
@@ -63,15 +65,11 @@ class DiT(PretrainedMixin):
         t = self._check(x, t, y)
         t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # 2 x [B, D]
         c = context = t_embedding + y_embedding  # [B, D]
-        read = self._read_layers()
-        if not self.config.modulation_vectors or any(block is None for block in read[:-1]):  # adaLN's own blocks read none
+        reading = self._reading.of(self)
+        if not self.config.modulation_vectors or None in reading.layers[:-1]:  # adaLN's own blocks read none
             context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
         del t_embedding, y_embedding  # no longer needed, for the whole forward
-        vectors: list[Tensor | None] = [None] * len(read)  # of each layer [B, up to 6 * D]
-        if self.config.modulation_vectors:
-            of_read = iter(adaln_vectors([layer for layer in read if layer is not None], c, self.int8))
-            vectors = [None if layer is None else next(of_read) for layer in read]
-        return self._denoise(x, read, vectors, c, context)  # [B, C', H, W]
+        return self._denoise(x, reading, reading.vectors(c), c, context)  # [B, C', H, W]
 
     def modulation_vectors(self, t: Tensor | float, y: Tensor) -> Tensor:
         """Return what adaLN makes of t and y, [B, V]: each block's vectors and the final norm's, side by side; not in int8.
@@ -107,26 +105,21 @@ class DiT(PretrainedMixin):
                 its vectors; the message names it.
         """
         self._check_latents(x)
-        read = self._read_layers()
-        if None in read:
-            name = "final_layer" if read[-1] is None else f"blocks.{read.index(None)}"
+        reading = self._reading.of(self)
+        if None in reading.layers:
+            name = "final_layer" if reading.layers[-1] is None else f"blocks.{reading.layers.index(None)}"
             raise ValueError(f"{name}: got a layer that was hooked, wrapped or replaced; call model(x, t, y), which calls it")
         B, V = x.shape[0], sum(sizes := [linear.out_features for linear in self.adaln_linears()])
         check_tensor("vectors", vectors, "[B, V]")
         if vectors.dim() != 2 or vectors.shape[0] not in (B, 2 * B) or vectors.shape[1] != V:
             raise ValueError(f"vectors: got shape {tuple(vectors.shape)}, expected [{B} or {2 * B}, {V}] for a batch of {B}")
         check_device("vectors", vectors, x)
-        return self._denoise(x, read, vectors.split(sizes, dim=1), vectors, vectors, vectors.shape[0] != B)
-
-    def _read_layers(self) -> list[nn.Module | None]:
-        """Return the blocks and the final layer; None in place of those that somebody wants to be called."""
-        layers = [block if is_read(block, Block) else None for block in self.blocks]
-        return [*layers, self.final_layer if is_read(self.final_layer, FinalLayer) else None]
+        return self._denoise(x, reading, vectors.split(sizes, dim=1), vectors, vectors, vectors.shape[0] != B)
 
     def _denoise(
         self,
         x: Tensor,
-        read: Sequence[nn.Module | None],
+        reading: Reading,
         vectors: Sequence[Tensor | None],
         c: Tensor,
         context: Tensor,
@@ -134,17 +127,16 @@ class DiT(PretrainedMixin):
     ) -> Tensor:
         """Return the image [N, C', H, W] of latents [B, C, H, W]; N is B, or 2B if both halves denoise the same x.
 
-        Layers that are ``read`` take their ``vectors``. Where ``read`` has None, the layer is called with c and the context
-        [B, 2, D].
+        Layers that are read take their ``vectors``; others are called with c and the context [B, 2, D].
         """
         checkpoint = self.checkpoint_activations and torch.is_grad_enabled()
-        *layers, final = read
         segments: list[blocks.Segment] = [
             partial(call_block, block, c, context, checkpoint)
-            if layer is None
-            else cast(Block, layer).chain(of_layer, context, self.int8)
-            for block, layer, of_layer in zip(self.blocks, layers, vectors[:-1], strict=True)
+            if transforms is None
+            else cast(Block, block).chain(of_block, context, transforms)
+            for block, transforms, of_block in zip(self.blocks, reading.transforms, vectors[:-1], strict=True)
         ]
+        final = reading.layers[-1]
         norm = None if final is None else cast(FinalLayer, final).norm(vectors[-1])
         run = run_checkpointed if checkpoint else blocks.run
         u = blocks.run_through(self._tokens(x, context, twice), segments, norm, run)  # [N, T, D], T + 2 in context
@@ -185,8 +177,9 @@ class DiT(PretrainedMixin):
                 cpu.forget(self.parameters())
             return self
         check_int8("dtype", self.parameters())
-        for i, block in enumerate(self.blocks):
-            if not is_read(block, Block) or not blocks.are_read(cast(Block, block).chain(None, self.pos_embed)):
+        transforms = self._reading.of(self).transforms
+        for i, (block, of_block) in enumerate(zip(self.blocks, transforms, strict=True)):
+            if of_block is None or not blocks.are_read(cast(Block, block).chain(None, self.pos_embed, of_block)):
                 raise ValueError(f"dtype: got 'int8', but block {i}, or a linear in it, was hooked, wrapped or replaced")
         modes = [(module, module.training) for module in self.modules()]
         try:

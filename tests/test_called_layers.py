@@ -205,6 +205,7 @@ CHANGES = {
 def test_changed_layers_are_called(name: str, change: str, gradients: bool) -> None:
     found = []
     for model in pair():
+        step(model, inputs(), gradients)  # which has read the layers
         CHANGES[change](model, name)
         torch.manual_seed(0)
         found.append(step(model, inputs(), gradients))
@@ -214,13 +215,13 @@ def test_changed_layers_are_called(name: str, change: str, gradients: bool) -> N
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
 def test_what_is_called_between_fused_blocks_costs_no_fusion(gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block of three is called: the other two are read, and share a call for their vectors with the final layer."""
-    from ditfast import layers
+    from ditfast import conditioning
 
     _, fast = pair()
     counts: list[int] = []
-    modulations = layers.modulations
+    together = conditioning._together
     monkeypatch.setattr(
-        layers, "modulations", lambda c, linears, *rest: (counts.append(len(linears)), modulations(c, linears, *rest))[1]
+        conditioning, "_together", lambda c, linears, *rest: (counts.append(len(linears)), together(c, linears, *rest))[1]
     )
     fast.blocks[1].register_forward_hook(lambda *_: None)
     step(fast, inputs(), gradients)

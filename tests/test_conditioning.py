@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditfast import DiT, DiTConfig, cpu
-from ditfast.conditioning import modulations, timestep_embedding
+from ditfast.blocks import view
+from ditfast.conditioning import project, timestep_embedding
 from ditfast.modulation_table import offloaded_conditioning
 
 
@@ -64,6 +65,10 @@ def test_modulation_vectors_need_a_time_for_each_label(t: Tensor, y: Tensor, mes
 # ------------------------------------------------------------------------------------------------ modulations
 def linears(dtype: torch.dtype = torch.float32) -> list[nn.Linear]:
     return [nn.Linear(16, width).to(dtype) for width in (48, 48, 32)]
+
+
+def modulations(x: Tensor, layers: list[nn.Linear]) -> list[Tensor]:
+    return project(x, [view(layer) for layer in layers])
 
 
 def assert_as_one_by_one(layers: list[nn.Linear], x: Tensor) -> None:

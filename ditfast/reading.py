@@ -1,0 +1,74 @@
+"""What a DiT's forward reads of its layers: asked once, and again as soon as something about them has changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .conditioning import project
+from .layers import Block, FinalLayer, Transforms, adaln_projections, adaln_vectors, is_read
+from .plain import Snapshot
+from .torch_modes import computes_now
+
+if TYPE_CHECKING:
+    from .model import DiT
+
+
+class Reading:
+    """A model's layers as they are now.
+
+    Attributes:
+        layers: the blocks and the final layer; None in place of those that somebody wants to be called.
+        transforms: of each block that is read.
+        projections: of the adaLN modulations of the layers that are read; None where one of the modules wants to be called.
+    """
+
+    def __init__(self, model: DiT):
+        layers = [block if is_read(block, Block) else None for block in model.blocks]
+        self.layers: list[nn.Module | None] = [
+            *layers,
+            model.final_layer if is_read(model.final_layer, FinalLayer) else None,
+        ]
+        self.transforms: list[Transforms | None] = [
+            None if block is None else cast(Block, block).transforms(model.int8) for block in layers
+        ]
+        self.int8 = model.int8
+        self.is_adaln = bool(model.config.modulation_vectors)
+        self.projections = None
+        if self.is_adaln:
+            self.projections = adaln_projections([layer for layer in self.layers if layer is not None])
+
+    def vectors(self, c: Tensor) -> list[Tensor | None]:
+        """Return what each layer's ``adaLN_modulation`` makes of c [B, D]; None of those that are called, or have none."""
+        if not self.is_adaln:
+            return [None] * len(self.layers)
+        if self.projections is None:
+            made = adaln_vectors([layer for layer in self.layers if layer is not None], c, self.int8)
+        else:
+            made = project(F.silu(c), self.projections, self.int8)
+        of_read = iter(made)
+        return [None if layer is None else next(of_read) for layer in self.layers]
+
+
+class KeptReading:
+    """A model's latest reading. Copies and pickles of the model begin without one."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[Snapshot, Reading] | None = None
+
+    def of(self, model: DiT) -> Reading:
+        if not computes_now():
+            return Reading(model)
+        if self._latest is None or not self._latest[0].holds():
+            parts = model.x_embedder, model.blocks, model.final_layer
+            modules = [model, *(module for part in parts for module in part.modules())]
+            self._latest = Snapshot(modules), Reading(model)
+        return self._latest[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self._latest = None
