@@ -120,16 +120,20 @@ def fused(segments: Sequence[Segment], final: Norm | None, join: bool) -> list[t
 
 def run_on_cpu(x: Tensor, chain: Sequence[Sublayer], next_norm: Norm | None) -> tuple[Tensor, Tensor | None] | None:
     """Run a chain in one call, by the CPU engine or on torch's kernels; None where that is not for x, or a linear to call."""
-    if not cpu_chain.takes(x):
-        return None
+    steps = cpu_steps(chain) if cpu_chain.takes(x) else None
+    result = None if steps is None else cpu_chain.run(x, steps, cpu.Final(*(next_norm or Norm())))
+    return result if result is None or next_norm is not None else (result[0], None)
+
+
+def cpu_steps(chain: Sequence[Sublayer]) -> list[cpu.Step] | None:
+    """Return a chain as the CPU engine takes it; None if a linear wants to be called."""
     steps = []
     for (shift, scale, eps), transform, gate in chain:
         products = transform.products()
         if products is None:
             return None
         steps.append(cpu.Step(products, shift, scale, gate, eps))
-    result = cpu_chain.run(x, steps, cpu.Final(*(next_norm or Norm())))
-    return result if result is None or next_norm is not None else (result[0], None)
+    return steps
 
 
 def are_read(chain: Sequence[Sublayer]) -> bool:

@@ -130,16 +130,22 @@ class DiT(PretrainedMixin):
         Layers that are read take their ``vectors``; others are called with c and the context [B, 2, D].
         """
         checkpoint = self.checkpoint_activations and torch.is_grad_enabled()
-        segments: list[blocks.Segment] = [
-            partial(call_block, block, c, context, checkpoint)
-            if transforms is None
-            else cast(Block, block).chain(of_block, context, transforms)
-            for block, transforms, of_block in zip(self.blocks, reading.transforms, vectors[:-1], strict=True)
-        ]
-        final = reading.layers[-1]
-        norm = None if final is None else cast(FinalLayer, final).norm(vectors[-1])
-        run = run_checkpointed if checkpoint else blocks.run
-        u = blocks.run_through(self._tokens(x, context, twice), segments, norm, run)  # [N, T, D], T + 2 in context
+        tokens, final = self._tokens(x, context, twice), reading.layers[-1]  # [N, T, D], T + 2 in context
+
+        def segments() -> list[blocks.Segment]:
+            return [
+                partial(call_block, block, c, context, checkpoint)
+                if transforms is None
+                else cast(Block, block).chain(of_block, context, transforms)
+                for block, transforms, of_block in zip(self.blocks, reading.transforms, vectors[:-1], strict=True)
+            ]
+
+        def norm() -> blocks.Norm | None:
+            return None if final is None else cast(FinalLayer, final).norm(vectors[-1])
+
+        u = reading.run_on_cpu(tokens, vectors, segments, norm)  # [N, T, D], T + 2 in context
+        if u is None:
+            u = blocks.run_through(tokens, segments(), norm(), run_checkpointed if checkpoint else blocks.run)
         u = u[:, : self.config.num_tokens]  # [N, T, D]
         if final is not None:
             return cast(FinalLayer, final).image(u, self.config.grid, self.config.patch_size)  # [N, C', H, W]

@@ -64,7 +64,7 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module]):
         self._modules = list(modules)
-        self._classes = set(map(type, self._modules))
+        self._classes: set[Any] = set(map(type, self._modules))
         self._own = [vars(module) for module in self._modules]
         contents = [value for own in self._own for value in own.values() if isinstance(value, dict)]  # hooks, parameters, ...
         self._empty = [content for content in contents if not content]

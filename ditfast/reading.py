@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import blocks, cpu
 from .conditioning import project
+from .cpu.kept import KeptChain
 from .layers import Block, FinalLayer, Transforms, adaln_projections, adaln_vectors, is_read
+from .ops import cpu_chain
 from .plain import Snapshot
 from .torch_modes import computes_now
 
@@ -35,6 +39,7 @@ class Reading:
             None if block is None else cast(Block, block).transforms(model.int8) for block in layers
         ]
         self.int8 = model.int8
+        self._kept_chain = KeptChain() if all(map(_is_kept, self.transforms)) and self.layers[-1] is not None else None
         self.is_adaln = bool(model.config.modulation_vectors)
         self.projections = None
         if self.is_adaln:
@@ -50,6 +55,31 @@ class Reading:
             made = project(F.silu(c), self.projections, self.int8)
         of_read = iter(made)
         return [None if layer is None else next(of_read) for layer in self.layers]
+
+    def run_on_cpu(
+        self,
+        x: Tensor,
+        vectors: Sequence[Tensor | None],
+        segments: Callable[[], Sequence[blocks.Segment]],
+        norm: Callable[[], blocks.Norm | None],
+    ) -> Tensor | None:
+        """Return x [N, T, D] behind the blocks and the final norm, by a chain that the CPU engine keeps; None without one."""
+        if self._kept_chain is None or not cpu_chain.takes(x):
+            return None
+
+        def steps() -> tuple[list[cpu.Step], cpu.Final]:
+            chain = [sublayer for block in segments() for sublayer in cast(Sequence[blocks.Sublayer], block)]
+            return cast(list[cpu.Step], blocks.cpu_steps(chain)), cpu.Final(*cast(blocks.Norm, norm()))
+
+        result = cpu_chain.run_kept(self._kept_chain, x, [vector for vector in vectors if vector is not None], steps)
+        return None if result is None else result[1]
+
+
+def _is_kept(transforms: Transforms | None) -> bool:
+    """Return True for a block that the CPU engine reads whole, and whose attention looks at no context."""
+    if transforms is None or transforms.cross_attn is not None:
+        return False
+    return transforms.attn.products() is not None and transforms.mlp.products() is not None
 
 
 class KeptReading:

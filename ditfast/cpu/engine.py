@@ -7,6 +7,7 @@ import functools
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from ..torch_modes import autocast_dtype
 from . import library
 from .chain import Context, DoesNotFit, Final, Products, Step, check_context, check_vector, check_weights, dtype_of_weights
 from .packed import BYTE, BYTE_ROWS, FULL, PRODUCTS, Linears, PackedChains, PackedLinear
+
+
+class Fields(NamedTuple):
+    """A chain as the library takes it, and what its addresses are of."""
+
+    product: int
+    chain: bytes
+    norm: bytes
+    alive: list[Tensor]  # that nobody else holds
+    weights: list[Tensor]
+    packed: list[PackedLinear]
 
 
 class Engine:
@@ -36,30 +48,47 @@ class Engine:
             DoesNotFit: weights or vectors that are not for x.
             MemoryError: for the activations of a few samples.
         """
+        fields = self.fields(x, steps, final)
+        return self.call(x, fields.product, fields.chain, fields.norm)
+
+    def fields(self, x: Tensor, steps: Sequence[Step], final: Final) -> Fields:
+        """Return what ``call`` takes for x [B, T, D], the steps and the norm behind them; raises ``DoesNotFit``."""
         product = BYTE if steps and steps[0].products.int8 else PRODUCTS[autocast_dtype(x.device) or x.dtype]
-        x = x.contiguous()
         B, T, D = x.shape
         dtype = dtype_of_weights(x)
-        packed = self._packed([step.products for step in steps], product, D, dtype)
+        products = [step.products for step in steps]
+        weights = [tensor for p in products for together in (p.first, p.second) for linear in together for tensor in linear]
+        packed = self._packed(products, weights, product, D, dtype)
         vectors = _Vectors(B, T, D)
         chain = b""
-        for (products, shift, scale, gate, eps), first, second in zip(steps, packed[::2], packed[1::2], strict=True):
+        for (products_of_step, shift, scale, gate, eps), first, second in zip(steps, packed[::2], packed[1::2], strict=True):
+            kind, _, _, heads, attended, _ = products_of_step
             context, sources = 0, 0
-            if products.context is not None:
-                check_context(products.context, B, D, dtype)
-                keys_values = self._keys_values(products.context, product)
+            if attended is not None:
+                check_context(attended, B, D, dtype)
+                keys_values = self._keys_values(attended, product)
                 vectors.alive.append(keys_values)
                 context, sources = keys_values.data_ptr(), keys_values.shape[1]
             linears = *first.fields, *second.fields
             modulation = *vectors.of(shift), *vectors.of(scale), *vectors.of(gate)
-            chain += library.SUBLAYER.pack(products.kind, *linears, *modulation, eps, products.heads, context, sources)
+            chain += library.SUBLAYER.pack(kind, *linears, *modulation, eps, heads, context, sources)
         norm = library.NORM.pack(*vectors.of(final.shift), *vectors.of(final.scale), final.eps)
+        return Fields(product, chain, norm, vectors.alive, weights, packed)
+
+    def call(self, x: Tensor, product: int, chain: bytes, norm: bytes) -> tuple[Tensor, Tensor]:
+        """Run x [B, T, D] through a chain of ``library.SUBLAYER``; both results are of its dtype."""
+        x = x.contiguous()
+        B, T, D = x.shape
         x_out, u_out = torch.empty_like(x), torch.empty_like(x)
         pointers = x.data_ptr(), x_out.data_ptr(), u_out.data_ptr()
         sizes = x.dtype == torch.bfloat16, product, B, T, D, torch.get_num_threads()
-        if self._functions.ditfast_run(chain, len(steps), norm, *pointers, *sizes):
+        if self._functions.ditfast_run(chain, len(chain) // library.SUBLAYER.size, norm, *pointers, *sizes):
             raise MemoryError(f"the CPU engine found no memory for {B} x {T} tokens of width {D}")
         return x_out, u_out
+
+    def packed(self, weights: Sequence[Tensor], product: int) -> list[PackedLinear] | None:
+        """Return what is packed of weights and biases; None if they have changed since."""
+        return self._chains.find(weights, product)
 
     def grouped_linear(self, x: Tensor, linears: Linears) -> Tensor:
         """Return [M, N of all linears], x [M, K] through weights [N, K] that are read where they lie, each once."""
@@ -86,14 +115,14 @@ class Engine:
         """Drops what is packed of them."""
         self._chains.forget(weights)
 
-    def _packed(self, products: Sequence[Products], product: int, width: int, dtype: torch.dtype | None) -> list[PackedLinear]:
-        linears = [each for p in products for each in (p.first, p.second)]
-        tensors = [tensor for together in linears for linear in together for tensor in linear]
-        known = self._chains.find(tensors, product)
+    def _packed(
+        self, products: Sequence[Products], weights: Sequence[Tensor], product: int, width: int, dtype: torch.dtype | None
+    ) -> list[PackedLinear]:
+        known = self.packed(weights, product)
         if known is None:
             for sublayer in products:
                 check_weights(sublayer, dtype)
-            known = self._chains.pack(tensors, linears, product)
+            known = self._chains.pack(weights, [each for p in products for each in (p.first, p.second)], product)
         if any(packed.inputs != width for packed in known[::2]):
             raise DoesNotFit
         return known

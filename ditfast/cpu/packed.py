@@ -47,7 +47,7 @@ class Watch:
         self._engine = engine
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         pointers = [tensor.data_ptr() for tensor in tensors]
-        sizes = [_extent(tensor) for tensor in tensors]
+        sizes = [extent(tensor) for tensor in tensors]
         self._spots = (ctypes.c_void_p * len(tensors))(*pointers), (ctypes.c_int64 * len(tensors))(*sizes), len(tensors)
         self._stamps = self._stamps_of(tensors)
         self._seen = engine.ditfast_spot_check(*self._spots)
@@ -126,7 +126,7 @@ class PackedChains:
         return PackedLinear((*(tensor.data_ptr() for tensor in tensors), 0, *tensors[0].shape), tensors)
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last, whatever lies between them."""
     return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
 

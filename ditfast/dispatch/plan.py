@@ -96,7 +96,7 @@ class Slot(NamedTuple):
 class Call(NamedTuple):
     """An aten operator, applied to values: a view or a copy."""
 
-    function: Callable[..., Any]
+    function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[int, ...]

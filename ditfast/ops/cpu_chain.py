@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cpu import engine as cpu_engine
 from ..cpu import unfit
 from ..cpu.chain import DoesNotFit, Final, Step, is_here
+from ..cpu.kept import KeptChain
 from ..cpu.packed import PRODUCTS, Linears
 from ..dispatch.override import current_override
 from ..torch_modes import autocast_dtype, computes_now
@@ -47,6 +48,19 @@ def run(x: Tensor, steps: Sequence[Step], final: Final) -> tuple[Tensor, Tensor]
     engine, _ = cpu_engine.found()
     try:
         return torch_chain.run(x, steps, final) if engine is None else engine.run(x, steps, final)
+    except DoesNotFit:
+        return None
+
+
+def run_kept(
+    kept: KeptChain, x: Tensor, vectors: Sequence[Tensor], steps: Callable[[], tuple[Sequence[Step], Final]]
+) -> tuple[Tensor, Tensor] | None:
+    """Run a chain that is kept between calls on this machine's engine, if ``takes(x)``; None where something does not fit."""
+    engine, _ = cpu_engine.found()
+    if engine is None:
+        return None
+    try:
+        return kept.run(engine, x, vectors, steps)
     except DoesNotFit:
         return None
 
