@@ -65,7 +65,7 @@ class DiT(PretrainedMixin):
         t = self._check(x, t, y)
         t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # 2 x [B, D]
         c = context = t_embedding + y_embedding  # [B, D]
-        reading = self._reading.of(self)
+        reading = self._read()
         if not self.config.modulation_vectors or None in reading.layers[:-1]:  # adaLN's own blocks read none
             context = torch.stack([t_embedding, y_embedding], dim=1)  # [B, 2, D]
         del t_embedding, y_embedding  # no longer needed, for the whole forward
@@ -105,7 +105,7 @@ class DiT(PretrainedMixin):
                 its vectors; the message names it.
         """
         self._check_latents(x)
-        reading = self._reading.of(self)
+        reading = self._read()
         if None in reading.layers:
             name = "final_layer" if reading.layers[-1] is None else f"blocks.{reading.layers.index(None)}"
             raise ValueError(f"{name}: got a layer that was hooked, wrapped or replaced; call model(x, t, y), which calls it")
@@ -115,6 +115,9 @@ class DiT(PretrainedMixin):
             raise ValueError(f"vectors: got shape {tuple(vectors.shape)}, expected [{B} or {2 * B}, {V}] for a batch of {B}")
         check_device("vectors", vectors, x)
         return self._denoise(x, reading, vectors.split(sizes, dim=1), vectors, vectors, vectors.shape[0] != B)
+
+    def _read(self) -> Reading:
+        return self._reading.of(self.blocks, self.final_layer, self.int8, bool(self.config.modulation_vectors))
 
     def _denoise(
         self,
@@ -183,7 +186,7 @@ class DiT(PretrainedMixin):
                 cpu.forget(self.parameters())
             return self
         check_int8("dtype", self.parameters())
-        transforms = self._reading.of(self).transforms
+        transforms = self._read().transforms
         for i, (block, of_block) in enumerate(zip(self.blocks, transforms, strict=True)):
             if of_block is None or not blocks.are_read(cast(Block, block).chain(None, self.pos_embed, of_block)):
                 raise ValueError(f"dtype: got 'int8', but block {i}, or a linear in it, was hooked, wrapped or replaced")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from operator import is_
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,12 +17,15 @@ from .ops import cpu_chain
 from .plain import Snapshot
 from .torch_modes import computes_now
 
-if TYPE_CHECKING:
-    from .model import DiT
-
 
 class Reading:
     """A model's layers as they are now.
+
+    Args:
+        layers: the blocks.
+        final_layer: what follows them.
+        int8: as ``DiT.quantize`` left it.
+        is_adaln: blocks and final layer have vectors of their own, made of the conditioning vector.
 
     Attributes:
         layers: the blocks and the final layer; None in place of those that somebody wants to be called.
@@ -29,18 +33,12 @@ class Reading:
         projections: of the adaLN modulations of the layers that are read; None where one of the modules wants to be called.
     """
 
-    def __init__(self, model: DiT):
-        layers = [block if is_read(block, Block) else None for block in model.blocks]
-        self.layers: list[nn.Module | None] = [
-            *layers,
-            model.final_layer if is_read(model.final_layer, FinalLayer) else None,
-        ]
-        self.transforms: list[Transforms | None] = [
-            None if block is None else cast(Block, block).transforms(model.int8) for block in layers
-        ]
-        self.int8 = model.int8
+    def __init__(self, layers: nn.ModuleList, final_layer: nn.Module, int8: bool, is_adaln: bool):
+        read = [cast(Block, block) if is_read(block, Block) else None for block in layers]
+        self.layers = [*read, final_layer if is_read(final_layer, FinalLayer) else None]
+        self.transforms = [None if block is None else block.transforms(int8) for block in read]
+        self.int8, self.is_adaln = int8, is_adaln
         self._kept_chain = KeptChain() if all(map(_is_kept, self.transforms)) and self.layers[-1] is not None else None
-        self.is_adaln = bool(model.config.modulation_vectors)
         self.projections = None
         if self.is_adaln:
             self.projections = adaln_projections([layer for layer in self.layers if layer is not None])
@@ -86,16 +84,16 @@ class KeptReading:
     """A model's latest reading. Copies and pickles of the model begin without one."""
 
     def __init__(self) -> None:
-        self._latest: tuple[Snapshot, Reading] | None = None
+        self._latest: tuple[tuple[Any, ...], Snapshot, Reading] | None = None  # nothing that holds the model: no cycle
 
-    def of(self, model: DiT) -> Reading:
+    def of(self, layers: nn.ModuleList, final_layer: nn.Module, int8: bool, is_adaln: bool) -> Reading:
+        given = layers, final_layer, int8, is_adaln
         if not computes_now():
-            return Reading(model)
-        if self._latest is None or not self._latest[0].holds():
-            parts = model.x_embedder, model.blocks, model.final_layer
-            modules = [model, *(module for part in parts for module in part.modules())]
-            self._latest = Snapshot(modules), Reading(model)
-        return self._latest[1]
+            return Reading(*given)
+        if self._latest is None or not all(map(is_, given, self._latest[0])) or not self._latest[1].holds():
+            modules = [module for part in (layers, final_layer) for module in part.modules()]
+            self._latest = given, Snapshot(modules), Reading(*given)
+        return self._latest[2]
 
     def __getstate__(self) -> dict[str, object]:
         return {}

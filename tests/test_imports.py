@@ -20,6 +20,7 @@ LAYERS = [  # each imports itself and those above; kernels nothing but torch and
     "blocks activation_checkpointing",
     "conditioning",
     "layers",
+    "reading",
     "model pretrained checkpoints diffusion",
     "digits homes modulation_table",
     "accelerate sampling",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +199,20 @@ def test_threads_share_a_kept_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_model_that_nobody_holds_is_gone_at_once() -> None:
+    """Memory of a GPU is free without Python's collector of cycles."""
+    model, inputs = model_and_inputs()
+    with torch.no_grad():
+        model(*inputs)
+    weight = weakref.ref(model.blocks[0].mlp.fc1.weight)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_and_pickles_read_their_own_layers() -> None:

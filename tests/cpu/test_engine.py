@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import ditfast
 from ditfast import DiT, DiTConfig, cpu, reference
 from ditfast.config import CONDITIONINGS
-from ditfast.cpu import engine, packed
+from ditfast.cpu import engine, library, packed
 from ditfast.cpu.packed import BYTE, FULL, HALF
 from ditfast.ops import cpu_chain
 
@@ -36,13 +36,13 @@ def native(monkeypatch: pytest.MonkeyPatch) -> engine.Engine:
 def calls(native: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sublayers of each call of the engine."""
     seen: list[int] = []
-    run = native.run
+    call = native.call
 
-    def count(x: Tensor, steps: list[cpu.Step], final: cpu.Final) -> tuple[Tensor, Tensor]:
-        seen.append(len(steps))
-        return run(x, steps, final)
+    def count(x: Tensor, product: int, chain: bytes, norm: bytes) -> tuple[Tensor, Tensor]:
+        seen.append(len(chain) // library.SUBLAYER.size)
+        return call(x, product, chain, norm)
 
-    monkeypatch.setattr(native, "run", count)
+    monkeypatch.setattr(native, "call", count)
     return seen
 
 
