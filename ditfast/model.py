@@ -16,8 +16,8 @@ from .conditioning import LabelEmbedder, TimestepEmbedder
 from .config import DiTConfig, check_config
 from .dtypes import INT8
 from .layers import Block, FinalLayer, PatchEmbed, adaln_vectors, call_block, embed, run_checkpointed
+from .ops import cpu_chain
 from .ops.classifier_free_guidance import torch_classifier_free_guidance
-from .ops.cpu_chain import check_int8
 from .plain import PLAIN_TYPES
 from .pretrained import PretrainedMixin
 from .reading import KeptReading, Reading
@@ -133,7 +133,7 @@ class DiT(PretrainedMixin):
         Layers that are read take their ``vectors``; others are called with c and the context [B, 2, D].
         """
         checkpoint = self.checkpoint_activations and torch.is_grad_enabled()
-        tokens, final = self._tokens(x, context, twice), reading.layers[-1]  # [N, T, D], T + 2 in context
+        final = reading.layers[-1]
 
         def segments() -> list[blocks.Segment]:
             return [
@@ -146,9 +146,12 @@ class DiT(PretrainedMixin):
         def norm() -> blocks.Norm | None:
             return None if final is None else cast(FinalLayer, final).norm(vectors[-1])
 
-        u = reading.run_on_cpu(tokens, vectors, segments, norm)  # [N, T, D], T + 2 in context
+        u = None
+        if reading.is_kept_on_cpu and cpu_chain.takes(x):
+            u = reading.run_on_cpu(self._tokens(x, context, twice), vectors, segments, norm)  # [N, T, D], T + 2 in context
         if u is None:
-            u = blocks.run_through(tokens, segments(), norm(), run_checkpointed if checkpoint else blocks.run)
+            run = run_checkpointed if checkpoint else blocks.run
+            u = blocks.run_through(self._tokens(x, context, twice), segments(), norm(), run)  # the tokens are nobody else's
         u = u[:, : self.config.num_tokens]  # [N, T, D]
         if final is not None:
             return cast(FinalLayer, final).image(u, self.config.grid, self.config.patch_size)  # [N, C', H, W]
@@ -185,7 +188,7 @@ class DiT(PretrainedMixin):
                 self.int8 = False
                 cpu.forget(self.parameters())
             return self
-        check_int8("dtype", self.parameters())
+        cpu_chain.check_int8("dtype", self.parameters())
         transforms = self._read().transforms
         for i, (block, of_block) in enumerate(zip(self.blocks, transforms, strict=True)):
             if of_block is None or not blocks.are_read(cast(Block, block).chain(None, self.pos_embed, of_block)):

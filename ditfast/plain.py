@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
@@ -55,6 +56,14 @@ def is_plain(module: nn.Module) -> bool:
     return plain_weights(module) is not None
 
 
+def descendants(module: nn.Module, but: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield each descendant behind its parent and its name there, but for some with all that is in them."""
+    for name, child in module.named_children():
+        if not any(child is one for one in but):
+            yield module, name, child
+            yield from descendants(child, but)
+
+
 class Snapshot:
     """All that torch and Python tell about modules: classes, attributes, hooks, children and parameters.
 
@@ -72,17 +81,19 @@ class Snapshot:
         self._attributes = [
             itemgetter(*(name for name, value in own.items() if not isinstance(value, dict | set))) for own in self._own
         ]
-        self._items = [*chain.from_iterable(map(dict.values, self._filled))]
+        self._gone: list[object] = []  # references to tensors that nobody holds any more
+        self._items = [self._weakly(item) for item in chain.from_iterable(map(dict.values, self._filled))]
         self._state = self._current_state()
 
     def holds(self) -> bool:
         """Return True if nothing has changed since."""
         try:
             return (
-                not any(self._empty)
+                not self._gone
+                and not any(self._empty)
                 and not _has_any_global_hook()
                 and self._current_state() == self._state
-                and all(map(is_, chain.from_iterable(map(dict.values, self._filled)), self._items))
+                and all(map(is_, chain.from_iterable(map(dict.values, self._filled)), [item() for item in self._items]))
             )
         except (KeyError, RuntimeError, ValueError):  # an attribute is gone; tensors, or arrays, cannot be compared as one
             return False
@@ -95,3 +106,7 @@ class Snapshot:
             [*map(len, self._filled)],
             [attributes(own) for attributes, own in zip(self._attributes, self._own, strict=True)],
         )
+
+    def _weakly(self, item: Any) -> Callable[[], Any]:
+        """Return what returns the item, which is not kept alive if it is a tensor."""
+        return weakref.ref(item, self._gone.append) if isinstance(item, Tensor) else lambda: item

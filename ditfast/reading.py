@@ -30,6 +30,7 @@ class Reading:
     Attributes:
         layers: the blocks and the final layer; None in place of those that somebody wants to be called.
         transforms: of each block that is read.
+        is_kept_on_cpu: the CPU engine may keep the blocks and the final norm as one chain, for ``run_on_cpu``.
         projections: of the adaLN modulations of the layers that are read; None where one of the modules wants to be called.
     """
 
@@ -38,7 +39,8 @@ class Reading:
         self.layers = [*read, final_layer if is_read(final_layer, FinalLayer) else None]
         self.transforms = [None if block is None else block.transforms(int8) for block in read]
         self.int8, self.is_adaln = int8, is_adaln
-        self._kept_chain = KeptChain() if all(map(_is_kept, self.transforms)) and self.layers[-1] is not None else None
+        self.is_kept_on_cpu = all(map(_is_kept, self.transforms)) and self.layers[-1] is not None
+        self._chain = KeptChain()
         self.projections = None
         if self.is_adaln:
             self.projections = adaln_projections([layer for layer in self.layers if layer is not None])
@@ -61,15 +63,13 @@ class Reading:
         segments: Callable[[], Sequence[blocks.Segment]],
         norm: Callable[[], blocks.Norm | None],
     ) -> Tensor | None:
-        """Return x [N, T, D] behind the blocks and the final norm, by a chain that the CPU engine keeps; None without one."""
-        if self._kept_chain is None or not cpu_chain.takes(x):
-            return None
+        """Return x [N, T, D] behind the blocks and the final norm, by a chain that the CPU engine keeps; None if it can not."""
 
         def steps() -> tuple[list[cpu.Step], cpu.Final]:
             chain = [sublayer for block in segments() for sublayer in cast(Sequence[blocks.Sublayer], block)]
             return cast(list[cpu.Step], blocks.cpu_steps(chain)), cpu.Final(*cast(blocks.Norm, norm()))
 
-        result = cpu_chain.run_kept(self._kept_chain, x, [vector for vector in vectors if vector is not None], steps)
+        result = cpu_chain.run_kept(self._chain, x, [vector for vector in vectors if vector is not None], steps)
         return None if result is None else result[1]
 
 

@@ -15,6 +15,7 @@ from ditfast import cpu
 from ditfast.benchmarks import digits_quality, sampling
 from ditfast.benchmarks.digits_quality import Draw
 from ditfast.cpu import engine
+from ditfast.cpu.packed import BYTE
 
 needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 needs_engine = pytest.mark.skipif(cpu.found()[0] is None, reason="needs the CPU engine")
@@ -41,8 +42,8 @@ def test_every_lever_makes_the_reference_loops_latents(tmp_path: Path, capsys: p
 @needs_engine
 def test_the_engine_and_int8_inside_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_engine: list[bool] = []
-    run = engine.Engine.run
-    monkeypatch.setattr(engine.Engine, "run", lambda *args: on_engine.append(args[2][0].products.int8) or run(*args))
+    call = engine.Engine.call
+    monkeypatch.setattr(engine.Engine, "call", lambda *args: on_engine.append(args[2] == BYTE) or call(*args))
     arguments = ["--width", "S", "--depth", "1", "--steps", "2", "--rounds", "1", "--device", "cpu"]
     assert sampling.main([*arguments, "--rivals", "ditfast-torch"]) == 0
     assert on_engine == []

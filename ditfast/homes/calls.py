@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .home import Swap
 
 
 class Lengths(NamedTuple):
@@ -41,3 +44,13 @@ def is_tensor(value: object, dim: int) -> TypeGuard[Tensor]:
 def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Return the longest T of a call's tensors [B, T, D]."""
     return max([1, *(value.shape[1] for value in (*args, *kwargs.values()) if is_tensor(value, 3))])
+
+
+def unused(swap: Swap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return why a fast forward leaves a call that has arguments beyond its own; nothing if all are None by default too."""
+    if not args and not kwargs:
+        return ""
+    names = [name for name, value in kwargs.items() if value is not None or name not in swap.optional]
+    if any(value is not None for value in args):
+        names = ["one more argument", *names]
+    return f"called with {', '.join(names)}, which the fast forward does not use" if names else ""

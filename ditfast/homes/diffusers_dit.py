@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from .. import blocks
 from ..argument_checks import DTYPES
 from .caches import Modulations
-from .home import SEVERAL_CONDITIONS, VECTORS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require, unused
+from .calls import unused
+from .home import SEVERAL_CONDITIONS, VECTORS, WITH_GRADIENTS, BlockHome, Declined, Foreign, Home, Swap, require
 from .structure import check_children, check_features, check_idle, check_layer_norm, convolution_in, has_children
 
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
@@ -88,7 +89,7 @@ class DiffusersBlock(BlockHome):
         c = swap.module.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)  # [B, D]
         x = swap.cast(hidden_states)
         modulation = swap.modulation(F.silu(swap.cast(c).expand(x.shape[0], -1)))
-        return blocks.run_through(x, [self.chain(swap, modulation)]).to(hidden_states.dtype)
+        return blocks.run_through(x, [swap.sublayers(modulation)]).to(hidden_states.dtype)
 
     def modulation_linear(self, block: Foreign) -> nn.Module:
         return block.norm1.linear

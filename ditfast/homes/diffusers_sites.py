@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from .. import blocks, ops
 from ..argument_checks import DTYPES
-from .home import SEVERAL_CONDITIONS, Declined, Foreign, Home, ModelInputs, Swap, require, unused
+from .calls import unused
+from .home import SEVERAL_CONDITIONS, Declined, Foreign, Home, ModelInputs, Swap, require
 from .structure import check_features, check_layer_norm, has_children
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import CodeType, MethodType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from ..dispatch.selection import choose
 from ..dispatch.shapes import OpShape
 from ..ops import cpu_chain
 from ..ops.attention import choose_engine
-from ..plain import is_plain, is_unhooked
+from ..plain import Snapshot, descendants, is_plain, is_unhooked
+from ..torch_modes import computes_now
 from .caches import Caches, Modulations
 from .calls import NO_LENGTHS, UNLIMITED, Lengths, recomputed_later, tokens_of
 
@@ -139,10 +140,11 @@ class Swap:
         self.on = True  # off, it is the module's own forward: somebody may have wrapped it and keep it
         self.caches = Caches()
         self.kind = type(module)
-        self.replaced = [(*where, type(where[-1])) for where in _descendants(module, home.called(module))]
+        self.replaced = [(*where, type(where[-1])) for where in descendants(module, home.called(module))]
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.optional = frozenset(parameter.name for parameter in parameters if parameter.default is None)
         self.dropouts = [part for _, _, part, _ in self.replaced if isinstance(part, nn.Dropout)]
+        self._keep(None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], type(self.module)):
@@ -163,8 +165,8 @@ class Swap:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles count from zero."""
-        return {**vars(self), "fast_calls": 0, "original_calls": Counter()}
+        """Copies and pickles count from zero, and ask their own module."""
+        return {**vars(self), "fast_calls": 0, "original_calls": Counter(), "_snapshot": None, "_kept": None}
 
     def _unsupported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return why a call is left to the module's own forward before the fast one sees it, or nothing."""
@@ -199,12 +201,15 @@ class Swap:
         return type(self.module).forward.__code__
 
     def is_as_found(self) -> bool:
-        """Whether what the fast forward replaces is what it was, and nobody expects it to be called."""
-        return (
-            self.on
-            and type(self.module).forward is self.kind.forward  # patches that merge tokens replace classes
+        """Return True if what the fast forward replaces is what it was, and nobody expects it to be called."""
+        if not (self.on and self.home.as_found(self.module)):
+            return False
+        keeps = computes_now()
+        if keeps and self._snapshot is not None and self._snapshot.holds():
+            return True
+        found = (
+            type(self.module).forward is self.kind.forward  # patches that merge tokens replace classes
             and not _has_any_global_hook()
-            and self.home.as_found(self.module)
             and not any(dropout.p for dropout in self.dropouts)
             and all(
                 parent._modules.get(name) is part
@@ -214,6 +219,19 @@ class Swap:
                 for parent, name, part, kind in self.replaced
             )
         )
+        self._keep(self._parts() if found and keeps else None)
+        return found
+
+    def _parts(self) -> list[nn.Module]:
+        """Return the modules that the fast forward stands in for; of a block, those that it reads or calls as well."""
+        if isinstance(self.home, BlockHome):
+            return list(self.module.modules())
+        return [self.module, *(part for _, _, part, _ in self.replaced)]
+
+    def _keep(self, parts: list[nn.Module] | None) -> None:
+        """Begin to keep what is read of modules, until something about them changes."""
+        self._snapshot = None if parts is None else Snapshot(parts)
+        self._kept: tuple[Options, tuple[list[blocks.Sublayer], blocks.Projection]] | None = None
 
     def replaced_parameters(self) -> list[nn.Parameter]:
         return [p for _, _, part, _ in self.replaced for p in part._parameters.values() if p is not None]
@@ -295,7 +313,33 @@ class Swap:
 
     def modulation_projection(self) -> blocks.Projection:
         assert isinstance(self.home, BlockHome)
-        return self.view(self.home.modulation_linear(self.module))
+        kept = self._block()
+        return self.view(self.home.modulation_linear(self.module)) if kept is None else kept[1]
+
+    def sublayers(self, modulation: blocks.Modulation) -> list[blocks.Sublayer]:
+        """Return a block's sublayers, behind ``is_as_found``."""
+        assert isinstance(self.home, BlockHome)
+        kept = self._block()
+        if kept is None:
+            return self.home.chain(self, modulation)
+        attn, mlp = kept[0]
+        return blocks.sublayers(
+            modulation,
+            cast(blocks.SelfAttention, attn.transform),
+            cast(blocks.Mlp, mlp.transform),
+            attn_norm_eps=attn.norm.eps,
+            mlp_norm_eps=mlp.norm.eps,
+        )
+
+    def _block(self) -> tuple[list[blocks.Sublayer], blocks.Projection] | None:
+        """Return a block's sublayers without vectors, and the linear of these; None where weights are cast, or traced."""
+        if self._snapshot is None or self.dtype is not None or not computes_now():
+            return None
+        if self._kept is None or self._kept[0] is not self.options:
+            home = cast(BlockHome, self.home)
+            projection = self.view(home.modulation_linear(self.module))
+            self._kept = self.options, (home.chain(self, blocks.Modulation()), projection)
+        return self._kept[1]
 
     def modulation(self, activated: Tensor) -> blocks.Modulation:
         """Return the vectors of a block on its own, of SiLU of the conditioning vector [B, D]."""
@@ -308,7 +352,7 @@ class Swap:
         assert modulation is not None
         if not torch.compiler.is_compiling():
             self.fast_calls += 1
-        return self.home.chain(self, modulation)
+        return self.sublayers(modulation)
 
     def is_idle(self) -> bool:
         """Return True if the fast forward never ran although it could have: not checked yet, or left to the original."""
@@ -353,20 +397,3 @@ def _run_bound(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a swap that was bound to its module like a function, as by Accelerate's ``unwrap_model``."""
     swap = vars(module).get(NOTE)
     return swap(*args, **kwargs) if isinstance(swap, Swap) else type(module).forward(module, *args, **kwargs)
-
-
-def unused(swap: Swap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Return why a fast forward leaves a call that has arguments beyond its own; nothing if all are None by default too."""
-    if not args and not kwargs:
-        return ""
-    names = [name for name, value in kwargs.items() if value is not None or name not in swap.optional]
-    if any(value is not None for value in args):
-        names = ["one more argument", *names]
-    return f"called with {', '.join(names)}, which the fast forward does not use" if names else ""
-
-
-def _descendants(module: Foreign, but: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for name, child in module.named_children():
-        if not any(child is one for one in but):
-            yield module, name, child
-            yield from _descendants(child, but)

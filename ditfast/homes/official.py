@@ -18,7 +18,7 @@ from .. import blocks, ops
 from ..argument_checks import DTYPES
 from ..plain import is_plain
 from .caches import Modulations
-from .calls import is_tensor
+from .calls import is_tensor, unused
 from .home import (
     OF_OTHER_DTYPES,
     SEVERAL_CONDITIONS,
@@ -30,7 +30,6 @@ from .home import (
     Home,
     Swap,
     require,
-    unused,
 )
 from .structure import (
     check_adaptive,
@@ -87,7 +86,7 @@ class OfficialBlock(BlockHome):
         if c.shape[0] not in (1, x.shape[0]):
             return Declined(SEVERAL_CONDITIONS)
         modulation = swap.modulation(F.silu(swap.cast(c).expand(x.shape[0], -1)))
-        return blocks.run_through(swap.cast(x), [self.chain(swap, modulation)]).to(x.dtype)
+        return blocks.run_through(swap.cast(x), [swap.sublayers(modulation)]).to(x.dtype)
 
     def modulation_linear(self, block: Foreign) -> nn.Module:
         return block.adaLN_modulation[1]
