@@ -7,7 +7,8 @@
 Without a GPU, kernels are compiled for the simulator of the clone's tests (tests/ptxsim), and the call that enqueues a
 compiled kernel does nothing: checks, plans, allocations, grids and arguments count, as on a GPU. ATen's kernels do compute,
 which small tensors keep short. On CUDA everything is real; a sample begins with an idle device and launches too little to
-fill its queue. ditfast takes its Triton kernels everywhere. A step is forward, loss and backward, without an optimizer.
+fill its queue. ditfast takes its Triton kernels everywhere, also with 1 and with 28 linears that have to be called, as LoRA's
+have. A step is forward, loss and backward, without an optimizer.
 
 One thread, one process; cases take turns in random order, round by round. "us" is wall time, "cpu us" the calling thread's
 CPU time, both medians. "x" is the median of the rounds' ratios to eager PyTorch (an op's: to ATen's layer_norm on the
@@ -15,7 +16,8 @@ model's tokens), "95%" the interval of that median, "cpu x" the ratio of CPU tim
 between an op and its backward ("+back"). Writes host.json and host.png into --out.
 
 With --budget SECONDS cases are prepared (compiled) in this order, while three fifths of it last, and the others are left out:
-forward and step of ditfast and of eager PyTorch; ops; ops with gradients; with their backward; diffusers; torch.compile.
+forward and step of ditfast and of eager PyTorch; ops; ops with gradients; with their backward; linears that are called;
+diffusers; torch.compile.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ditfast
@@ -24,6 +24,7 @@ from .rivals import Case, Run
 
 FORWARD, STEP, OP, OP_GRAD, OP_BACKWARD = "forward", "step", "op", "op, gradients wanted", "op with its backward"
 EAGER, OURS, LAYER_NORM = "eager", "ditfast", "aten.layer_norm"
+CALLED = {f"{OURS}, 1 called": 1, f"{OURS}, 28 called": 28}  # linears
 BASELINES = ("diffusers", "compile")
 OP_CALLS = 20  # in a sample
 ARCH = 90  # that the simulator compiles for
@@ -103,7 +104,9 @@ class Timed:
 
 def makers(case: Case, baselines: Sequence[str]) -> Iterator[tuple[str, str, Callable[[], Timed]]]:
     """Yield kinds, names and how to make what is to be timed; what a budget leaves out comes last."""
-    model = functools.cache(lambda name: case.rival(name, {}))
+    model = functools.cache(
+        lambda name: with_called_linears(case.rival(OURS, {}), CALLED[name]) if name in CALLED else case.rival(name, {})
+    )
     inputs = case.inputs()
     kinds: dict[str, Callable[[str, Run, tuple[Tensor, ...]], Timed]] = {FORWARD: _forward, STEP: _step}
     sizes, device, dtype = Sizes(case.config, case.batch), case.device, case.dtype
@@ -118,7 +121,31 @@ def makers(case: Case, baselines: Sequence[str]) -> Iterator[tuple[str, str, Cal
         for name in (LAYER_NORM, *OPS):
             if kind == OP or name == LAYER_NORM or OPS[name].differentiable:
                 yield kind, name, functools.partial(_op, kind, name, sizes, device, dtype)
-    yield from of_models(baselines)
+    yield from of_models((*CALLED, *baselines))
+
+
+class CalledLinear(nn.Module):
+    """A linear that has to be called, as those of LoRA have."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def with_called_linears(model: Any, count: int) -> Run:
+    """Return a ``ditfast.DiT`` in which so many linears of its blocks, from the first block on, have to be called."""
+    linears = [
+        (module, name)
+        for block in model.blocks
+        for module, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("fc1", "fc2")))
+        for name in names
+    ]
+    for module, name in linears[:count]:
+        setattr(module, name, CalledLinear(getattr(module, name)))
+    return model
 
 
 def _forward(name: str, run: Run, inputs: tuple[Tensor, ...]) -> Timed:

@@ -15,9 +15,10 @@ from support import WHERE, Runner
 from torch import Tensor
 
 import ditfast
-from ditfast import ops
+from ditfast import DiT, DiTConfig, ops
 from ditfast.benchmarks import host, host_cases, host_parts, host_rounds
 from ditfast.benchmarks.host_cases import (
+    CALLED,
     EAGER,
     FORWARD,
     LAYER_NORM,
@@ -114,6 +115,20 @@ def test_the_simulator_runs_kernels_again_afterwards() -> None:
         assert torch.equal(ops.layer_norm_modulate(x, shift, scale), shift[:, None].expand_as(x))
 
 
+@pytest.mark.parametrize(("count", "called"), [(1, [1, 0, 0, 0]), (3, [1, 1, 1, 0]), (28, [1, 1, 1, 1])])
+def test_so_many_linears_are_called(count: int, called: list[int]) -> None:
+    config = DiTConfig(depth=1, hidden_size=32, num_heads=2, input_size=4, num_classes=10)
+    model = host_cases.with_called_linears(DiT(config), count)
+    calls = [0] * 4
+    (block,) = model.blocks
+    for i, linear in enumerate((block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)):
+        if isinstance(linear, host_cases.CalledLinear):
+            linear.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    with torch.no_grad():
+        model(torch.randn(1, 4, 4, 4), 5, torch.tensor([1]))
+    assert calls == called
+
+
 # ------------------------------------------------------------------ the command
 @ON_SIMULATOR
 @pytest.mark.usefixtures("few_ops", "without_calibration")
@@ -129,14 +144,14 @@ def test_main_writes_tables_json_and_a_plot(tmp_path: Path, capsys: pytest.Captu
     assert report["notes"] == []
     assert report["machine"]["threads"] == 1
     rows = {(row["kind"], row["name"]): row for row in report["rows"]}
-    models = [(kind, name) for kind in (FORWARD, STEP) for name in (OURS, EAGER)]
+    models = [(kind, name) for kind in (FORWARD, STEP) for name in (OURS, EAGER, *CALLED)]
     differentiable = [(kind, name) for kind in (OP_GRAD, OP_BACKWARD) for name in (LAYER_NORM, *FEW_OPS[:2])]
     assert set(rows) == {*models, *differentiable, *((OP, name) for name in (LAYER_NORM, *FEW_OPS))}
     for (_, name), row in rows.items():
         assert row["us_p20"] <= row["us"] <= row["us_p80"]
         assert row["cpu_us"] > 0
         assert row["rounds"] == 3
-        assert row["baseline"] == (None if name in (EAGER, LAYER_NORM) else EAGER if name == OURS else LAYER_NORM)
+        assert row["baseline"] == (None if name in (EAGER, LAYER_NORM) else EAGER if name in (OURS, *CALLED) else LAYER_NORM)
         if row["baseline"]:
             assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     assert [(rows[kind, OURS]["most_ratio"], rows[kind, OURS]["most_us"]) for kind in (FORWARD, STEP)] == [
