@@ -64,6 +64,8 @@ class Reading:
         norm: Callable[[], blocks.Norm | None],
     ) -> Tensor | None:
         """Return x [N, T, D] behind the blocks and the final norm, by a chain that the CPU engine keeps; None if it can not."""
+        if not cpu_chain.takes(x):  # as where positions of another kind of tensor were added to the latents
+            return None
 
         def steps() -> tuple[list[cpu.Step], cpu.Final]:
             chain = [sublayer for block in segments() for sublayer in cast(Sequence[blocks.Sublayer], block)]
