@@ -182,6 +182,21 @@ def test_an_edit_reaches_the_next_forward(edit: Callable[[DiT], Any], monkeypatc
             assert torch.equal(after, without_keeping(fresh, inputs, monkeypatch))
 
 
+class Wrapping(Tensor):
+    """A subclass, which may want to see each operation."""
+
+
+def test_vectors_of_another_kind_of_tensor_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = model_and_inputs()
+    vectors = Reading.vectors
+    with torch.no_grad():
+        plain = model(*inputs)
+        wrap = lambda made: [vector.as_subclass(Wrapping) for vector in made]  # noqa: E731
+        monkeypatch.setattr(Reading, "vectors", lambda reading, c: wrap(vectors(reading, c)))
+        monkeypatch.setattr(cpu_engine.Engine, "call", lambda *args: pytest.fail("the engine has read them"))
+        assert torch.allclose(model(*inputs).as_subclass(Tensor), plain, atol=1e-5)
+
+
 def test_threads_share_a_kept_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, t, y) = model_and_inputs()
     kinds = [(x * scale, t, y) for scale in (1, 2, 3, 4)]

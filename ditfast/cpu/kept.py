@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..torch_modes import autocast_dtype
 from . import library
-from .chain import Final, Step
+from .chain import DoesNotFit, Final, Step, is_here
 from .engine import Engine, Fields
 from .packed import extent
 
@@ -33,7 +33,12 @@ class KeptChain:
         Args:
             vectors: the tensors that the steps' modulation vectors are views of.
             steps: called where nothing is kept for such an x and vectors.
+
+        Raises:
+            DoesNotFit: as ``engine.run``; or vectors that are not plain arrays in this machine's memory.
         """
+        if not all(map(is_here, vectors)):
+            raise DoesNotFit
         kind = (x.shape, x.dtype, autocast_dtype(x.device), *((v.shape, v.stride(), v.dtype) for v in vectors))
         kept = self._kept.get(kind)
         if kept is None or engine.packed(kept.fields.weights, kept.fields.product) is not kept.fields.packed:
