@@ -13,6 +13,7 @@ from .config import DiTConfig
 from .digits import load_digits
 from .dispatch.override import attention_engine, backend, checkpoint_contexts
 from .model import DiT
+from .refresh import refresh
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "load_digits",
     "ops",
     "reference",
+    "refresh",
     "restore",
     "sample",
     "sampling",

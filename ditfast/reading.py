@@ -97,6 +97,9 @@ class KeptReading:
             self._latest = given, Snapshot(modules), Reading(*given)
         return self._latest[2]
 
+    def forget(self) -> None:
+        self._latest = None
+
     def __getstate__(self) -> dict[str, object]:
         return {}
 

@@ -23,7 +23,7 @@ LAYERS = [  # each imports itself and those above; kernels nothing but torch and
     "reading",
     "model pretrained checkpoints diffusion",
     "digits homes modulation_table",
-    "accelerate sampling",
+    "accelerate refresh sampling",
     "ahead evaluation",
     "training tuning",
     "commands",

@@ -17,7 +17,7 @@ from ..files import cache_folder
 from ..torch_modes import autocast_dtype
 from . import library
 from .chain import Context, DoesNotFit, Final, Products, Step, check_context, check_vector, check_weights, dtype_of_weights
-from .packed import BYTE, BYTE_ROWS, FULL, PRODUCTS, Linears, PackedChains, PackedLinear
+from .packed import BYTE, BYTE_ROWS, FULL, PRODUCTS, Linears, PackedChains, PackedLinear, Watch
 
 
 class Fields(NamedTuple):
@@ -110,6 +110,10 @@ class Engine:
         linears = struct.pack(library.FEW_ROWS_LINEAR * count, *fields)
         self._functions.ditfast_few_rows(product, rows.data_ptr(), linears, count, y.data_ptr(), M, K, torch.get_num_threads())
         return y.to(x.dtype)
+
+    def watch(self, tensors: Sequence[Tensor]) -> Watch:
+        """Return what tells whether tensors in this machine's memory were written to since."""
+        return Watch(self._functions, tensors)
 
     def forget(self, weights: Iterable[Tensor]) -> None:
         """Drops what is packed of them."""

@@ -148,6 +148,8 @@ def load(path: Path) -> ctypes.CDLL:
     library.ditfast_packed_bytes.restype = number
     library.ditfast_spot_check.argtypes = [pointer, pointer, number]
     library.ditfast_spot_check.restype = ctypes.c_uint64
+    library.ditfast_hash.argtypes = [pointer, pointer, number]
+    library.ditfast_hash.restype = ctypes.c_uint64
     library.ditfast_panel.restype = number
     library.ditfast_attention_is_half.restype = number
     library.ditfast_pairs_saturate.restype = number

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ STORED = {FULL: torch.float32, HALF: torch.bfloat16}
 LARGEST_BYTE = 127
 LARGEST_PAIR = 127  # neighbours of one sign, before they are rounded: 255 * 128 fits in 16 bits
 SMALLEST_SCALE = 1e-12
+HASHED_AT_ONCE = 512 * 2**10  # bytes: 20 us of a core that has them in its cache, 50 us of one that reads them from memory
+MOST_QUESTIONS = 256
+LATE = (
+    "weights were written where torch does not see it (through .data, NumPy or in inference mode), which is noticed up to "
+    "{questions} forwards late: call ditfast.refresh(model) after such a write"
+)
 QUANTISED_AT_ONCE = 2**18  # weights: what is made of them meanwhile stays in the cache
 
 Linears: TypeAlias = tuple[tuple[Tensor, Tensor], ...]  # weights and biases, of which the outputs lie side by side
@@ -38,9 +45,11 @@ class PackedLinear(NamedTuple):
 
 
 class Watch:
-    """Tells whether tensors were written to since: by what autograd counts, and by looking at some of their values.
+    """Tells whether tensors were written to since: by what autograd counts, and by looking at their bytes.
 
-    Writes through ``.data`` are not counted. A dense one changes most values, so a few from all over a tensor show it.
+    Writes through ``.data``, NumPy or in inference mode are not counted. A dense one changes most values, so a few from all
+    over a tensor show it at once. Of others, each question hashes the next part of all bytes: the larger of ``HASHED_AT_ONCE``
+    and a share of 1 / ``MOST_QUESTIONS``, so that any write is noticed after ``questions`` of them.
     """
 
     def __init__(self, engine: ctypes.CDLL, tensors: Sequence[Tensor]):
@@ -51,17 +60,62 @@ class Watch:
         self._spots = (ctypes.c_void_p * len(tensors))(*pointers), (ctypes.c_int64 * len(tensors))(*sizes), len(tensors)
         self._stamps = self._stamps_of(tensors)
         self._seen = engine.ditfast_spot_check(*self._spots)
+        self._parts = _parts(pointers, sizes)
+        self._hashes = [engine.ditfast_hash(*part) for part in self._parts]
+        self._next = 0
+
+    @property
+    def questions(self) -> int:
+        """How often ``unchanged`` is asked until it has looked at every byte."""
+        return len(self._parts)
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         return (
             all(known() is tensor for known, tensor in zip(self._tensors, tensors, strict=True))
             and self._stamps_of(tensors) == self._stamps
             and self._engine.ditfast_spot_check(*self._spots) == self._seen
+            and self._next_part_is_unchanged()
         )
+
+    def _next_part_is_unchanged(self) -> bool:
+        place = self._next  # threads may look at one part twice
+        self._next = (place + 1) % max(1, len(self._parts))
+        if not self._parts or self._engine.ditfast_hash(*self._parts[place]) == self._hashes[place]:
+            return True
+        if len(self._parts) > 1:
+            warnings.warn(LATE.format(questions=len(self._parts)), stacklevel=2)
+        return False
 
     @staticmethod
     def _stamps_of(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+Part: TypeAlias = tuple[Any, Any, int]  # addresses, bytes, how many
+
+
+def _parts(pointers: Sequence[int], sizes: Sequence[int]) -> list[Part]:
+    """Return pieces of memory in groups of about as many bytes, as ``ditfast_hash`` takes them."""
+    at_once = max(HASHED_AT_ONCE, -(-sum(sizes) // MOST_QUESTIONS))
+    groups: list[list[tuple[int, int]]] = []
+    room = 0
+    for pointer, size in zip(pointers, sizes, strict=True):
+        start = 0
+        while start < size:
+            if not room:
+                groups.append([])
+                room = at_once
+            piece = min(room, size - start)
+            groups[-1].append((pointer + start, piece))
+            start, room = start + piece, room - piece
+    return [
+        (
+            (ctypes.c_void_p * len(group))(*(p for p, _ in group)),
+            (ctypes.c_int64 * len(group))(*(n for _, n in group)),
+            len(group),
+        )
+        for group in groups
+    ]
 
 
 class PackedChains:

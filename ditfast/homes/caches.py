@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import blocks
+from .. import blocks, cpu
+from ..cpu.chain import is_here
+from ..cpu.packed import Watch
 from ..dispatch.override import current_override
 from ..torch_modes import autocast_dtype, computes_now
 
@@ -42,6 +44,7 @@ class Caches:
             self._copies: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Tensor]] = {}
             self._agreement: tuple[Fingerprint, bool] | None = None
             self._weights: Fingerprint | None = None
+            self._watch: Watch | None = None  # of the same, on a CPU
             self._modulations: OrderedDict[Any, tuple[int, Modulations]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,13 +85,14 @@ class Caches:
 
         Reads the conditions on the host.
         """
+        weights = list(weights)
         now = fingerprint(weights)
         if now is None:
             return compute()
         key = (current_override(), *map(_bits, conditions))
         with self._lock:
-            if self._weights != now:
-                self._weights = now
+            if self._weights != now or (self._watch is not None and not self._watch.unchanged(weights)):
+                self._weights, self._watch = now, _watch(weights)
                 self._modulations.clear()
             if key in self._modulations:
                 self._modulations.move_to_end(key)
@@ -101,6 +105,12 @@ class Caches:
             while sum(size for size, _ in self._modulations.values()) > CACHE_BYTES:
                 self._modulations.popitem(last=False)
         return found
+
+
+def _watch(tensors: Sequence[Tensor]) -> Watch | None:
+    """Return what sees writes that autograd does not count; None where the CPU engine cannot look at the bytes."""
+    engine, _ = cpu.found() if all(map(is_here, tensors)) else (None, "")
+    return None if engine is None else engine.watch(tensors)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -80,6 +80,7 @@ int main() {
       const i64 bytes = x.size() * 4;
       for (i64 i = 0; i < REPEATS; i++) {
         ditfast_spot_check(&watched, &bytes, 1);
+        ditfast_hash(&watched, &bytes, 1);
         ditfast_run(chain, 3, &norm, x.data(), x_out.data(), u_out.data(), 0, product, SAMPLES, TOKENS, WIDTH, THREADS);
         ditfast_few_rows(FULL, x.data(), linears, 2, y.data(), 4, WIDTH, THREADS);
       }

@@ -25,6 +25,7 @@ struct Norm {
 };
 
 constexpr i64 SPOTS = 4;            // of a tensor, that tell whether it was written to
+constexpr i64 HASH_LANES = 32;      // of four bytes, which a compiler puts into vectors
 constexpr i64 ROWS_A_THREAD = 128;  // of a pass through a sublayer
 constexpr i64 ALIGNMENT = 64;
 
@@ -239,6 +240,29 @@ uint64_t ditfast_spot_check(const char* const* tensors, const i64* bytes, i64 co
       hash = (hash ^ value) * 1099511628211u;
       hash ^= hash >> 32;
     }
+  return hash;
+}
+
+// A hash of all bytes of some pieces of memory. Every step is a bijection, so that no change of one word is lost.
+uint64_t ditfast_hash(const char* const* pieces, const i64* bytes, i64 count) {
+  uint32_t lanes[HASH_LANES] = {};
+  for (i64 i = 0; i < count; i++) {
+    i64 at = 0;
+    for (; at + i64(sizeof(lanes)) <= bytes[i]; at += sizeof(lanes)) {
+      uint32_t words[HASH_LANES];
+      std::memcpy(words, pieces[i] + at, sizeof(words));
+      for (i64 lane = 0; lane < HASH_LANES; lane++) {
+        const uint32_t mixed = lanes[lane] ^ words[lane];
+        lanes[lane] = (mixed << 13 | mixed >> 19) * 2654435761u;
+      }
+    }
+    for (; at < bytes[i]; at++) lanes[0] = (lanes[0] ^ uint8_t(pieces[i][at])) * 2654435761u;
+  }
+  uint64_t hash = 1469598103934665603u;
+  for (const uint32_t lane : lanes) {
+    hash = (hash ^ lane) * 1099511628211u;
+    hash ^= hash >> 32;
+  }
   return hash;
 }
 
